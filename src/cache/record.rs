@@ -1,0 +1,1 @@
+//! What a logical volume's tags make of it.

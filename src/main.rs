@@ -1,0 +1,3 @@
+//! lvm-cache-friend's program: parse, log, call.
+
+fn main() {}

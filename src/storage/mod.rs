@@ -1,0 +1,193 @@
+//! Stores hand out block devices and hold tags; all else is shared.
+//!
+//! There are two, and one body of tests for both (`tests/system/store.rs`):
+//! [`lvm`], a thin pool in a volume group, and [`reflink`], image files on XFS
+//! or btrfs with loop devices, for hosts without device-mapper.
+
+pub mod lvm;
+pub mod reflink;
+
+use std::path::PathBuf;
+
+use crate::cache::names::{LvName, Tag};
+use crate::cache::units::Bytes;
+use crate::exec::ExecError;
+
+/// One logical volume in the store, ours or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lv {
+    /// Its name, unique in the store.
+    pub name: LvName,
+    /// Grows with each volume made in this store, whatever the clock says: the
+    /// thin device id in LVM (one more than the highest in the pool), a
+    /// counter in the reflink store.
+    pub seq: u64,
+    /// When it was made, in seconds since 1970, for people to read.
+    pub created: u64,
+    /// Virtual size.
+    pub size: Bytes,
+    /// Bytes of the pool mapped by it, shared ones included.
+    pub used: Bytes,
+    /// Its tags, as the store has them.
+    pub tags: Vec<Tag>,
+    /// What it was made a snapshot of, as long as that is there.
+    pub origin: Option<LvName>,
+    /// The device's number `(major, minor)` while it is active.
+    pub device: Option<(u32, u32)>,
+    /// Somebody has the device open: mounted, mostly.
+    pub open: bool,
+}
+
+/// What the store holds, at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Listing {
+    /// Every volume of the pool (other pools and plain volumes are not looked at).
+    pub lvs: Vec<Lv>,
+    /// How full it is.
+    pub capacity: Capacity,
+}
+
+/// How full a store is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Capacity {
+    /// Bytes that data can take, in all.
+    pub data_size: Bytes,
+    /// Share of them in use, 0 to 100.
+    pub data_percent: f64,
+    /// Share of the pool's own metadata in use, 0 to 100; 0 where there is none.
+    pub metadata_percent: f64,
+}
+
+/// A volume to be made.
+#[derive(Debug, Clone)]
+pub struct NewLv {
+    /// Its name.
+    pub name: LvName,
+    /// All its tags: they are there from the first moment on.
+    pub tags: Vec<Tag>,
+    /// Whether its device is wanted. Never at boot: activation is ours alone.
+    pub active: bool,
+}
+
+/// Where changes made by others show: a directory to watch with inotify.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    /// The directory.
+    pub dir: PathBuf,
+    /// The only file name in it that matters; `None`: all do.
+    pub file: Option<String>,
+}
+
+/// A store's operation did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no such volume, as a fresh listing showed.
+    #[error("{0}: there is no such logical volume")]
+    NotFound(LvName),
+    /// The volume is in use: mounted or held open.
+    #[error("{0}: in use")]
+    Busy(LvName),
+    /// A volume of that name is there already.
+    #[error("{0}: a logical volume of that name exists")]
+    Exists(LvName),
+    /// No room: for data, for the pool's metadata, or for the group's.
+    #[error("{store} is full: {detail}")]
+    Full {
+        /// Which store.
+        store: String,
+        /// Which bound, how full, and what to do.
+        detail: String,
+    },
+    /// The store did not answer in time: locked by another command, or stuck.
+    #[error("{store} did not answer within {seconds} s: locked by another command, or its disk is stuck")]
+    Timeout {
+        /// Which store.
+        store: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The store is not there or cannot be used: not prepared, no such group.
+    #[error("{0}")]
+    Unusable(String),
+    /// A command of the store failed.
+    #[error("{0}")]
+    Failed(String),
+    /// A tool failed.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done, and to what.
+        what: String,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+}
+
+/// A place for thin volumes with tags.
+///
+/// Every call blocks, is safe to make from several threads at once, and is all
+/// or nothing over `kill -9` and a power cut: a volume is there with all its
+/// tags or not at all. Removals never hold up the other calls for longer than
+/// one removal takes.
+pub trait Store: Send + Sync + 'static {
+    /// What it is called in messages and in the job protocol's `VG LV` line.
+    fn name(&self) -> &str;
+
+    /// Everything in the store, and how full it is.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn list(&self) -> Result<Listing, StoreError>;
+
+    /// Makes `new` a snapshot of `origin`, of the same virtual size, and gives
+    /// the path of its block device if `new.active`.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] when `origin` is gone, [`StoreError::Exists`],
+    /// [`StoreError::Full`], or what else failed.
+    fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError>;
+
+    /// Makes `new` an empty volume of `size` bytes (rounded up to the store's grain).
+    ///
+    /// # Errors
+    /// As [`Store::snapshot`].
+    fn create(&self, new: &NewLv, size: Bytes) -> Result<Option<PathBuf>, StoreError>;
+
+    /// Adds and deletes tags in one commit. Adding one that is there or
+    /// deleting one that is not is no error.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or what else failed.
+    fn change_tags(&self, lv: &LvName, add: &[Tag], del: &[Tag]) -> Result<(), StoreError>;
+
+    /// Removes a volume and deactivates its device. Removing what is not there
+    /// is no error.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] while it is in use.
+    fn remove(&self, lv: &LvName) -> Result<(), StoreError>;
+
+    /// Grows a volume, active or not, to at least `size`; never shrinks one.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Full`], or what else failed.
+    fn grow(&self, lv: &LvName, size: Bytes) -> Result<(), StoreError>;
+
+    /// Makes the volume's block device appear (once; nothing comes up by itself
+    /// at boot) and returns its path. Activating an active one is no error.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or what else failed.
+    fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError>;
+
+    /// Makes the block device disappear. Deactivating an inactive one is no error.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] while it is in use.
+    fn deactivate(&self, lv: &LvName) -> Result<(), StoreError>;
+
+    /// Where changes made by others show.
+    fn watch(&self) -> Watch;
+}
