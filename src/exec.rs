@@ -73,11 +73,7 @@ where
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with_env<I, S>(
-    tool: &str,
-    args: I,
-    env: &[(&str, &OsStr)],
-) -> Result<Vec<u8>, ExecError>
+pub fn run_with_env<I, S>(tool: &str, args: I, env: &[(&str, &OsStr)]) -> Result<Vec<u8>, ExecError>
 where
     I: IntoIterator<Item = S>,
     S: AsRef<OsStr>,

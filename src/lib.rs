@@ -1,6 +1,7 @@
 //! lvm-cache-friend: copy-on-write caches for CI containers.
-#![warn(missing_docs)]
 
 pub mod cache;
 pub mod exec;
+pub mod fs;
+pub mod mount;
 pub mod storage;

@@ -27,7 +27,9 @@ pub enum BadName {
     )]
     Tag(String),
     /// Not a logical volume's name.
-    #[error("{0:?} is not a logical volume's name: use letters, digits and . _ + -, not starting with -, at most 127 bytes")]
+    #[error(
+        "{0:?} is not a logical volume's name: use letters, digits and . _ + -, not starting with -, at most 127 bytes"
+    )]
     Lv(String),
     /// Not a volume's name.
     #[error(
@@ -96,7 +98,11 @@ macro_rules! name_type {
 }
 
 const fn tag_byte(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || matches!(b, b'_' | b'+' | b'.' | b'-' | b'/' | b'=' | b'!' | b':' | b'&' | b'#')
+    b.is_ascii_alphanumeric()
+        || matches!(
+            b,
+            b'_' | b'+' | b'.' | b'-' | b'/' | b'=' | b'!' | b':' | b'&' | b'#'
+        )
 }
 
 name_type!(
@@ -194,7 +200,11 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Tag>().is_ok(), tag, "tag {text:?}");
             assert_eq!(text.parse::<LvName>().is_ok(), lv, "lv {text:?}");
-            assert_eq!(text.parse::<VolumeName>().is_ok(), volume, "volume {text:?}");
+            assert_eq!(
+                text.parse::<VolumeName>().is_ok(),
+                volume,
+                "volume {text:?}"
+            );
         }
     }
 

@@ -48,3 +48,33 @@ pub struct Choice<'a> {
     /// The first criterion matched, and each of its terms is a whole tag.
     pub exact: bool,
 }
+
+/// The entries that can be chosen from, arranged for choosing.
+#[derive(Debug, Clone, Default)]
+pub struct Index {
+    entries: Vec<Entry>,
+}
+
+impl Index {
+    /// An index of `entries`, in any order.
+    #[must_use]
+    pub fn new(entries: Vec<Entry>) -> Self {
+        Self { entries }
+    }
+
+    /// Its entries, newest first.
+    #[must_use]
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The entry that `spec` restores from; `None` where no criterion matches.
+    ///
+    /// Scopes are asked in order, the volume's own first; in a scope the first
+    /// criterion that matches any entry wins; in it the newest entry.
+    #[must_use]
+    pub fn choose(&self, spec: &Spec) -> Option<Choice<'_>> {
+        let _ = spec;
+        todo!("selection helper")
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::names::{Tag, VolumeName};
+use super::names::Tag;
 use super::select::Criteria;
 use super::units::Bytes;
 
@@ -75,10 +75,8 @@ pub struct Owner {
 }
 
 /// All that a volume's options say.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spec {
-    /// The volume's name.
-    pub volume: VolumeName,
     /// What to restore from.
     pub restore: Criteria,
     /// Tags of what is published; none: nothing is.
@@ -123,15 +121,13 @@ impl Spec {
     ///
     /// # Errors
     /// The first option that is unknown, malformed, or given twice differently.
-    pub fn parse(
-        volume: &VolumeName,
-        options: &BTreeMap<String, String>,
-    ) -> Result<Self, BadOption> {
-        let _ = (volume, options);
+    pub fn parse(options: &BTreeMap<String, String>) -> Result<Self, BadOption> {
+        let _ = options;
         todo!("selection helper")
     }
 
-    /// The tags that say all of it, on the volume's LV.
+    /// The tags that say all of it, on the volume's LV (`friend:restore:`,
+    /// `friend:save:`, `friend:scope:`, `friend:opt:`; not the volume's name).
     #[must_use]
     pub fn to_tags(&self) -> Vec<Tag> {
         todo!("selection helper")

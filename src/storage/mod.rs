@@ -7,6 +7,7 @@
 pub mod lvm;
 pub mod reflink;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use crate::cache::names::{LvName, Tag};
@@ -26,8 +27,6 @@ pub struct Lv {
     pub created: u64,
     /// Virtual size.
     pub size: Bytes,
-    /// Bytes of the pool mapped by it, shared ones included.
-    pub used: Bytes,
     /// Its tags, as the store has them.
     pub tags: Vec<Tag>,
     /// What it was made a snapshot of, as long as that is there.
@@ -56,6 +55,15 @@ pub struct Capacity {
     pub data_percent: f64,
     /// Share of the pool's own metadata in use, 0 to 100; 0 where there is none.
     pub metadata_percent: f64,
+}
+
+/// How much of the pool one volume takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Bytes mapped by it, shared ones included.
+    pub mapped: Bytes,
+    /// Bytes that only it maps: what removing it gives back.
+    pub exclusive: Bytes,
 }
 
 /// A volume to be made.
@@ -99,7 +107,9 @@ pub enum StoreError {
         detail: String,
     },
     /// The store did not answer in time: locked by another command, or stuck.
-    #[error("{store} did not answer within {seconds} s: locked by another command, or its disk is stuck")]
+    #[error(
+        "{store} did not answer within {seconds} s: locked by another command, or its disk is stuck"
+    )]
     Timeout {
         /// Which store.
         store: String,
@@ -140,6 +150,13 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// When the store cannot be read.
     fn list(&self) -> Result<Listing, StoreError>;
+
+    /// What each volume takes, active or not. Slower than [`Store::list`], and
+    /// for people: nothing is decided by it.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError>;
 
     /// Makes `new` a snapshot of `origin`, of the same virtual size, and gives
     /// the path of its block device if `new.active`.
