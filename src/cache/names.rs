@@ -1,7 +1,9 @@
 //! The names that cross our edges, each made only by parsing.
 //!
 //! LVM's rules for names and tags are those of lvm2's `validate_name` and
-//! `validate_tag` (lib/metadata/metadata.c, lib/misc/lvm-string.c).
+//! `validate_tag` (lib/misc/lvm-string.c). A [`Tag`] or [`LvName`] is whatever
+//! LVM may hold, others' included, so that any listing can be read; what we take
+//! from users is bounded where it is parsed ([`super::select`], [`super::spec`]).
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -11,10 +13,6 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-/// Longest tag we make, in bytes. LVM sets no limit; its metadata is text that
-/// is rewritten whole at each commit, so long tags cost every command.
-pub const MAX_TAG: usize = 1024;
-
 /// Longest volume name, in bytes: it becomes a directory's name.
 pub const MAX_VOLUME_NAME: usize = 255;
 
@@ -22,9 +20,7 @@ pub const MAX_VOLUME_NAME: usize = 255;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadName {
     /// Not a tag.
-    #[error(
-        "{0:?} is not a tag: use letters, digits and _ + . - / = ! : & #, not starting with -, at most {MAX_TAG} bytes"
-    )]
+    #[error("{0:?} is not a tag: use letters, digits and _ + . - / = ! : & #")]
     Tag(String),
     /// Not a logical volume's name.
     #[error(
@@ -38,7 +34,8 @@ pub enum BadName {
     Volume(String),
 }
 
-fn shortened(text: &str) -> String {
+/// `text`, cut where it is too long for a message.
+pub(super) fn shortened(text: &str) -> String {
     let mut end = text.len().min(80);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -106,11 +103,10 @@ const fn tag_byte(b: u8) -> bool {
 }
 
 name_type!(
-    /// A tag as LVM allows it: `[A-Za-z0-9_+.-/=!:&#]`, no leading `-`.
-    Tag, Tag, |text| !text.is_empty()
-        && text.len() <= MAX_TAG
-        && !text.starts_with('-')
-        && text.bytes().all(tag_byte)
+    /// A tag as LVM allows it: `[A-Za-z0-9_+.-/=!:&#]`, of any length. A leading
+    /// `-`, which lvm(8) denies, is taken by lvm2 2.03.16, and the original script
+    /// made some: it wrote `-` for what LVM's alphabet lacks.
+    Tag, Tag, |text| !text.is_empty() && text.bytes().all(tag_byte)
 );
 
 name_type!(
@@ -172,7 +168,9 @@ pub fn unescape(text: &str) -> Option<String> {
             out.push(b);
         }
     }
-    String::from_utf8(out).ok()
+    String::from_utf8(out)
+        .ok()
+        .filter(|plain| escape(plain) == text)
 }
 
 #[cfg(test)]
@@ -189,14 +187,14 @@ mod tests {
             ("..", true, false, false),
             (".", true, false, false),
             ("", false, false, false),
-            ("-x", false, false, false),
+            ("-x", true, false, false),
             ("a b", false, false, false),
             ("a*", false, false, false),
             ("a\0b", false, false, false),
             ("é", false, false, false),
             ("A-b_c.d", true, true, true),
             ("friend:cache:x", true, false, false),
-            (&long, false, false, false),
+            (&long, true, false, false),
         ] {
             assert_eq!(text.parse::<Tag>().is_ok(), tag, "tag {text:?}");
             assert_eq!(text.parse::<LvName>().is_ok(), lv, "lv {text:?}");
@@ -213,6 +211,23 @@ mod tests {
         for random in [[0; 4], [255; 4], [0xfb, 0xef, 0xbe, 0xff]] {
             let name = LvName::fresh(1_700_000_000, random);
             assert_eq!(name.as_str().parse(), Ok(name.clone()));
+        }
+    }
+
+    #[test]
+    fn only_what_escape_makes_is_unescaped() {
+        for (text, want) in [
+            ("a&20b", Some("a b")),
+            ("&26", Some("&")),
+            ("&", None),
+            ("&2", None),
+            ("&zz", None),
+            ("&2A", None), // escape writes &2a
+            ("&41", None), // escape leaves A as it is
+            ("&ff", None), // not UTF-8
+            ("a b", None),
+        ] {
+            assert_eq!(unescape(text).as_deref(), want, "{text:?}");
         }
     }
 

@@ -1,24 +1,145 @@
 //! The choice of what to restore from: criteria, an index of entries, newest first.
+//!
+//! The index is inverted: each tag has the list of its entries, and each scope
+//! too. Entries are numbered from the newest on, sets of them are bit sets, so
+//! that a criterion is a few `AND`s over 1,250 bytes at 10,000 entries and the
+//! lowest bit left is the newest match. Tags are kept in order, which makes a
+//! prefix a range of them; the union of a long range comes from *blocks*, ready
+//! sets of neighbouring tags. A choice makes as many allocations as it has
+//! criteria and scopes, however many entries there are.
 
-use super::names::{LvName, Tag};
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::Hash;
+use std::ops::Range;
+use std::str::FromStr;
+
+use super::names::{LvName, Tag, shortened};
 use super::spec::{Scope, Spec};
 
+/// Longest term, save tag or scope that is taken from a user, in bytes: as long
+/// as a key of GitHub's cache action may be. LVM's metadata is text that is
+/// rewritten whole at each commit, so long tags cost every command.
+pub const MAX_TERM: usize = 512;
+
+/// Most criteria of one volume.
+pub const MAX_CRITERIA: usize = 32;
+
+/// Most terms in all criteria of one volume together.
+pub const MAX_TERMS: usize = 64;
+
+/// Criteria that are refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadCriteria {
+    /// Not a term.
+    #[error(
+        "{0:?} is not a term: write a tag (letters, digits and _ + . - / = ! : & #, at most {MAX_TERM} bytes), or the beginning of one with * after it"
+    )]
+    Term(String),
+    /// Over a bound.
+    #[error("at most {MAX_CRITERIA} criteria with {MAX_TERMS} terms in all are accepted")]
+    TooMany,
+}
+
 /// One term of a criterion.
+///
+/// Parses `tag` and `prefix*`; `*` alone, which would match anything, is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Term {
     /// A tag, matched exactly.
     Exact(Tag),
-    /// `prefix*`: any tag that begins so. Not empty.
+    /// `prefix*`: any tag that begins so, the prefix itself included. Not empty.
     Prefix(Tag),
 }
 
-/// A set of terms, all required, in any order. Never empty.
+impl FromStr for Term {
+    type Err = BadCriteria;
+
+    fn from_str(text: &str) -> Result<Self, BadCriteria> {
+        let tag = |text: &str| text.parse().ok().filter(|_| text.len() <= MAX_TERM);
+        match text.strip_suffix('*') {
+            Some(prefix) => tag(prefix).map(Self::Prefix),
+            None => tag(text).map(Self::Exact),
+        }
+        .ok_or_else(|| BadCriteria::Term(shortened(text)))
+    }
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(tag) => write!(f, "{tag}"),
+            Self::Prefix(prefix) => write!(f, "{prefix}*"),
+        }
+    }
+}
+
+/// A set of terms, all required. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Criterion(pub Vec<Term>);
+pub struct Criterion(Vec<Term>);
+
+impl Criterion {
+    /// The criterion that requires each of `terms`; `None` where there are none.
+    #[must_use]
+    pub fn new(mut terms: Vec<Term>) -> Option<Self> {
+        terms.sort_unstable();
+        terms.dedup();
+        (!terms.is_empty()).then_some(Self(terms))
+    }
+
+    /// Its terms, in an order of their own: they are a set.
+    #[must_use]
+    pub fn terms(&self) -> &[Term] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Criterion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, term) in self.0.iter().enumerate() {
+            write!(f, "{}{term}", if n == 0 { "" } else { " " })?;
+        }
+        Ok(())
+    }
+}
 
 /// Criteria in order of preference; empty: nothing is restored but the base.
+///
+/// Parses `linux dc5e8c; linux main; linux; npm-feature-*`: terms by white space,
+/// criteria by `;`. A criterion without terms is passed over, since it comes
+/// from a variable that was empty, and must not come to match everything.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Criteria(pub Vec<Criterion>);
+
+impl FromStr for Criteria {
+    type Err = BadCriteria;
+
+    fn from_str(text: &str) -> Result<Self, BadCriteria> {
+        let mut criteria = Vec::new();
+        let mut terms = 0;
+        for criterion in text.split(';') {
+            let parsed = criterion
+                .split_whitespace()
+                .map(str::parse)
+                .collect::<Result<Vec<_>, _>>()?;
+            terms += parsed.len();
+            criteria.extend(Criterion::new(parsed));
+            if criteria.len() > MAX_CRITERIA || terms > MAX_TERMS {
+                return Err(BadCriteria::TooMany);
+            }
+        }
+        Ok(Self(criteria))
+    }
+}
+
+impl fmt::Display for Criteria {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, criterion) in self.0.iter().enumerate() {
+            write!(f, "{}{criterion}", if n == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
 
 /// An entry as the index keeps it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +162,7 @@ pub struct Entry {
 pub struct Choice<'a> {
     /// The entry.
     pub entry: &'a Entry,
-    /// Which scope it was found in: 0 is the volume's own.
+    /// Which scope it was found in: 0 is the volume's own ([`Spec::scopes`]).
     pub scope: usize,
     /// Which criterion matched: 0 is the first.
     pub criterion: usize,
@@ -50,16 +171,38 @@ pub struct Choice<'a> {
 }
 
 /// The entries that can be chosen from, arranged for choosing.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Index {
     entries: Vec<Entry>,
+    tags: Postings<Tag>,
+    scopes: Postings<Scope>,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self::new(Vec::new())
+    }
 }
 
 impl Index {
     /// An index of `entries`, in any order.
     #[must_use]
-    pub fn new(entries: Vec<Entry>) -> Self {
-        Self { entries }
+    pub fn new(mut entries: Vec<Entry>) -> Self {
+        entries.sort_unstable_by(|a, b| b.seq.cmp(&a.seq).then_with(|| a.lv.cmp(&b.lv)));
+        let mut tags = Collector::default();
+        let mut scopes = Collector::default();
+        for (number, entry) in (0..).zip(&mut entries) {
+            scopes.add(number, &mut entry.scope);
+            for tag in &mut entry.tags {
+                tags.add(number, tag);
+            }
+        }
+        let words = entries.len().div_ceil(64);
+        Self {
+            entries,
+            tags: tags.finish(words),
+            scopes: scopes.finish(words),
+        }
     }
 
     /// Its entries, newest first.
@@ -74,7 +217,232 @@ impl Index {
     /// criterion that matches any entry wins; in it the newest entry.
     #[must_use]
     pub fn choose(&self, spec: &Spec) -> Option<Choice<'_>> {
-        let _ = spec;
-        todo!("selection helper")
+        let criteria = &spec.restore.0;
+        let mut matching: Vec<Option<Set>> = vec![None; criteria.len()];
+        for (scope, name) in spec.scopes().enumerate() {
+            let range = self.scopes.exact(name);
+            if range.is_empty() {
+                continue;
+            }
+            let in_scope = self.scopes.union(range);
+            for (criterion, (wanted, matching)) in criteria.iter().zip(&mut matching).enumerate() {
+                let matching = matching.get_or_insert_with(|| self.matching(wanted));
+                if let Some(newest) = in_scope.first_common(matching) {
+                    return Some(Choice {
+                        entry: &self.entries[newest],
+                        scope,
+                        criterion,
+                        exact: criterion == 0
+                            && wanted.0.iter().all(|term| matches!(term, Term::Exact(_))),
+                    });
+                }
+            }
+        }
+        None
+    }
+
+    /// The entries, of any scope, that have all of the criterion's terms.
+    fn matching(&self, criterion: &Criterion) -> Set {
+        let mut terms = criterion.0.iter().map(|term| match term {
+            Term::Exact(tag) => self.tags.exact(tag),
+            Term::Prefix(prefix) => self.tags.prefix(prefix.as_str()),
+        });
+        let mut all = self.tags.union(terms.next().unwrap_or_default());
+        for range in terms {
+            all.keep_common(&self.tags.union(range));
+        }
+        all
+    }
+}
+
+/// A set of entries by their numbers; bit 0 of word 0 is the newest.
+#[derive(Debug, Clone)]
+struct Set(Vec<u64>);
+
+impl Set {
+    fn insert(&mut self, number: u32) {
+        self.0[number as usize / 64] |= 1 << (number % 64);
+    }
+
+    fn add_all(&mut self, other: &[u64]) {
+        for (word, other) in self.0.iter_mut().zip(other) {
+            *word |= other;
+        }
+    }
+
+    fn keep_common(&mut self, other: &Self) {
+        for (word, other) in self.0.iter_mut().zip(&other.0) {
+            *word &= other;
+        }
+    }
+
+    fn first_common(&self, other: &Self) -> Option<usize> {
+        let mut words = self.0.iter().zip(&other.0).map(|(a, b)| a & b);
+        let (n, word) = (0..).zip(&mut words).find(|(_, word)| *word != 0)?;
+        Some(n * 64 + word.trailing_zeros() as usize)
+    }
+}
+
+/// Which entries have which key (a tag or a scope).
+#[derive(Debug, Clone)]
+struct Postings<K> {
+    /// Words in a set of entries.
+    words: usize,
+    /// In ascending order.
+    keys: Vec<K>,
+    /// Where each key's entries begin in `entries`, and after them its length.
+    starts: Vec<u32>,
+    /// The entries of the first key, of the second …
+    entries: Vec<u32>,
+    /// The key that each block begins with, and after them the number of keys.
+    block_starts: Vec<u32>,
+    /// The set of entries of each block, one after the other.
+    block_sets: Vec<u64>,
+}
+
+impl<K: Ord> Postings<K> {
+    /// Where `key` is: one key or none.
+    fn exact(&self, key: &K) -> Range<usize> {
+        match self.keys.binary_search(key) {
+            Ok(n) => n..n + 1,
+            Err(n) => n..n,
+        }
+    }
+
+    /// The entries that have any of `keys`.
+    fn union(&self, keys: Range<usize>) -> Set {
+        let mut set = Set(vec![0; self.words]);
+        if keys.is_empty() {
+            return set;
+        }
+        let first = self
+            .block_starts
+            .partition_point(|&start| (start as usize) < keys.start);
+        let last = self
+            .block_starts
+            .partition_point(|&start| start as usize <= keys.end)
+            - 1;
+        if first >= last {
+            self.insert_each(&mut set, keys);
+            return set;
+        }
+        let whole = self.block_starts[first] as usize..self.block_starts[last] as usize;
+        self.insert_each(&mut set, keys.start..whole.start);
+        for block in self.block_sets[first * self.words..last * self.words].chunks(self.words) {
+            set.add_all(block);
+        }
+        self.insert_each(&mut set, whole.end..keys.end);
+        set
+    }
+
+    fn insert_each(&self, set: &mut Set, keys: Range<usize>) {
+        for &number in
+            &self.entries[self.starts[keys.start] as usize..self.starts[keys.end] as usize]
+        {
+            set.insert(number);
+        }
+    }
+}
+
+impl Postings<Tag> {
+    /// Where the tags are that begin with `prefix`.
+    fn prefix(&self, prefix: &str) -> Range<usize> {
+        let start = self.keys.partition_point(|tag| tag.as_str() < prefix);
+        let rest = &self.keys[start..];
+        start..start + rest.partition_point(|tag| tag.as_str().starts_with(prefix))
+    }
+}
+
+/// Gathers keys, entry by entry, for [`Postings`].
+struct Collector<K> {
+    ids: HashMap<K, u32>,
+    /// (id of the key, number of the entry), the latter ascending.
+    pairs: Vec<(u32, u32)>,
+}
+
+impl<K> Default for Collector<K> {
+    fn default() -> Self {
+        Self {
+            ids: HashMap::new(),
+            pairs: Vec::new(),
+        }
+    }
+}
+
+impl<K: Ord + Hash + Clone> Collector<K> {
+    /// Notes that entry `number` has `key`, and makes `key` share the memory of
+    /// its equals.
+    fn add(&mut self, number: u32, key: &mut K) {
+        let id = match self.ids.get_key_value(key) {
+            Some((known, &id)) => {
+                *key = known.clone();
+                id
+            }
+            None => {
+                let id = self.ids.len() as u32;
+                self.ids.insert(key.clone(), id);
+                id
+            }
+        };
+        self.pairs.push((id, number));
+    }
+
+    fn finish(self, words: usize) -> Postings<K> {
+        let mut keys: Vec<(K, u32)> = self.ids.into_iter().collect();
+        keys.sort_unstable();
+        let mut ranks = vec![0; keys.len()];
+        for (rank, (_, id)) in keys.iter().enumerate() {
+            ranks[*id as usize] = rank;
+        }
+
+        let mut starts = vec![0_u32; keys.len() + 1];
+        for (id, _) in &self.pairs {
+            starts[ranks[*id as usize] + 1] += 1;
+        }
+        for n in 1..starts.len() {
+            starts[n] += starts[n - 1];
+        }
+        let mut next = starts.clone();
+        let mut entries = vec![0; self.pairs.len()];
+        for (id, number) in self.pairs {
+            let place = &mut next[ranks[id as usize]];
+            entries[*place as usize] = number;
+            *place += 1;
+        }
+
+        let mut postings = Postings {
+            words,
+            keys: keys.into_iter().map(|(key, _)| key).collect(),
+            starts,
+            entries,
+            block_starts: Vec::new(),
+            block_sets: Vec::new(),
+        };
+        postings.make_blocks();
+        postings
+    }
+}
+
+impl<K: Ord> Postings<K> {
+    /// Cuts the keys into blocks of about eight postings a word of a set (a key
+    /// with more has a block to itself): what a block leaves to insert one by one
+    /// then costs about as much as the blocks of the widest prefix, and all blocks
+    /// take about as much memory as the postings.
+    fn make_blocks(&mut self) {
+        let most = self.words * 8;
+        let mut from = 0;
+        while from < self.keys.len() {
+            let mut to = from + 1;
+            while to < self.keys.len() && (self.starts[to + 1] - self.starts[from]) as usize <= most
+            {
+                to += 1;
+            }
+            let mut set = Set(vec![0; self.words]);
+            self.insert_each(&mut set, from..to);
+            self.block_starts.push(from as u32);
+            self.block_sets.append(&mut set.0);
+            from = to;
+        }
+        self.block_starts.push(self.keys.len() as u32);
     }
 }

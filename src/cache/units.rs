@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::names::shortened;
+
 /// A number of bytes.
 ///
 /// Parses `4096`, `512K`, `30G`, `1.5GiB`: the suffixes K, M, G and T, with or
@@ -42,7 +44,7 @@ impl FromStr for Bytes {
     type Err = BadSize;
 
     fn from_str(text: &str) -> Result<Self, BadSize> {
-        let bad = || BadSize(text.to_owned());
+        let bad = || BadSize(shortened(text));
         let lower = text.to_ascii_lowercase();
         let number_end = lower
             .find(|c: char| !c.is_ascii_digit() && c != '.')
@@ -59,7 +61,7 @@ impl FromStr for Bytes {
         let bytes = if number.contains('.') {
             let value: f64 = number.parse().map_err(|_| bad())?;
             let bytes = value * unit as f64;
-            if !(bytes < (1_u64 << 62) as f64) {
+            if bytes >= (1_u64 << 62) as f64 {
                 return Err(bad());
             }
             bytes as u64
