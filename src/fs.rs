@@ -74,3 +74,19 @@ pub fn sectors_written(device: (u32, u32)) -> io::Result<u64> {
     let _ = device;
     todo!("mount helper")
 }
+
+/// Gives all the space that a block device has mapped back to its pool: what it
+/// held is lost.
+///
+/// # Errors
+/// What the kernel says.
+pub fn discard_all(device: &Path) -> io::Result<()> {
+    // BLKDISCARD takes a pointer to two u64: offset and length, in bytes.
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+
+    let mut file = std::fs::OpenOptions::new().write(true).open(device)?;
+    let size = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+    // SAFETY: the descriptor is open, and the range a valid pointer to two u64.
+    unsafe { blkdiscard(std::os::fd::AsRawFd::as_raw_fd(&file), &[0, size]) }?;
+    Ok(())
+}

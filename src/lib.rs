@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod engine;
 pub mod exec;
+pub mod failpoint;
 pub mod fs;
 pub mod mount;
 pub mod storage;

@@ -1,14 +1,50 @@
 //! The life of a lease: volumes are made, mounted, written to, and published.
+//!
+//! A volume always has one logical volume that carries its name and
+//! specification: a copy of the best entry, made and mounted (detached) before
+//! anybody asks for it. Mount moves it into place; the last Unmount takes it out
+//! of sight, and what takes long happens behind the answer, in a thread for that
+//! lease alone: flush, last close, publish, the next copy, removal.
+//!
+//! - `prepare`: choosing an entry and making a copy of it
+//! - `settle`: the end of a lease
+//! - `start`: what the store and the mount table say after a restart
+//! - `upkeep`: removals, refreshes, and changes made by others
+//!
+//! What never happens: a request waits for another volume's I/O (no lock but a
+//! volume's own `op` is held over I/O); an LV that somebody writes to carries a
+//! cache tag; a volume that a client was told of has no LV.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+mod prepare;
+mod settle;
+mod start;
+mod upkeep;
+mod volume;
 
-use crate::cache::names::VolumeName;
-use crate::cache::spec::BadOption;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{fs, io, mem, thread};
+
+use nix::sys::stat::{fstat, stat};
+use tracing::{error, info, warn};
+
+use crate::cache::names::{LvName, Tag, VolumeName};
+use crate::cache::record::{LEASE, VOLUME};
+use crate::cache::select::{Entry, Index};
+use crate::cache::spec::{BadOption, OnError, Spec};
 use crate::cache::units::Bytes;
+use crate::failpoint::reach;
+use crate::mount::{self, Mounted};
 use crate::storage::{Store, StoreError};
+use upkeep::Upkeep;
+use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
+
+/// How long Unmount waits for its own work before it answers. Podman gives up
+/// after 5 seconds, and then never unmounts that volume again.
+const UNMOUNT_ANSWER: Duration = Duration::from_secs(3);
 
 /// What the engine is told at its start.
 #[derive(Debug, Clone)]
@@ -22,6 +58,9 @@ pub struct Settings {
     /// Size of the directory in memory that `on-error=scratch` gives where the
     /// volume names none.
     pub scratch_size: Bytes,
+    /// Virtual size of volumes that start empty, where neither the volume nor a
+    /// base says it.
+    pub empty_size: Bytes,
 }
 
 /// How the work in a lease ended.
@@ -68,6 +107,9 @@ pub enum EngineError {
     /// The engine is stopping and takes no new requests.
     #[error("the daemon is stopping")]
     Stopping,
+    /// What a volume starts from is damaged.
+    #[error("{0}")]
+    Damaged(String),
     /// The store did not serve.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -83,8 +125,85 @@ pub enum EngineError {
 
 /// The engine. Its calls block, and may be made from any thread; work that was
 /// begun goes on when a caller loses interest.
-#[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    store: Arc<dyn Store>,
+    settings: Settings,
+    /// The kernel's boot id, its first 8 hexadecimal digits.
+    boot: String,
+    state: Mutex<State>,
+    /// Told when `State::under_way` falls to 0.
+    quiet: Condvar,
+    upkeep: Upkeep,
+    premounted: Arc<AtomicUsize>,
+}
+
+/// What is known of the store, in memory. Never locked over I/O.
+#[derive(Default)]
+struct State {
+    volumes: HashMap<VolumeName, Arc<Volume>>,
+    index: Arc<Index>,
+    base: Option<Base>,
+    /// Grows whenever `index` or `base` change.
+    generation: u64,
+    /// Entries that we published, and when: a listing begun before does not have them.
+    born: HashMap<LvName, (Instant, Entry)>,
+    /// LVs that we gave up, and when: a listing begun before has them still.
+    gone: HashMap<LvName, Instant>,
+    /// LVs that are not clearly ours, and were reported.
+    reported: HashMap<LvName, String>,
+    stopping: bool,
+    /// Requests and settlements that are being worked on.
+    under_way: usize,
+}
+
+/// The base, as the listing has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Base {
+    lv: LvName,
+    created: u64,
+    size: Bytes,
+}
+
+/// A Mount that did not succeed, and what the volume goes on from.
+struct Refusal {
+    phase: Phase,
+    error: EngineError,
+}
+
+type Refused = Box<Refusal>;
+
+fn refuse(phase: Phase, error: EngineError) -> Refused {
+    Box::new(Refusal { phase, error })
+}
+
+/// Something is being worked on, for as long as this lives.
+struct Work(Arc<Engine>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.under_way -= 1;
+        if state.under_way == 0 {
+            self.0.quiet.notify_all();
+        }
+    }
+}
+
+/// Locks, also after a panic of another holder: what our locks protect is
+/// changed in single steps only.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
 
 impl Engine {
     /// Reads the store and the mount table, takes up the leases that go on, and
@@ -93,8 +212,24 @@ impl Engine {
     /// # Errors
     /// When the store cannot be read or the mount directory cannot be made.
     pub fn start(store: Arc<dyn Store>, settings: Settings) -> Result<Arc<Self>, EngineError> {
-        let _ = (store, settings);
-        todo!("engine")
+        mount::ensure_shared(&settings.mount_dir)
+            .map_err(|source| io_error("making", &settings.mount_dir, source))?;
+        let boot_file = Path::new("/proc/sys/kernel/random/boot_id");
+        let mut boot =
+            fs::read_to_string(boot_file).map_err(|e| io_error("reading", boot_file, e))?;
+        boot.truncate(8);
+        let engine = Arc::new(Self {
+            store,
+            settings,
+            boot,
+            state: Mutex::default(),
+            quiet: Condvar::new(),
+            upkeep: Upkeep::default(),
+            premounted: Arc::default(),
+        });
+        engine.take_up()?;
+        engine.start_upkeep()?;
+        Ok(engine)
     }
 
     /// Makes a volume; no error where it is there with the same options.
@@ -102,57 +237,509 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`].
     pub fn create(
-        &self,
+        self: &Arc<Self>,
         name: &VolumeName,
         options: &BTreeMap<String, String>,
     ) -> Result<(), EngineError> {
-        let _ = (name, options);
-        todo!("engine")
+        let spec = Spec::parse(options)?;
+        let _work = self.begin()?;
+        loop {
+            let fresh = Arc::new(Volume::new(
+                name.clone(),
+                spec.clone(),
+                unix_now(),
+                Phase::Making,
+            ));
+            let _op = lock(&fresh.op);
+            let there = lock(&self.state)
+                .volumes
+                .entry(name.clone())
+                .or_insert_with(|| Arc::clone(&fresh))
+                .clone();
+            if Arc::ptr_eq(&there, &fresh) {
+                return self.make(&fresh);
+            }
+            // Somebody makes it now, or made it before: once that is done it is
+            // either the same volume, or gone again.
+            let _op = lock(&there.op);
+            if !lock(&there.now).removed {
+                return if there.spec == spec {
+                    Ok(())
+                } else {
+                    Err(EngineError::Exists(name.clone()))
+                };
+            }
+        }
+    }
+
+    /// The first copy of a new volume, whose `op` the caller holds.
+    fn make(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), EngineError> {
+        reach("create", 1);
+        let made = match self.prepare(volume, "create") {
+            Ok(copy) => Ok(Phase::Ready(copy)),
+            Err(EngineError::Miss(_)) => self.placeholder(volume).map(|lv| Phase::Stale(Some(lv))),
+            Err(error) => Err(error),
+        };
+        reach("create", 4);
+        match made {
+            Ok(phase) => {
+                lock(&volume.now).phase = phase;
+                Ok(())
+            }
+            Err(error) if volume.spec.on_error == OnError::Scratch => {
+                error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, the volume exists until the daemon ends");
+                lock(&volume.now).phase = Phase::Stale(None);
+                Ok(())
+            }
+            Err(error) => {
+                lock(&volume.now).removed = true;
+                self.drop_volume(volume);
+                Err(error)
+            }
+        }
     }
 
     /// Mounts a volume for the client `id` and gives the mountpoint.
     ///
     /// # Errors
     /// See [`EngineError`].
-    pub fn mount(&self, name: &VolumeName, id: &str) -> Result<PathBuf, EngineError> {
-        let _ = (name, id);
-        todo!("engine")
+    pub fn mount(self: &Arc<Self>, name: &VolumeName, id: &str) -> Result<PathBuf, EngineError> {
+        let began = Instant::now();
+        let _work = self.begin()?;
+        let volume = self.volume(name)?;
+        let at = self.mountpoint(name);
+        let _op = lock(&volume.op);
+        let mut phase = {
+            let mut now = lock(&volume.now);
+            if now.removed {
+                return Err(EngineError::NoSuchVolume(name.clone()));
+            }
+            if let Phase::Leased(lease) = &mut now.phase
+                && lease.is_at(&at)
+            {
+                lease.ids.insert(id.to_owned());
+                return Ok(at);
+            }
+            mem::replace(&mut now.phase, Phase::Changing)
+        };
+        if let Phase::Leased(lease) = phase {
+            warn!(volume = %name, "its mount was taken away by somebody else: that ends the lease");
+            phase = self.end(&volume, lease);
+        }
+        match self.open_lease(&volume, phase, &at, began) {
+            Ok(mut lease) => {
+                lease.ids.insert(id.to_owned());
+                lock(&volume.now).phase = Phase::Leased(lease);
+                Ok(at)
+            }
+            Err(refused) => {
+                lock(&volume.now).phase = refused.phase;
+                Err(refused.error)
+            }
+        }
+    }
+
+    /// Begins a lease from what `phase` has; gives back what to go on from where
+    /// that fails.
+    fn open_lease(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        phase: Phase,
+        at: &Path,
+        began: Instant,
+    ) -> Result<Lease, Refused> {
+        let backing = match self.ready(volume, phase) {
+            Ok((copy, open)) => {
+                let baseline = open
+                    .mounted
+                    .device_number()
+                    .and_then(crate::fs::sectors_written)
+                    .ok();
+                Backing::Lv {
+                    copy,
+                    open,
+                    baseline,
+                }
+            }
+            Err(refused)
+                if volume.spec.on_error == OnError::Scratch
+                    && !matches!(refused.error, EngineError::Miss(_)) =>
+            {
+                let Refusal { phase, error } = *refused;
+                error!(volume = %volume.name, %error, "the store does not serve: on-error=scratch, the job runs uncached");
+                let scratch = self.scratch(volume).map_err(|e| refuse(phase, e))?;
+                Backing::Scratch(scratch)
+            }
+            Err(refused) => return Err(refused),
+        };
+        let mounted = match &backing {
+            Backing::Lv { open, .. } => &open.mounted,
+            Backing::Scratch(mounted) => mounted,
+        };
+        if let Err(error) = self.show(mounted, at) {
+            let phase = match backing {
+                // Whatever was attached of it is not to be trusted to be detached.
+                Backing::Lv { copy, .. } if !volume.keeps() => Phase::Stale(Some(copy.lv)),
+                Backing::Lv { copy, .. } => Phase::Ready(copy),
+                Backing::Scratch(_) => Phase::Stale(None),
+            };
+            return Err(refuse(phase, error));
+        }
+        reach("mount", 3);
+        let mark = match &backing {
+            Backing::Lv { copy, .. } if may_publish(&volume.spec) => {
+                Some(self.mark_leased(copy.lv.clone()))
+            }
+            _ => None,
+        };
+        Ok(Lease {
+            backing,
+            ids: Default::default(),
+            began: Instant::now(),
+            took: began.elapsed(),
+            verdict: Verdict::Unknown,
+            mark,
+        })
+    }
+
+    /// A copy that is the best now, mounted and attached nowhere.
+    fn ready(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        phase: Phase,
+    ) -> Result<(Prepared, OpenFs), Refused> {
+        let old = match phase {
+            Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
+                if let Some(premounted) = copy.premounted.take() {
+                    return Ok((copy, premounted.fs));
+                }
+                match self.open(volume, &mut copy) {
+                    Ok(open) => return Ok((copy, open)),
+                    Err(error) if self.give_up_damaged(&copy.source, &error) => Some(copy.lv),
+                    Err(error) => return Err(refuse(Phase::Ready(copy), error.into())),
+                }
+            }
+            Phase::Ready(copy) => Some(copy.lv),
+            Phase::Stale(lv) => lv,
+            Phase::Making | Phase::Changing | Phase::Leased(_) => None,
+        };
+        reach("refresh", 1);
+        match self.prepare_open(volume, "refresh") {
+            Ok(ready) => {
+                reach("refresh", 4);
+                if let Some(lv) = old {
+                    self.discard(lv);
+                }
+                Ok(ready)
+            }
+            Err(error) => Err(refuse(Phase::Stale(old), error)),
+        }
+    }
+
+    /// Attaches a mount at a volume's mountpoint.
+    fn show(&self, mounted: &Mounted, at: &Path) -> Result<(), EngineError> {
+        reach("mount", 1);
+        match fs::create_dir(at) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                // Left by an earlier life, or by somebody else: never mount upon it.
+                while mount::detach(at).map_err(|e| io_error("unmounting", at, e))? {}
+            }
+            other => other.map_err(|e| io_error("making", at, e))?,
+        }
+        reach("mount", 2);
+        mounted.attach(at).map_err(|e| {
+            let _ = fs::remove_dir(at);
+            io_error("mounting at", at, e)
+        })
+    }
+
+    fn scratch(&self, volume: &Volume) -> Result<Mounted, EngineError> {
+        let size = volume.spec.size.unwrap_or(self.settings.scratch_size);
+        let failed = |e| {
+            io_error(
+                "mounting scratch space for",
+                Path::new(volume.name.as_str()),
+                e,
+            )
+        };
+        let mounted = Mounted::scratch(size, start::SCRATCH_SOURCE).map_err(failed)?;
+        crate::fs::dress(mounted.root(), volume.spec.owner, volume.spec.mode).map_err(failed)?;
+        Ok(mounted)
+    }
+
+    /// Marks an LV as leased, so that the lease's end is not forgotten if we die
+    /// between it and its settlement. Behind Mount's answer: until it is written
+    /// the mount table says the same.
+    fn mark_leased(self: &Arc<Self>, lv: LvName) -> thread::JoinHandle<()> {
+        let work = self.work();
+        thread::spawn(move || {
+            if let Err(error) = work.0.store.change_tags(&lv, &[work.0.lease_tag()], &[]) {
+                warn!(%lv, %error, "a lease could not be marked: its cache is not published if the daemon dies now");
+            }
+            reach("mount", 4);
+        })
+    }
+
+    fn lease_tag(&self) -> Tag {
+        tag(&format!("{LEASE}{}", self.boot))
     }
 
     /// Ends the use of a volume by the client `id`; with the last one, the lease.
     /// Never fails, and returns within 4 seconds: what takes longer goes on behind it.
-    pub fn unmount(&self, name: &VolumeName, id: &str) {
-        let _ = (name, id);
-        todo!("engine")
+    pub fn unmount(self: &Arc<Self>, name: &VolumeName, id: &str) {
+        let Ok(volume) = self.volume(name) else {
+            return;
+        };
+        let work = self.work();
+        let id = id.to_owned();
+        let (done, answer) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            work.0.end_use(&volume, &id);
+            drop(done);
+        });
+        let _ = answer.recv_timeout(UNMOUNT_ANSWER);
+    }
+
+    fn end_use(self: &Arc<Self>, volume: &Arc<Volume>, id: &str) {
+        let _op = lock(&volume.op);
+        let lease = {
+            let mut now = lock(&volume.now);
+            let Phase::Leased(lease) = &mut now.phase else {
+                return;
+            };
+            lease.ids.remove(id);
+            if !lease.ids.is_empty() {
+                return;
+            }
+            let Phase::Leased(lease) = mem::replace(&mut now.phase, Phase::Changing) else {
+                unreachable!("seen above, under the same lock");
+            };
+            lease
+        };
+        let next = self.end(volume, lease);
+        lock(&volume.now).phase = next;
+    }
+
+    /// Says how the work in a volume's present lease ended.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchVolume`].
+    pub fn verdict(&self, name: &VolumeName, verdict: Verdict) -> Result<(), EngineError> {
+        let volume = self.volume(name)?;
+        if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
+            lease.verdict = verdict;
+        }
+        Ok(())
     }
 
     /// Removes a volume; a lease that goes on ends.
     ///
     /// # Errors
     /// See [`EngineError`].
-    pub fn remove(&self, name: &VolumeName) -> Result<(), EngineError> {
-        let _ = name;
-        todo!("engine")
+    pub fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
+        let _work = self.begin()?;
+        let volume = self.volume(name)?;
+        let _op = lock(&volume.op);
+        let phase = {
+            let mut now = lock(&volume.now);
+            if now.removed {
+                return Err(EngineError::NoSuchVolume(name.clone()));
+            }
+            mem::replace(&mut now.phase, Phase::Changing)
+        };
+        let phase = match phase {
+            Phase::Leased(lease) => self.end(&volume, lease),
+            other => other,
+        };
+        let lv = match phase {
+            Phase::Ready(copy) => Some(copy.lv),
+            Phase::Stale(lv) => lv,
+            Phase::Making | Phase::Changing | Phase::Leased(_) => None,
+        };
+        match self.remove_lvs(&volume, lv.as_ref()) {
+            Ok(()) => {
+                lock(&volume.now).removed = true;
+                self.drop_volume(&volume);
+                info!(volume = %name, "removed");
+                Ok(())
+            }
+            Err(error) => {
+                lock(&volume.now).phase = Phase::Stale(lv);
+                Err(error)
+            }
+        }
+    }
+
+    /// Commits that a volume is no more, before anybody is told so.
+    fn remove_lvs(&self, volume: &Volume, lv: Option<&LvName>) -> Result<(), EngineError> {
+        reach("remove", 1);
+        let settling = lock(&volume.now).settling.clone();
+        for lv in settling {
+            // What the lease wrote is still to be published.
+            lock(&self.state).gone.insert(lv.clone(), Instant::now());
+            match self
+                .store
+                .change_tags(&lv, &[], &[tag(&format!("{VOLUME}{}", volume.name))])
+            {
+                Err(StoreError::NotFound(_)) => {}
+                other => other?,
+            }
+        }
+        if let Some(lv) = lv {
+            self.doom(lv)?;
+        }
+        reach("remove", 2);
+        Ok(())
     }
 
     /// A volume, from memory: never waits for the store.
     #[must_use]
     pub fn get(&self, name: &VolumeName) -> Option<VolumeView> {
-        let _ = name;
-        todo!("engine")
+        self.view(&*self.volume(name).ok()?)
     }
 
     /// All volumes, from memory: never waits for the store.
     #[must_use]
     pub fn list(&self) -> Vec<VolumeView> {
-        todo!("engine")
+        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
+        volumes
+            .iter()
+            .filter_map(|volume| self.view(volume))
+            .collect()
+    }
+
+    fn view(&self, volume: &Volume) -> Option<VolumeView> {
+        let now = lock(&volume.now);
+        if now.removed || matches!(now.phase, Phase::Making) {
+            return None;
+        }
+        let mut status = serde_json::Map::new();
+        let mut say = |key: &str, value: serde_json::Value| {
+            if !value.is_null() {
+                status.insert(key.to_owned(), value);
+            }
+        };
+        let mut say_copy = |copy: &Prepared| {
+            say("lv", copy.lv.as_str().into());
+            say("restored", copy.source.how.as_str().into());
+            say("from", copy.source.lv.as_ref().map(LvName::as_str).into());
+            say("criterion", copy.source.criterion.as_deref().into());
+            let age = copy.source.created.map(|t| unix_now().saturating_sub(t));
+            say("age_seconds", age.into());
+            say("prepare_ms", millis(copy.took).into());
+        };
+        let mut mountpoint = None;
+        let state = match &now.phase {
+            Phase::Ready(copy) => {
+                say_copy(copy);
+                "ready"
+            }
+            Phase::Leased(lease) => {
+                mountpoint = Some(self.mountpoint(&volume.name));
+                match &lease.backing {
+                    Backing::Lv {
+                        copy,
+                        open,
+                        baseline,
+                    } => {
+                        say_copy(copy);
+                        let device = open.mounted.device_number();
+                        let written = device.and_then(crate::fs::sectors_written).ok();
+                        if let (Some(written), Some(baseline)) = (written, baseline) {
+                            say(
+                                "bytes_written",
+                                (written.saturating_sub(*baseline) * 512).into(),
+                            );
+                        }
+                    }
+                    Backing::Scratch(_) => say("restored", Restored::Scratch.as_str().into()),
+                }
+                say("mount_ms", millis(lease.took).into());
+                "mounted"
+            }
+            Phase::Making | Phase::Changing => "changing",
+            Phase::Stale(_) => "stale",
+        };
+        say("state", state.into());
+        say("last_lease", now.last.clone().into());
+        Some(VolumeView {
+            name: volume.name.clone(),
+            created: volume.created,
+            mountpoint,
+            status,
+        })
     }
 
     /// Takes no more requests, finishes what is under way within `bound`, and
     /// leaves visible mounts alone. `false`: something was left undone, and the
     /// next start takes it up.
     pub fn stop(&self, bound: Duration) -> bool {
-        let _ = bound;
-        todo!("engine")
+        let mut state = lock(&self.state);
+        state.stopping = true;
+        self.upkeep.stop();
+        let (state, _) = self
+            .quiet
+            .wait_timeout_while(state, bound, |state| state.under_way > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.under_way == 0
     }
+
+    fn begin(self: &Arc<Self>) -> Result<Work, EngineError> {
+        if lock(&self.state).stopping {
+            return Err(EngineError::Stopping);
+        }
+        Ok(self.work())
+    }
+
+    fn work(self: &Arc<Self>) -> Work {
+        lock(&self.state).under_way += 1;
+        Work(Arc::clone(self))
+    }
+
+    fn volume(&self, name: &VolumeName) -> Result<Arc<Volume>, EngineError> {
+        lock(&self.state)
+            .volumes
+            .get(name)
+            .cloned()
+            .ok_or_else(|| EngineError::NoSuchVolume(name.clone()))
+    }
+
+    /// Forgets a volume, unless another of its name has taken its place.
+    fn drop_volume(&self, volume: &Arc<Volume>) {
+        let mut state = lock(&self.state);
+        if state
+            .volumes
+            .get(&volume.name)
+            .is_some_and(|v| Arc::ptr_eq(v, volume))
+        {
+            state.volumes.remove(&volume.name);
+        }
+    }
+
+    fn mountpoint(&self, name: &VolumeName) -> PathBuf {
+        self.settings.mount_dir.join(name.as_str())
+    }
+}
+
+impl Lease {
+    /// Whether it is still what one sees at its mountpoint.
+    fn is_at(&self, at: &Path) -> bool {
+        let mounted = match &self.backing {
+            Backing::Lv { open, .. } => &open.mounted,
+            Backing::Scratch(mounted) => mounted,
+        };
+        matches!((stat(at), fstat(mounted.root())), (Ok(seen), Ok(held)) if seen.st_dev == held.st_dev)
+    }
+}
+
+fn io_error(doing: &str, to: &Path, source: io::Error) -> EngineError {
+    EngineError::Io {
+        what: format!("{doing} {}", to.display()),
+        source,
+    }
+}
+
+/// A tag that is one by construction.
+fn tag(text: &str) -> Tag {
+    text.parse().expect("made of names that were parsed")
 }

@@ -1,0 +1,372 @@
+//! Choosing an entry and making a copy of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use std::{fs, io};
+
+use tracing::{error, warn};
+
+use super::volume::{OpenFs, Premounted, Prepared, Restored, Slot, Source, Volume};
+use super::{Engine, EngineError, io_error, lock, tag, unix_now};
+use crate::cache::names::LvName;
+use crate::cache::record::{DOOMED, MAKING, volume_tags};
+use crate::cache::select::{Choice, Index};
+use crate::cache::spec::{OnMiss, Spec};
+use crate::cache::units::Bytes;
+use crate::exec::ExecError;
+use crate::failpoint::reach;
+use crate::fs::Content;
+use crate::mount::Mounted;
+use crate::storage::{NewLv, StoreError};
+
+/// How often a choice is made again when what was chosen turns out to be gone or
+/// damaged. Each round gives one entry up, so this bounds one request's work.
+const ROUNDS: usize = 16;
+
+/// A copy's file system could not be opened.
+#[derive(Debug)]
+pub(super) enum OpenError {
+    /// What it was copied from is damaged: no file system that we mount, or one
+    /// that the kernel refuses as corrupt.
+    Damaged(String),
+    /// Anything else.
+    Other(EngineError),
+}
+
+impl From<OpenError> for EngineError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Damaged(what) => Self::Damaged(what),
+            OpenError::Other(error) => error,
+        }
+    }
+}
+
+impl From<StoreError> for OpenError {
+    fn from(error: StoreError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+impl Engine {
+    /// What `volume` restores from now, and the index's generation that says so.
+    pub(super) fn choose(&self, volume: &Volume) -> Result<(u64, Source), EngineError> {
+        let (index, base, generation) = {
+            let state = lock(&self.state);
+            (
+                Arc::clone(&state.index),
+                state.base.clone(),
+                state.generation,
+            )
+        };
+        let source = match (index.choose(&volume.spec), volume.spec.on_miss) {
+            (Some(choice), _) => entry_source(&volume.spec, choice),
+            (None, OnMiss::Fail) => return Err(EngineError::Miss(volume.name.clone())),
+            (None, OnMiss::Empty) => Source::of(Restored::Empty),
+            (None, OnMiss::Base) => match base {
+                Some(base) => Source {
+                    lv: Some(base.lv),
+                    created: Some(base.created),
+                    ..Source::of(Restored::Base)
+                },
+                None => Source::of(Restored::Empty),
+            },
+        };
+        Ok((generation, source))
+    }
+
+    /// Whether `copy` is still what its volume's next use should start from.
+    pub(super) fn is_best(&self, volume: &Volume, copy: &Prepared) -> bool {
+        let generation = copy.generation.load(Ordering::Relaxed);
+        if volume.keeps() || generation == lock(&self.state).generation {
+            return true;
+        }
+        match self.choose(volume) {
+            // What an earlier life made may have been used since.
+            Ok((generation, best))
+                if best.lv == copy.source.lv && copy.source.how != Restored::Earlier =>
+            {
+                copy.generation.store(generation, Ordering::Relaxed);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A new copy, mounted (detached) where the settings allow one more.
+    pub(super) fn prepare(&self, volume: &Volume, stage: &str) -> Result<Prepared, EngineError> {
+        let Some(slot) = Slot::take(&self.premounted, self.settings.premounted) else {
+            return self.snapshot(volume, stage);
+        };
+        let (mut copy, fs) = self.prepare_open(volume, stage)?;
+        copy.premounted = Some(Premounted { fs, _slot: slot });
+        Ok(copy)
+    }
+
+    /// A new copy, mounted, attached nowhere.
+    pub(super) fn prepare_open(
+        &self,
+        volume: &Volume,
+        stage: &str,
+    ) -> Result<(Prepared, OpenFs), EngineError> {
+        let began = Instant::now();
+        let mut round = 0;
+        loop {
+            round += 1;
+            let mut copy = self.snapshot(volume, stage)?;
+            match self.open(volume, &mut copy) {
+                Ok(open) => {
+                    reach(stage, 3);
+                    copy.took = began.elapsed();
+                    return Ok((copy, open));
+                }
+                Err(error) => {
+                    let again = self.give_up_damaged(&copy.source, &error) && round < ROUNDS;
+                    // At once: a volume whose Create fails must not come back.
+                    if let Err(error) = self.doom(&copy.lv) {
+                        warn!(lv = %copy.lv, %error, "a copy that was not finished could not be given up");
+                    }
+                    if !again {
+                        return Err(error.into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Only the LV of a new copy.
+    fn snapshot(&self, volume: &Volume, stage: &str) -> Result<Prepared, EngineError> {
+        let began = Instant::now();
+        let mut round = 0;
+        loop {
+            round += 1;
+            let (generation, source) = self.choose(volume)?;
+            let new = self.new_lv(volume, source.lv.as_ref(), volume.keeps(), true)?;
+            let made = match &source.lv {
+                Some(origin) => self.store.snapshot(origin, &new),
+                None => self.store.create(&new, self.empty_size(&volume.spec)),
+            };
+            match (made, &source.lv) {
+                (Ok(device), _) => {
+                    reach(stage, 2);
+                    return Ok(Prepared {
+                        lv: new.name,
+                        device,
+                        premounted: None,
+                        making: volume.keeps(),
+                        source,
+                        generation: generation.into(),
+                        made: Instant::now(),
+                        took: began.elapsed(),
+                    });
+                }
+                (Err(StoreError::NotFound(gone)), Some(origin))
+                    if gone == *origin && round < ROUNDS =>
+                {
+                    self.forget(origin);
+                }
+                (Err(error), _) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// An LV that only carries a volume's name and specification, until there is
+    /// something to restore from (`on-miss=fail`).
+    pub(super) fn placeholder(&self, volume: &Volume) -> Result<LvName, EngineError> {
+        let new = self.new_lv(volume, None, true, false)?;
+        self.store.create(&new, Bytes::mib(4))?;
+        Ok(new.name)
+    }
+
+    fn new_lv(
+        &self,
+        volume: &Volume,
+        from: Option<&LvName>,
+        making: bool,
+        active: bool,
+    ) -> Result<NewLv, EngineError> {
+        let mut tags = volume_tags(&volume.name, &volume.spec, from);
+        if making {
+            tags.push(tag(MAKING));
+        }
+        Ok(NewLv {
+            name: fresh_lv_name()?,
+            tags,
+            active,
+        })
+    }
+
+    fn empty_size(&self, spec: &Spec) -> Bytes {
+        let base = lock(&self.state).base.as_ref().map(|base| base.size);
+        spec.size.or(base).unwrap_or(self.settings.empty_size)
+    }
+
+    /// Opens a copy's file system: made where there is none yet, mounted, grown,
+    /// and its root given the owner and mode that the volume asks for.
+    pub(super) fn open(&self, volume: &Volume, copy: &mut Prepared) -> Result<OpenFs, OpenError> {
+        let spec = &volume.spec;
+        let device = match &copy.device {
+            Some(device) => device.clone(),
+            None => self.store.activate(&copy.lv)?,
+        };
+        let failed = |doing: &str, e| OpenError::Other(io_error(doing, &device, e));
+        let held = crate::fs::probe(&device).map_err(|e| failed("reading", e))?;
+        let from_entry = matches!(copy.source.how, Restored::Exact | Restored::Fallback);
+        // An entry is taken with the file system that it has. The base and new
+        // volumes are empty: they get the one that was asked for.
+        let fs = match (held, spec.fs) {
+            (Content::Fs(fs), None) => fs,
+            (Content::Fs(fs), Some(wanted))
+                if fs == wanted || from_entry || !copy.making && volume.keeps() =>
+            {
+                fs
+            }
+            (Content::Unknown, _) | (Content::Blank, _) if from_entry => {
+                return Err(OpenError::Damaged(format!(
+                    "{}: there is no XFS or ext4 file system on it",
+                    copy.lv
+                )));
+            }
+            (Content::Unknown, None) => {
+                return Err(OpenError::Damaged(format!(
+                    "{}: there is no XFS or ext4 file system on it",
+                    copy.lv
+                )));
+            }
+            (_, wanted) => {
+                let fs = wanted.unwrap_or_default();
+                crate::fs::make(&device, fs).map_err(|e: ExecError| StoreError::from(e))?;
+                if copy.source.how == Restored::Base {
+                    copy.source = Source {
+                        lv: copy.source.lv.take(),
+                        ..Source::of(Restored::Empty)
+                    };
+                }
+                fs
+            }
+        };
+        if let Some(size) = spec.size
+            && device_size(&device).map_err(|e| failed("reading", e))? < size
+        {
+            self.store.grow(&copy.lv, size)?;
+        }
+        let mounted = Mounted::device(&device, fs).map_err(|e| {
+            if is_corruption(&e) {
+                OpenError::Damaged(format!("{}: {e}", copy.lv))
+            } else {
+                failed("mounting", e)
+            }
+        })?;
+        crate::fs::grow(mounted.root(), fs).map_err(|e| failed("growing the file system on", e))?;
+        crate::fs::dress(mounted.root(), spec.owner, spec.mode)
+            .map_err(|e| failed("setting owner and mode on", e))?;
+        // So that writes from now on are the job's.
+        mounted.sync().map_err(|e| failed("writing to", e))?;
+        if copy.making {
+            self.store.change_tags(&copy.lv, &[], &[tag(MAKING)])?;
+            copy.making = false;
+        }
+        copy.device = Some(device);
+        Ok(OpenFs { mounted, fs })
+    }
+
+    /// Gives up the entry that a copy was made from, if that is what failed.
+    /// `false`: the fault is not an entry's.
+    pub(super) fn give_up_damaged(&self, source: &Source, error: &OpenError) -> bool {
+        let OpenError::Damaged(what) = error else {
+            return false;
+        };
+        let (Restored::Exact | Restored::Fallback, Some(entry)) = (source.how, &source.lv) else {
+            return false;
+        };
+        error!(%entry, fault = what, "an entry is damaged: it is given up, and the next best used");
+        if let Err(error) = self.doom(entry) {
+            warn!(%entry, %error, "a damaged entry could not be marked");
+        }
+        true
+    }
+
+    /// Forgets an entry or base that is gone.
+    pub(super) fn forget(&self, lv: &LvName) {
+        let mut state = lock(&self.state);
+        state.gone.insert(lv.clone(), Instant::now());
+        state.born.remove(lv);
+        if state.base.as_ref().is_some_and(|base| base.lv == *lv) {
+            state.base = None;
+            state.generation += 1;
+        }
+        if state.index.entries().iter().any(|entry| entry.lv == *lv) {
+            let left = state.index.entries().iter().filter(|e| e.lv != *lv);
+            state.index = Arc::new(Index::new(left.cloned().collect()));
+            state.generation += 1;
+        }
+    }
+
+    /// Commits that an LV is to be removed, and has it removed.
+    pub(super) fn doom(&self, lv: &LvName) -> Result<(), StoreError> {
+        self.forget(lv);
+        match self.store.change_tags(lv, &[tag(DOOMED)], &[]) {
+            Ok(()) => {
+                self.upkeep.remove(lv.clone(), true);
+                Ok(())
+            }
+            Err(StoreError::NotFound(_)) => Ok(()),
+            Err(error) => {
+                self.upkeep.remove(lv.clone(), false);
+                Err(error)
+            }
+        }
+    }
+
+    /// [`Engine::doom`], behind the caller's back: for copies that another one of
+    /// the same volume has replaced already.
+    pub(super) fn discard(&self, lv: LvName) {
+        self.forget(&lv);
+        self.upkeep.remove(lv, false);
+    }
+}
+
+fn entry_source(spec: &Spec, choice: Choice<'_>) -> Source {
+    let entry = choice.entry;
+    Source {
+        how: if choice.exact {
+            Restored::Exact
+        } else {
+            Restored::Fallback
+        },
+        lv: Some(entry.lv.clone()),
+        created: Some(entry.created),
+        criterion: spec
+            .restore
+            .0
+            .get(choice.criterion)
+            .map(ToString::to_string),
+        saved: entry.scope == spec.scope && spec.save.iter().all(|tag| entry.tags.contains(tag)),
+    }
+}
+
+pub(super) fn fresh_lv_name() -> Result<LvName, EngineError> {
+    let mut random = [0; 4];
+    getrandom::fill(&mut random).map_err(|e| EngineError::Io {
+        what: "asking for random bytes".into(),
+        source: io::Error::other(e.to_string()),
+    })?;
+    Ok(LvName::fresh(unix_now(), random))
+}
+
+fn device_size(device: &PathBuf) -> io::Result<Bytes> {
+    use std::io::{Seek, SeekFrom};
+    Ok(Bytes(fs::File::open(device)?.seek(SeekFrom::End(0))?))
+}
+
+/// Whether a refused mount tells of a damaged file system, rather than of the
+/// device below it: EUCLEAN (XFS, ext4: corrupt), EBADMSG (bad checksum), EINVAL
+/// (superblock makes no sense).
+fn is_corruption(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EUCLEAN | libc::EBADMSG | libc::EINVAL)
+    )
+}

@@ -1,0 +1,500 @@
+//! The end of a lease: flush, last close, verdict, publish or drop, next copy.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{fs, mem, thread};
+
+use serde_json::json;
+use tracing::{info, warn};
+
+use super::prepare::fresh_lv_name;
+use super::volume::{
+    Backing, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
+    may_publish,
+};
+use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use crate::cache::names::LvName;
+use crate::cache::record::{MAKING, SNAPSHOT, entry_tags};
+use crate::cache::select::{Entry, Index};
+use crate::cache::spec::{Publish, Spec};
+use crate::failpoint::reach;
+use crate::fs::Content;
+use crate::mount::{self, Mounted};
+use crate::storage::{NewLv, StoreError};
+
+/// How long a file system may stay mounted after its lease before that is
+/// reported: a mount namespace somewhere holds on to it.
+const STILL_MOUNTED: Duration = Duration::from_secs(10);
+
+/// A lease that has ended, until it is settled.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub lv: LvName,
+    pub device: Option<PathBuf>,
+    pub source: Source,
+    /// `None` where another life of the daemon saw its end.
+    pub open: Option<OpenFs>,
+    /// Sectors written when it began.
+    pub baseline: Option<u64>,
+    pub verdict: Verdict,
+    /// It was cut short: by a reboot.
+    pub cut_short: bool,
+    /// How long Mount took, and the lease.
+    pub mount: Duration,
+    pub lasted: Duration,
+}
+
+/// What is known of an ended lease once nobody writes to it any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct End {
+    verdict: Verdict,
+    /// Everything was written, and the file system is whole.
+    clean: bool,
+    changed: bool,
+    /// What it was restored from has all the save tags already.
+    saved: bool,
+}
+
+/// Whether a lease that ended so is published, or why not.
+fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
+    if spec.save.is_empty() {
+        return Some("no save tags");
+    }
+    let by_verdict = match (spec.publish, end.verdict) {
+        (Publish::Never, _) => Some("publish=never"),
+        (Publish::UnlessFailed, Verdict::Failure) => Some("the work failed"),
+        (Publish::OnSuccess, Verdict::Failure | Verdict::Unknown) => Some("no success verdict"),
+        _ => None,
+    };
+    if by_verdict.is_some() {
+        by_verdict
+    } else if !end.clean {
+        Some("it did not end cleanly")
+    } else if !end.changed && end.saved {
+        Some("nothing changed")
+    } else {
+        None
+    }
+}
+
+impl Engine {
+    /// Ends a lease, whose volume's `op` the caller holds: out of sight at once,
+    /// settled behind it. Gives what the volume's next use starts from.
+    pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, mut lease: Lease) -> Phase {
+        if let Some(mark) = lease.mark.take() {
+            let _ = mark.join();
+        }
+        reach("unmount", 1);
+        let at = self.mountpoint(&volume.name);
+        // A kept volume that is not published stays mounted out of sight; only a
+        // mount that is attached can be cloned.
+        let slot = (volume.keeps() && matches!(lease.backing, Backing::Lv { .. }))
+            .then(|| Slot::take(&self.premounted, self.settings.premounted))
+            .flatten();
+        let held = slot.and_then(|slot| Some((slot, Mounted::attached(&at).ok()?)));
+        if let Err(error) = mount::detach(&at) {
+            warn!(volume = %volume.name, %error, "unmounting failed");
+        }
+        reach("unmount", 2);
+        // So that a client that still thinks it mounted fails loudly.
+        if let Err(error) = fs::remove_dir(&at) {
+            warn!(volume = %volume.name, %error, "the mountpoint could not be removed");
+        }
+        reach("unmount", 3);
+        let lasted = lease.began.elapsed();
+        let Backing::Lv {
+            copy,
+            open,
+            baseline,
+        } = lease.backing
+        else {
+            let story = json!({"restored": "scratch", "published": null, "why": "scratch space"});
+            info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
+            lock(&volume.now).last = Some(story);
+            return Phase::Stale(None);
+        };
+        let ended = Ended {
+            lv: copy.lv.clone(),
+            device: copy.device.clone(),
+            source: copy.source.clone(),
+            open: Some(open),
+            baseline,
+            verdict: lease.verdict,
+            cut_short: false,
+            mount: lease.took,
+            lasted,
+        };
+        if !volume.keeps() {
+            lock(&volume.now).settling.push(ended.lv.clone());
+            self.settle_behind(Arc::clone(volume), ended);
+            return Phase::Stale(None);
+        }
+        let fs = ended.open.as_ref().expect("set above").fs;
+        self.settle_behind(Arc::clone(volume), ended);
+        Phase::Ready(Prepared {
+            source: Source {
+                how: Restored::Kept,
+                ..copy.source
+            },
+            premounted: held.map(|(slot, mounted)| Premounted {
+                fs: OpenFs { mounted, fs },
+                _slot: slot,
+            }),
+            ..copy
+        })
+    }
+
+    pub(super) fn settle_behind(self: &Arc<Self>, volume: Arc<Volume>, ended: Ended) {
+        let work = self.work();
+        thread::spawn(move || {
+            if volume.keeps() {
+                work.0.settle_kept(&volume, ended);
+            } else {
+                work.0.settle(&volume, ended);
+            }
+        });
+    }
+
+    /// [`Engine::replace`], for a lease that was settled but for that.
+    pub(super) fn replace_behind(self: &Arc<Self>, volume: Arc<Volume>, lv: LvName) {
+        let work = self.work();
+        thread::spawn(move || work.0.replace(&volume, &lv, None));
+    }
+
+    /// Settles a lease of a volume that starts afresh at each use.
+    fn settle(&self, volume: &Arc<Volume>, ended: Ended) {
+        let story = Story::of(&ended);
+        let lv = ended.lv.clone();
+        let device = ended.device.clone();
+        let Some((end, bytes)) = self.close(ended) else {
+            info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
+            return;
+        };
+        reach("publish", 2);
+        let published = match refusal(&volume.spec, end) {
+            Some(why) => Err(why.to_owned()),
+            None => self.publish(volume, &lv, &story.source),
+        };
+        reach("publish", 3);
+        story.tell(volume, published, bytes);
+        self.replace(volume, &lv, device);
+        lock(&volume.now)
+            .settling
+            .retain(|settling| *settling != lv);
+        reach("publish", 4);
+        self.upkeep.recheck();
+    }
+
+    /// Gives a volume its next copy, then gives up the LV of its last lease: one
+    /// of the two carries the volume's name at any time.
+    fn replace(&self, volume: &Arc<Volume>, lv: &LvName, device: Option<PathBuf>) {
+        let _op = lock(&volume.op);
+        let (removed, phase) = {
+            let mut now = lock(&volume.now);
+            let phase = mem::replace(&mut now.phase, Phase::Changing);
+            (now.removed, phase)
+        };
+        let phase = match phase {
+            Phase::Stale(None) if !removed => match self.next_copy(volume, device) {
+                Ok(phase) => phase,
+                Err(error) => {
+                    warn!(volume = %volume.name, %error, "no next copy yet: the next use makes one");
+                    if let Err(error) = self.store.change_tags(lv, &[], &[self.lease_tag()]) {
+                        warn!(%lv, %error, "a settled lease could not be unmarked");
+                    }
+                    Phase::Stale(Some(lv.clone()))
+                }
+            },
+            other => other,
+        };
+        if !matches!(&phase, Phase::Stale(Some(kept)) if kept == lv)
+            && let Err(error) = self.doom(lv)
+        {
+            warn!(%lv, %error, "the LV of a settled lease could not be given up yet");
+        }
+        lock(&volume.now).phase = phase;
+    }
+
+    fn next_copy(&self, volume: &Volume, used: Option<PathBuf>) -> Result<Phase, EngineError> {
+        match self.prepare(volume, "refresh") {
+            Err(EngineError::Store(StoreError::Full { .. })) if used.is_some() => {}
+            Err(EngineError::Miss(_)) => {
+                return Ok(Phase::Stale(Some(self.placeholder(volume)?)));
+            }
+            other => return other.map(Phase::Ready),
+        }
+        // What filled the pool may be this very lease: nobody needs its data any more.
+        let device = used.expect("seen above");
+        crate::fs::discard_all(&device).map_err(|e| io_error("discarding", &device, e))?;
+        self.prepare(volume, "refresh").map(Phase::Ready)
+    }
+
+    /// Waits until nobody has a lease's file system mounted, and finds how it ended.
+    /// `None`: the daemon stops first.
+    fn close(&self, ended: Ended) -> Option<(End, Option<u64>)> {
+        reach("publish", 1);
+        let mut end = End {
+            verdict: ended.verdict,
+            clean: !ended.cut_short,
+            changed: true,
+            saved: ended.source.saved,
+        };
+        let mut bytes = None;
+        if let Some(open) = ended.open {
+            if let Err(error) = open.mounted.sync() {
+                warn!(lv = %ended.lv, %error, "not everything could be written");
+                end.clean = false;
+            }
+            let written = open
+                .mounted
+                .device_number()
+                .and_then(crate::fs::sectors_written);
+            if let (Ok(written), Some(baseline)) = (written, ended.baseline) {
+                bytes = Some(written.saturating_sub(baseline) * 512);
+                end.changed = written != baseline;
+            }
+        }
+        if !end.clean && ended.cut_short {
+            return Some((end, bytes));
+        }
+        let whole = (|| {
+            let device = match ended.device {
+                Some(device) => device,
+                None => self.store.activate(&ended.lv)?,
+            };
+            self.wait_unmounted(&ended.lv, &device)?;
+            let fs = match crate::fs::probe(&device) {
+                Ok(Content::Fs(fs)) => fs,
+                Ok(_) => return Ok(false),
+                Err(e) => return Err(io_error("reading", &device, e).into()),
+            };
+            crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e).into())
+        })();
+        match whole {
+            Ok(whole) => end.clean &= whole,
+            Err(Close::Stopping) => return None,
+            Err(Close::Failed(error)) => {
+                warn!(lv = %ended.lv, %error, "how its lease ended is not known");
+                end.clean = false;
+            }
+        }
+        Some((end, bytes))
+    }
+
+    fn wait_unmounted(&self, lv: &LvName, device: &Path) -> Result<(), Close> {
+        let began = Instant::now();
+        let mut pause = Duration::from_millis(2);
+        let mut told = false;
+        while mount::in_use(device).map_err(|e| io_error("opening", device, e))? {
+            if began.elapsed() > STILL_MOUNTED && !told {
+                warn!(%lv, "still mounted {} s after its lease: a container or a mount namespace holds on to it", STILL_MOUNTED.as_secs());
+                told = true;
+            }
+            if lock(&self.state).stopping {
+                return Err(Close::Stopping);
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+        Ok(())
+    }
+
+    /// Makes an entry of an LV that nobody writes to.
+    fn publish(&self, volume: &Volume, lv: &LvName, source: &Source) -> Result<LvName, String> {
+        let spec = &volume.spec;
+        let new = NewLv {
+            name: fresh_lv_name().map_err(|e| e.to_string())?,
+            tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
+            active: false,
+        };
+        self.store.snapshot(lv, &new).map_err(|e| e.to_string())?;
+        self.born(new.name.clone(), spec);
+        Ok(new.name)
+    }
+
+    /// Puts an entry that was just published into the index.
+    fn born(&self, lv: LvName, spec: &Spec) {
+        let mut state = lock(&self.state);
+        let newest = state.index.entries().first().map_or(0, |entry| entry.seq);
+        let entry = Entry {
+            lv,
+            // The next listing says the real one; until then it is the newest.
+            seq: newest + 1,
+            created: unix_now(),
+            scope: spec.scope.clone(),
+            tags: spec.save.clone(),
+        };
+        let mut entries = state.index.entries().to_vec();
+        entries.push(entry.clone());
+        state.index = Arc::new(Index::new(entries));
+        state.generation += 1;
+        state.born.insert(entry.lv.clone(), (Instant::now(), entry));
+    }
+
+    /// Settles a lease of a volume that keeps its content: it may be in use again
+    /// already, so what is published is a snapshot of a mounted file system.
+    fn settle_kept(&self, volume: &Arc<Volume>, mut ended: Ended) {
+        let story = Story::of(&ended);
+        let lv = ended.lv.clone();
+        let open = ended.open.take();
+        let mut end = End {
+            verdict: ended.verdict,
+            clean: !ended.cut_short,
+            changed: true,
+            saved: false,
+        };
+        let mut bytes = None;
+        if let Some(open) = &open {
+            if let Err(error) = open.mounted.sync() {
+                warn!(%lv, %error, "not everything could be written");
+                end.clean = false;
+            }
+            let written = open
+                .mounted
+                .device_number()
+                .and_then(crate::fs::sectors_written);
+            if let (Ok(written), Some(baseline)) = (written, ended.baseline) {
+                bytes = Some(written.saturating_sub(baseline) * 512);
+                end.changed = written != baseline;
+            }
+        }
+        let published = match refusal(&volume.spec, end) {
+            Some(why) => Err(why.to_owned()),
+            None => {
+                let _op = lock(&volume.op);
+                if matches!(lock(&volume.now).phase, Phase::Ready(_)) {
+                    self.publish_mounted(volume, &lv, &story.source)
+                        .map_err(|e| e.to_string())
+                } else {
+                    Err("the volume is in use again, or removed".to_owned())
+                }
+            }
+        };
+        if may_publish(&volume.spec)
+            && !lock(&volume.now).removed
+            && let Err(error) = self.store.change_tags(&lv, &[], &[self.lease_tag()])
+        {
+            warn!(%lv, %error, "a settled lease could not be unmarked");
+        }
+        story.tell(volume, published, bytes);
+        self.upkeep.recheck();
+    }
+
+    /// Makes an entry of an LV whose file system is mounted: consistent, as the
+    /// store freezes it, but its log needs a recovery. That happens here, once,
+    /// before anybody can match it.
+    fn publish_mounted(
+        &self,
+        volume: &Volume,
+        lv: &LvName,
+        source: &Source,
+    ) -> Result<LvName, EngineError> {
+        let spec = &volume.spec;
+        let cache_tags = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
+        let making = NewLv {
+            name: fresh_lv_name()?,
+            tags: vec![tag(SNAPSHOT), tag(MAKING)],
+            active: true,
+        };
+        let device = self.store.snapshot(lv, &making)?;
+        let recovered = (|| {
+            let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
+            let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
+            let Content::Fs(fs) = held else {
+                return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
+            };
+            drop(Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e))?);
+            self.store.deactivate(&making.name)?;
+            Ok(self
+                .store
+                .change_tags(&making.name, &cache_tags, &[tag(MAKING)])?)
+        })();
+        match recovered {
+            Ok(()) => {
+                self.born(making.name.clone(), spec);
+                Ok(making.name)
+            }
+            Err(error) => {
+                let _ = self.doom(&making.name);
+                Err(error)
+            }
+        }
+    }
+}
+
+enum Close {
+    Stopping,
+    Failed(EngineError),
+}
+
+impl From<EngineError> for Close {
+    fn from(error: EngineError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<StoreError> for Close {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// What the one log line of a lease says, apart from its end.
+struct Story {
+    lv: LvName,
+    source: Source,
+    verdict: Verdict,
+    mount: Duration,
+    lasted: Duration,
+}
+
+impl Story {
+    fn of(ended: &Ended) -> Self {
+        Self {
+            lv: ended.lv.clone(),
+            source: ended.source.clone(),
+            verdict: ended.verdict,
+            mount: ended.mount,
+            lasted: ended.lasted,
+        }
+    }
+
+    fn tell(self, volume: &Volume, published: Result<LvName, String>, bytes: Option<u64>) {
+        let (published, why) = match published {
+            Ok(lv) => (Some(lv), None),
+            Err(why) => (None, Some(why)),
+        };
+        let source = &self.source;
+        let age = source.created.map(|t| unix_now().saturating_sub(t));
+        let save: Vec<_> = volume.spec.save.iter().map(|tag| tag.as_str()).collect();
+        info!(
+            volume = %volume.name,
+            lv = %self.lv,
+            from = source.lv.as_ref().map(tracing::field::display),
+            criterion = source.criterion,
+            restored = source.how.as_str(),
+            age_s = age,
+            mount_ms = millis(self.mount),
+            lasted_ms = millis(self.lasted),
+            bytes_written = bytes,
+            verdict = ?self.verdict,
+            published = published.as_ref().map(tracing::field::display),
+            tags = published.as_ref().map(|_| tracing::field::display(save.join(" "))),
+            not_published = why,
+            "lease ended"
+        );
+        lock(&volume.now).last = Some(json!({
+            "lv": self.lv.as_str(),
+            "restored": source.how.as_str(),
+            "from": source.lv.as_ref().map(LvName::as_str),
+            "criterion": source.criterion,
+            "mount_ms": millis(self.mount),
+            "lasted_ms": millis(self.lasted),
+            "bytes_written": bytes,
+            "verdict": format!("{:?}", self.verdict).to_lowercase(),
+            "published": published.as_ref().map(LvName::as_str),
+            "why": why,
+        }));
+    }
+}

@@ -1,0 +1,463 @@
+//! What the store and the mount table say after a restart.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use super::settle::Ended;
+use super::volume::{
+    Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
+};
+use super::{Base, Engine, EngineError, Verdict, lock};
+use crate::cache::names::{LvName, VolumeName};
+use crate::cache::record::Role;
+use crate::cache::select::{Entry, Index};
+use crate::cache::spec::{FsType, Reuse, Spec};
+use crate::mount::{self, MountPoint, Mounted};
+use crate::storage::{Listing, Lv};
+
+/// What the mount table shows for a directory in memory of ours.
+pub(super) const SCRATCH_SOURCE: &str = "lvm-cache-friend";
+
+/// A listing, sorted by what each LV is to us. Pure.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    pub entries: Vec<Entry>,
+    pub base: Option<Base>,
+    pub volumes: Vec<SeenVolume>,
+    pub ended: Vec<SeenLease>,
+    /// Carry `friend:doomed`.
+    pub doomed: Vec<LvName>,
+    /// Half-made or replaced copies: to be given up. Not valid while the daemon runs.
+    pub leftover: Vec<LvName>,
+    pub unclear: Vec<(LvName, String)>,
+}
+
+/// A volume, as its LVs tell of it.
+#[derive(Debug)]
+pub(super) struct SeenVolume {
+    pub name: VolumeName,
+    pub spec: Spec,
+    pub created: u64,
+    /// All LVs with its name.
+    pub lvs: Vec<LvName>,
+    pub current: Option<Current>,
+}
+
+/// The LV that a volume goes on with.
+#[derive(Debug)]
+pub(super) struct Current {
+    pub lv: LvName,
+    pub from: Option<LvName>,
+    pub making: bool,
+    pub leased: bool,
+}
+
+/// A lease that no settlement was committed for.
+#[derive(Debug)]
+pub(super) struct SeenLease {
+    pub lv: LvName,
+    pub volume: Option<VolumeName>,
+    pub spec: Spec,
+    pub from: Option<LvName>,
+    /// It began before the present boot of the kernel.
+    pub cut_short: bool,
+    /// An entry was made of it already.
+    pub published: bool,
+}
+
+impl Seen {
+    /// Sorts a listing, with nothing mounted.
+    pub fn of(listing: &Listing, boot: &str) -> Self {
+        Self::with_mounts(listing, boot, &BTreeMap::new())
+    }
+
+    /// Sorts a listing. `mounts` says which device is mounted for which volume.
+    pub fn with_mounts(
+        listing: &Listing,
+        boot: &str,
+        mounts: &BTreeMap<VolumeName, (u32, u32)>,
+    ) -> Self {
+        let mut seen = Self::default();
+        let mut lvs: Vec<&Lv> = listing.lvs.iter().collect();
+        lvs.sort_by_key(|lv| std::cmp::Reverse(lv.seq));
+        let mut origins = Vec::new();
+        let mut of_volumes: BTreeMap<VolumeName, Vec<VolumeLv<'_>>> = BTreeMap::new();
+        for lv in lvs {
+            match Role::from_tags(&lv.tags) {
+                Role::Foreign | Role::Plain => {}
+                Role::Unclear(why) => seen.unclear.push((lv.name.clone(), why)),
+                Role::Base => {
+                    let base = Base {
+                        lv: lv.name.clone(),
+                        created: lv.created,
+                        size: lv.size,
+                    };
+                    if let Some(newer) = &seen.base {
+                        let why = format!("friend:default is on {} too, which is newer", newer.lv);
+                        seen.unclear.push((base.lv, why));
+                    } else {
+                        seen.base = Some(base);
+                    }
+                }
+                Role::Entry { scope, tags, .. } => {
+                    origins.extend(lv.origin.clone());
+                    seen.entries.push(Entry {
+                        lv: lv.name.clone(),
+                        seq: lv.seq,
+                        created: lv.created,
+                        scope,
+                        tags,
+                    });
+                }
+                // Whoever imports holds the device open until it is done.
+                Role::Making if lv.open => {}
+                Role::Making => seen.leftover.push(lv.name.clone()),
+                Role::Doomed => seen.doomed.push(lv.name.clone()),
+                Role::Volume {
+                    volume: None,
+                    spec,
+                    from,
+                    lease,
+                    ..
+                } => match lease {
+                    Some(lease) => seen.ended.push(SeenLease {
+                        lv: lv.name.clone(),
+                        volume: None,
+                        spec: *spec,
+                        from,
+                        cut_short: lease != boot,
+                        published: false,
+                    }),
+                    None => seen.leftover.push(lv.name.clone()),
+                },
+                Role::Volume {
+                    volume: Some(name),
+                    spec,
+                    from,
+                    lease,
+                    making,
+                } => of_volumes.entry(name).or_default().push(VolumeLv {
+                    lv,
+                    spec: *spec,
+                    from,
+                    lease,
+                    making,
+                }),
+            }
+        }
+        for (name, lvs) in of_volumes {
+            let mounted = mounts.get(&name).copied();
+            seen.add_volume(&name, lvs, boot, mounted);
+        }
+        for lease in &mut seen.ended {
+            lease.published = origins.contains(&lease.lv);
+        }
+        seen
+    }
+
+    /// `lvs` newest first.
+    fn add_volume(
+        &mut self,
+        name: &VolumeName,
+        lvs: Vec<VolumeLv<'_>>,
+        boot: &str,
+        mounted: Option<(u32, u32)>,
+    ) {
+        let names = lvs.iter().map(|l| l.lv.name.clone()).collect();
+        let is_mounted = |l: &VolumeLv<'_>| mounted.is_some() && l.lv.device == mounted;
+        let keeps = |l: &VolumeLv<'_>| l.spec.reuse == Reuse::Keep;
+        // A copy that is not finished never replaces what is finished; a lease
+        // that ended is settled, it does not go on.
+        let current = lvs
+            .iter()
+            .position(is_mounted)
+            .or_else(|| {
+                lvs.iter()
+                    .position(|l| !l.making && (keeps(l) || l.lease.is_none()))
+            })
+            .or_else(|| lvs.iter().position(|l| l.lease.is_none()));
+        let told = &lvs[current.unwrap_or(0)];
+        let (spec, created) = (told.spec.clone(), told.lv.created);
+        let mut volume = SeenVolume {
+            name: name.clone(),
+            spec,
+            created,
+            lvs: names,
+            current: None,
+        };
+        for (i, l) in lvs.into_iter().enumerate() {
+            let leased = is_mounted(&l);
+            let lv = l.lv.name.clone();
+            if let Some(lease) = l.lease.filter(|_| !leased) {
+                self.ended.push(SeenLease {
+                    lv: lv.clone(),
+                    volume: Some(name.clone()),
+                    spec: l.spec,
+                    from: l.from.clone(),
+                    cut_short: lease != boot,
+                    published: false,
+                });
+            } else if Some(i) != current {
+                self.leftover.push(lv.clone());
+            }
+            if Some(i) == current {
+                volume.current = Some(Current {
+                    lv,
+                    from: l.from,
+                    making: l.making,
+                    leased,
+                });
+            }
+        }
+        self.volumes.push(volume);
+    }
+}
+
+struct VolumeLv<'a> {
+    lv: &'a Lv,
+    spec: Spec,
+    from: Option<LvName>,
+    lease: Option<String>,
+    making: bool,
+}
+
+impl SeenVolume {
+    /// The volume, not mounted.
+    pub fn volume(&self) -> Volume {
+        let phase = match &self.current {
+            None => Phase::Stale(None),
+            Some(current) if self.spec.reuse == Reuse::Keep && !current.making => {
+                Phase::Ready(current.copy(Restored::Kept))
+            }
+            Some(current) => Phase::Stale(Some(current.lv.clone())),
+        };
+        Volume::new(self.name.clone(), self.spec.clone(), self.created, phase)
+    }
+}
+
+impl Current {
+    fn copy(&self, how: Restored) -> Prepared {
+        Prepared {
+            lv: self.lv.clone(),
+            device: None,
+            premounted: None,
+            making: self.making,
+            source: Source {
+                lv: self.from.clone(),
+                ..Source::of(how)
+            },
+            generation: 0.into(),
+            made: Instant::now(),
+            took: Duration::ZERO,
+        }
+    }
+}
+
+impl Engine {
+    /// Takes up what an earlier life left: leases that go on, leases that ended,
+    /// copies that were not finished.
+    pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
+        let mut mounts = self.own_mounts()?;
+        let listing = self.store.list()?;
+        let by_device = |m: &MountPoint| (m.fs != "tmpfs").then_some(m.device);
+        let devices = mounts
+            .iter()
+            .filter_map(|(name, m)| Some((name.clone(), by_device(m)?)))
+            .collect();
+        let seen = Seen::with_mounts(&listing, &self.boot, &devices);
+        for (lv, why) in &seen.unclear {
+            warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
+        }
+        {
+            let mut state = lock(&self.state);
+            state.index = Arc::new(Index::new(seen.entries));
+            state.base = seen.base;
+            state.generation = 1;
+            state.reported = seen.unclear.into_iter().collect();
+        }
+        let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
+        for plan in seen.volumes {
+            let mut volume = plan.volume();
+            let mount = mounts.remove(&plan.name);
+            let lease = match (&plan.current, mount) {
+                (Some(current), Some(m)) if current.leased => self.go_on(&volume, current, &m),
+                (_, Some(m)) if m.fs == "tmpfs" => self.go_on_scratch(&m),
+                (_, Some(m)) => {
+                    self.clear(&m);
+                    None
+                }
+                (_, None) => None,
+            };
+            if let Some(lease) = lease {
+                info!(volume = %volume.name, "its lease goes on");
+                volume.now = Mutex::new(super::volume::Now {
+                    phase: Phase::Leased(lease),
+                    removed: false,
+                    settling: Vec::new(),
+                    last: None,
+                });
+            }
+            volumes.insert(plan.name, Arc::new(volume));
+        }
+        for (name, m) in mounts {
+            if m.fs == "tmpfs" {
+                // Its specification was never in the store, which did not serve.
+                warn!(volume = %name, "scratch space of a volume that the store does not know: its options are lost");
+                let spec = Spec::parse(&BTreeMap::new())?;
+                let phase = self
+                    .go_on_scratch(&m)
+                    .map_or(Phase::Stale(None), Phase::Leased);
+                let volume = Volume::new(name.clone(), spec, super::unix_now(), phase);
+                volumes.insert(name, Arc::new(volume));
+            } else {
+                self.clear(&m);
+            }
+        }
+        for lease in seen.ended {
+            self.take_up_lease(lease, &volumes);
+        }
+        for lv in seen.leftover {
+            info!(%lv, "left half-made: it is removed");
+            self.upkeep.remove(lv, false);
+        }
+        for lv in seen.doomed {
+            self.upkeep.remove(lv, true);
+        }
+        lock(&self.state).volumes.extend(volumes);
+        self.sweep_mountpoints();
+        self.upkeep.recheck();
+        Ok(())
+    }
+
+    /// What is mounted below our directory, by volume: the topmost where several are.
+    fn own_mounts(&self) -> Result<BTreeMap<VolumeName, MountPoint>, EngineError> {
+        let table = mount::table().map_err(|e| EngineError::Io {
+            what: "reading the mount table".into(),
+            source: e,
+        })?;
+        let name = |m: &MountPoint| -> Option<VolumeName> {
+            let below = m.at.strip_prefix(&self.settings.mount_dir).ok()?;
+            below.to_str()?.parse().ok()
+        };
+        Ok(table
+            .into_iter()
+            .filter_map(|m| Some((name(&m)?, m)))
+            .collect())
+    }
+
+    fn go_on(
+        self: &Arc<Self>,
+        volume: &Volume,
+        current: &Current,
+        m: &MountPoint,
+    ) -> Option<Lease> {
+        let mounted = Mounted::attached(&m.at)
+            .inspect_err(
+                |error| warn!(volume = %volume.name, %error, "its mount cannot be taken hold of"),
+            )
+            .ok()?;
+        let fs = if m.fs == "ext4" {
+            FsType::Ext4
+        } else {
+            FsType::Xfs
+        };
+        let mark = may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone()));
+        Some(lease(
+            Backing::Lv {
+                copy: current.copy(Restored::Earlier),
+                open: OpenFs { mounted, fs },
+                baseline: None,
+            },
+            mark,
+        ))
+    }
+
+    fn go_on_scratch(&self, m: &MountPoint) -> Option<Lease> {
+        let mounted = Mounted::attached(&m.at).ok()?;
+        Some(lease(Backing::Scratch(mounted), None))
+    }
+
+    /// Takes away a mount that belongs to no volume.
+    fn clear(&self, m: &MountPoint) {
+        warn!(at = %m.at.display(), "a mount that belongs to no lease: it is taken away");
+        if let Err(error) = mount::detach(&m.at) {
+            warn!(at = %m.at.display(), %error, "it cannot be");
+        }
+    }
+
+    fn take_up_lease(
+        self: &Arc<Self>,
+        lease: SeenLease,
+        volumes: &BTreeMap<VolumeName, Arc<Volume>>,
+    ) {
+        let named = lease.volume.as_ref().and_then(|name| volumes.get(name));
+        let volume = match named {
+            Some(volume) => Arc::clone(volume),
+            None => {
+                // Its volume was removed meanwhile: only the publishing is left.
+                let Ok(name) = lease.lv.as_str().parse() else {
+                    return;
+                };
+                let gone = Volume::new(name, lease.spec, 0, Phase::Stale(None));
+                lock(&gone.now).removed = true;
+                Arc::new(gone)
+            }
+        };
+        if lease.published && !volume.keeps() {
+            info!(volume = %volume.name, lv = %lease.lv, "its lease was published already");
+            self.replace_behind(volume, lease.lv);
+            return;
+        }
+        if !volume.keeps() {
+            lock(&volume.now).settling.push(lease.lv.clone());
+        }
+        self.settle_behind(
+            volume,
+            Ended {
+                lv: lease.lv,
+                device: None,
+                source: Source {
+                    lv: lease.from,
+                    ..Source::of(Restored::Earlier)
+                },
+                open: None,
+                baseline: None,
+                verdict: Verdict::Unknown,
+                cut_short: lease.cut_short,
+                mount: Duration::ZERO,
+                lasted: Duration::ZERO,
+            },
+        );
+    }
+
+    /// Removes mountpoints that nothing is mounted on: a stale use of one must
+    /// fail, not write to the host's disk.
+    fn sweep_mountpoints(&self) {
+        let Ok(dirs) = fs::read_dir(&self.settings.mount_dir) else {
+            return;
+        };
+        for dir in dirs.flatten() {
+            // Refused (EBUSY) where something is mounted, and where it is not empty.
+            let path: PathBuf = dir.path();
+            if fs::remove_dir(&path).is_ok() {
+                info!(at = %path.display(), "an empty mountpoint was removed");
+            }
+        }
+    }
+}
+
+fn lease(backing: Backing, mark: Option<std::thread::JoinHandle<()>>) -> Lease {
+    Lease {
+        backing,
+        ids: Default::default(),
+        began: Instant::now(),
+        took: Duration::ZERO,
+        verdict: Verdict::Unknown,
+        mark,
+    }
+}

@@ -1,0 +1,391 @@
+//! What happens behind everybody's back: removals, refreshes of waiting copies,
+//! and changes that others made. Two threads, and one that listens to inotify;
+//! none of them wakes up while there is nothing to do.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use std::{io, mem, thread};
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tracing::{debug, info, warn};
+
+use super::volume::{Phase, Volume};
+use super::{Engine, EngineError, lock, start, tag};
+use crate::cache::names::LvName;
+use crate::cache::record::DOOMED;
+use crate::cache::select::{Entry, Index};
+use crate::failpoint::reach;
+use crate::storage::{Listing, StoreError, Watch};
+
+/// Changes often come in bursts (LVM commits a snapshot twice), and a listing
+/// costs a command: one a second at most.
+const BETWEEN_LISTINGS: Duration = Duration::from_secs(1);
+
+/// The first and the longest pause before a removal is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
+
+/// The queues of the two threads.
+#[derive(Default)]
+pub(super) struct Upkeep {
+    todo: Mutex<Todo>,
+    more: Condvar,
+    removals: Mutex<Removals>,
+    more_removals: Condvar,
+}
+
+#[derive(Default)]
+struct Todo {
+    /// The store may have changed.
+    list: bool,
+    /// The index changed: copies that wait may have become second best.
+    recheck: bool,
+    stop: bool,
+}
+
+#[derive(Default)]
+struct Removals {
+    waiting: Vec<Removal>,
+    stop: bool,
+}
+
+struct Removal {
+    lv: LvName,
+    /// It carries `friend:doomed` already.
+    doomed: bool,
+    due: Instant,
+    pause: Duration,
+}
+
+impl Upkeep {
+    /// Has an LV removed, however often that must be tried.
+    pub fn remove(&self, lv: LvName, doomed: bool) {
+        let mut removals = lock(&self.removals);
+        if let Some(there) = removals.waiting.iter_mut().find(|r| r.lv == lv) {
+            there.doomed |= doomed;
+            return;
+        }
+        removals.waiting.push(Removal {
+            lv,
+            doomed,
+            due: Instant::now(),
+            pause: RETRY.0,
+        });
+        self.more_removals.notify_one();
+    }
+
+    /// Has the copies that wait compared with the index.
+    pub fn recheck(&self) {
+        lock(&self.todo).recheck = true;
+        self.more.notify_one();
+    }
+
+    fn list(&self) {
+        lock(&self.todo).list = true;
+        self.more.notify_one();
+    }
+
+    pub fn stop(&self) {
+        lock(&self.todo).stop = true;
+        self.more.notify_one();
+        lock(&self.removals).stop = true;
+        self.more_removals.notify_one();
+    }
+
+    /// The next thing to do, or `None` when that is to stop.
+    fn next(&self) -> Option<Todo> {
+        let todo = lock(&self.todo);
+        let mut todo = self
+            .more
+            .wait_while(todo, |todo| !(todo.list || todo.recheck || todo.stop))
+            .unwrap_or_else(PoisonError::into_inner);
+        if todo.stop {
+            return None;
+        }
+        Some(mem::take(&mut *todo))
+    }
+
+    /// The next removal that is due, or `None` when it is time to stop.
+    fn next_removal(&self) -> Option<Removal> {
+        let mut removals = lock(&self.removals);
+        loop {
+            if removals.stop {
+                return None;
+            }
+            let now = Instant::now();
+            let soonest = (0..removals.waiting.len()).min_by_key(|&i| removals.waiting[i].due);
+            removals = match soonest {
+                Some(i) if removals.waiting[i].due <= now => {
+                    return Some(removals.waiting.swap_remove(i));
+                }
+                Some(i) => {
+                    let pause = removals.waiting[i].due - now;
+                    let waited = self.more_removals.wait_timeout(removals, pause);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => {
+                    let waited = self.more_removals.wait(removals);
+                    waited.unwrap_or_else(PoisonError::into_inner)
+                }
+            };
+        }
+    }
+
+    fn retry(&self, mut removal: Removal) {
+        removal.due = Instant::now() + removal.pause;
+        removal.pause = (removal.pause * 2).min(RETRY.1);
+        lock(&self.removals).waiting.push(removal);
+    }
+}
+
+impl Engine {
+    /// Starts the threads. They end with the process: all that they do is safe
+    /// to cut short.
+    pub(super) fn start_upkeep(self: &Arc<Self>) -> Result<(), EngineError> {
+        let watch = self.store.watch();
+        let inotify = watch_dir(&watch).map_err(|source| EngineError::Io {
+            what: format!("watching {}", watch.dir.display()),
+            source,
+        })?;
+        let spawn = |name: &str, work: fn(&Arc<Self>)| {
+            let engine = Arc::clone(self);
+            thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(move || work(&engine))
+        };
+        let started = spawn("upkeep", Self::upkeep_thread)
+            .and_then(|_| spawn("removals", Self::removals_thread))
+            .and_then(|_| {
+                let engine = Arc::clone(self);
+                thread::Builder::new()
+                    .name("watch".to_owned())
+                    .spawn(move || engine.watch_thread(&inotify, &watch))
+            });
+        started.map(|_| ()).map_err(|source| EngineError::Io {
+            what: "starting a thread".to_owned(),
+            source,
+        })
+    }
+
+    fn watch_thread(&self, inotify: &Inotify, watch: &Watch) {
+        loop {
+            match inotify.read_events() {
+                Ok(events) => {
+                    let ours = |name: Option<&std::ffi::OsString>| match &watch.file {
+                        None => true,
+                        Some(file) => name.is_some_and(|name| name == file.as_str()),
+                    };
+                    if events.iter().any(|event| ours(event.name.as_ref())) {
+                        self.upkeep.list();
+                    }
+                }
+                Err(nix::Error::EINTR) => {}
+                Err(error) => {
+                    warn!(dir = %watch.dir.display(), %error, "changes by others are not noticed any more");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn upkeep_thread(self: &Arc<Self>) {
+        while let Some(todo) = self.upkeep.next() {
+            if todo.list {
+                self.relist();
+            }
+            self.refresh_waiting();
+            if todo.list {
+                thread::sleep(BETWEEN_LISTINGS);
+            }
+        }
+    }
+
+    fn removals_thread(self: &Arc<Self>) {
+        while let Some(mut removal) = self.upkeep.next_removal() {
+            match self.remove_lv(&mut removal) {
+                Ok(()) | Err(StoreError::NotFound(_)) => debug!(lv = %removal.lv, "LV removed"),
+                Err(error) => {
+                    debug!(lv = %removal.lv, %error, "removal put off");
+                    self.upkeep.retry(removal);
+                }
+            }
+        }
+    }
+
+    fn remove_lv(&self, removal: &mut Removal) -> Result<(), StoreError> {
+        if !removal.doomed {
+            self.store.change_tags(&removal.lv, &[tag(DOOMED)], &[])?;
+            removal.doomed = true;
+        }
+        self.store.remove(&removal.lv)?;
+        reach("remove", 3);
+        Ok(())
+    }
+
+    /// Replaces the copies that wait by better ones.
+    fn refresh_waiting(self: &Arc<Self>) {
+        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
+        for volume in volumes {
+            if lock(&self.state).stopping {
+                return;
+            }
+            if volume.keeps() || !self.may_want_refresh(&volume) {
+                continue;
+            }
+            if let Err(error) = self.refresh(&volume) {
+                // Once more at the next change, and at Mount in any case.
+                debug!(volume = %volume.name, %error, "no better copy yet");
+            }
+        }
+    }
+
+    /// Cheap, and without `op`, which Mount wants.
+    fn may_want_refresh(&self, volume: &Volume) -> bool {
+        let now = lock(&volume.now);
+        match &now.phase {
+            Phase::Ready(copy) => {
+                copy.generation.load(Ordering::Relaxed) != lock(&self.state).generation
+            }
+            // The settlement of its last lease makes the next copy itself.
+            Phase::Stale(_) => now.settling.is_empty(),
+            _ => false,
+        }
+    }
+
+    fn refresh(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), EngineError> {
+        let _op = lock(&volume.op);
+        let old = {
+            let mut now = lock(&volume.now);
+            if now.removed {
+                return Ok(());
+            }
+            match mem::replace(&mut now.phase, Phase::Changing) {
+                Phase::Ready(copy) if self.is_best(volume, &copy) => {
+                    now.phase = Phase::Ready(copy);
+                    return Ok(());
+                }
+                old @ (Phase::Ready(_) | Phase::Stale(_)) => old,
+                other => {
+                    now.phase = other;
+                    return Ok(());
+                }
+            }
+        };
+        reach("refresh", 1);
+        match self.prepare(volume, "refresh") {
+            Ok(copy) => {
+                lock(&volume.now).phase = Phase::Ready(copy);
+                reach("refresh", 4);
+                match old {
+                    Phase::Ready(copy) => self.discard(copy.lv),
+                    Phase::Stale(Some(lv)) => self.discard(lv),
+                    _ => {}
+                }
+                Ok(())
+            }
+            Err(error) => {
+                lock(&volume.now).phase = old;
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads the store and takes over what others changed.
+    fn relist(self: &Arc<Self>) {
+        let asked = Instant::now();
+        match self.store.list() {
+            Ok(listing) => self.take_over(&listing, asked),
+            Err(error) => warn!(%error, "the store cannot be read: what is known stays"),
+        }
+    }
+
+    fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {
+        let seen = start::Seen::of(listing, &self.boot);
+        let mut state = lock(&self.state);
+        state.gone.retain(|_, when| *when >= asked);
+        state.born.retain(|_, (when, _)| *when >= asked);
+        for (lv, why) in &seen.unclear {
+            if state.reported.insert(lv.clone(), why.clone()).as_ref() != Some(why) {
+                warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
+            }
+        }
+        let gone = state.gone.clone();
+        let mut entries: Vec<Entry> = seen
+            .entries
+            .into_iter()
+            .filter(|entry| !gone.contains_key(&entry.lv))
+            .collect();
+        let newer: Vec<Entry> = state
+            .born
+            .values()
+            .filter(|(_, born)| entries.iter().all(|entry| entry.lv != born.lv))
+            .map(|(_, born)| born.clone())
+            .collect();
+        entries.extend(newer);
+        let index = Index::new(entries);
+        let base = seen.base.filter(|base| !gone.contains_key(&base.lv));
+        if index.entries() != state.index.entries() || base != state.base {
+            state.index = Arc::new(index);
+            state.base = base;
+            state.generation += 1;
+        }
+        // Volumes that somebody made with LVM's own tools.
+        let known: HashSet<_> = state.volumes.keys().cloned().collect();
+        for plan in &seen.volumes {
+            let ours = plan.lvs.iter().all(|lv| gone.contains_key(lv));
+            if !ours && !known.contains(&plan.name) {
+                info!(volume = %plan.name, "a volume of an LV that somebody tagged");
+                let volume = plan.volume();
+                state.volumes.insert(plan.name.clone(), Arc::new(volume));
+            }
+        }
+        let volumes: Vec<_> = state.volumes.values().cloned().collect();
+        drop(state);
+        let there: HashMap<_, _> = listing.lvs.iter().map(|lv| (&lv.name, ())).collect();
+        for volume in volumes {
+            self.drop_if_lost(&volume, asked, |lv| there.contains_key(lv));
+        }
+        for lv in seen.doomed {
+            self.upkeep.remove(lv, true);
+        }
+    }
+
+    /// Forgets a volume whose LV somebody removed.
+    fn drop_if_lost(&self, volume: &Arc<Volume>, asked: Instant, there: impl Fn(&LvName) -> bool) {
+        // Whoever holds it knows better.
+        let Ok(_op) = volume.op.try_lock() else {
+            return;
+        };
+        let mut now = lock(&volume.now);
+        let lost = match &now.phase {
+            Phase::Ready(copy) => copy.made < asked && !there(&copy.lv),
+            Phase::Stale(Some(lv)) => !there(lv),
+            _ => false,
+        };
+        if lost
+            && !lock(&self.state).gone.contains_key(match &now.phase {
+                Phase::Ready(copy) => &copy.lv,
+                Phase::Stale(Some(lv)) => lv,
+                _ => unreachable!("seen above, under the same lock"),
+            })
+        {
+            warn!(volume = %volume.name, "its LV was removed by somebody else: the volume is gone");
+            now.removed = true;
+            drop(now);
+            self.drop_volume(volume);
+        }
+    }
+}
+
+fn watch_dir(watch: &Watch) -> io::Result<Inotify> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    inotify.add_watch(
+        &watch.dir,
+        AddWatchFlags::IN_CLOSE_WRITE
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_DELETE,
+    )?;
+    Ok(inotify)
+}

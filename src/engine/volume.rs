@@ -1,0 +1,212 @@
+//! A volume in memory, and the phases that its copies of entries go through.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::Verdict;
+use crate::cache::names::{LvName, VolumeName};
+use crate::cache::spec::{FsType, Publish, Reuse, Spec};
+use crate::mount::Mounted;
+
+/// A volume: a name, a specification, and what became of its logical volumes.
+#[derive(Debug)]
+pub(super) struct Volume {
+    pub name: VolumeName,
+    pub spec: Spec,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Held by whoever changes the volume, over all the I/O that it takes.
+    pub op: Mutex<()>,
+    /// Held for moments only: Get and List read it.
+    pub now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+pub(super) struct Now {
+    pub phase: Phase,
+    /// Somebody waited for `op` while the volume was removed, or its Create failed.
+    pub removed: bool,
+    /// LVs of ended leases that still bear the volume's name.
+    pub settling: Vec<LvName>,
+    /// What became of the last lease, for people.
+    pub last: Option<serde_json::Value>,
+}
+
+/// What a volume's next use starts from.
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// Create is under way: the volume is not shown yet.
+    Making,
+    /// A change is under way; the holder of `op` has what was here.
+    Changing,
+    /// A new copy is needed. The LV, if any, only carries the volume's name and
+    /// specification until then.
+    Stale(Option<LvName>),
+    /// A copy waits for its use.
+    Ready(Prepared),
+    /// In use.
+    Leased(Lease),
+}
+
+/// A copy of an entry (or of the base, or a new file system) for one volume.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub lv: LvName,
+    /// `None`: not activated in this life of the daemon.
+    pub device: Option<PathBuf>,
+    /// Mounted already, visible nowhere.
+    pub premounted: Option<Premounted>,
+    /// It carries `friend:making`.
+    pub making: bool,
+    pub source: Source,
+    /// The index's generation at which `source` was last seen to be the best.
+    pub generation: AtomicU64,
+    pub made: Instant,
+    pub took: Duration,
+}
+
+/// A detached mount, and its place among those that the settings allow.
+#[derive(Debug)]
+pub(super) struct Premounted {
+    pub fs: OpenFs,
+    pub _slot: Slot,
+}
+
+/// A mounted file system and its type.
+#[derive(Debug)]
+pub(super) struct OpenFs {
+    pub mounted: Mounted,
+    pub fs: FsType,
+}
+
+/// One of the pre-mounted places, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    /// A place, where `used` is below `limit`.
+    pub fn take(used: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+            (n < limit).then_some(n + 1)
+        })
+        .ok()
+        .map(|_| Self(Arc::clone(used)))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How a copy came to its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Restored {
+    Exact,
+    Fallback,
+    Base,
+    Empty,
+    /// It held it before (`reuse=keep`).
+    Kept,
+    /// A directory in memory, as the store did not serve.
+    Scratch,
+    /// An earlier life of the daemon made it.
+    Earlier,
+}
+
+impl Restored {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fallback => "fallback",
+            Self::Base => "base",
+            Self::Empty => "empty",
+            Self::Kept => "kept",
+            Self::Scratch => "scratch",
+            Self::Earlier => "earlier",
+        }
+    }
+}
+
+/// What a copy was made from.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    pub how: Restored,
+    /// The entry or the base; `None` where there was none.
+    pub lv: Option<LvName>,
+    /// When that was published, seconds since 1970.
+    pub created: Option<u64>,
+    /// The criterion that matched, as it was written.
+    pub criterion: Option<String>,
+    /// The entry has all the save tags, in the scope, already.
+    pub saved: bool,
+}
+
+impl Source {
+    pub const fn of(how: Restored) -> Self {
+        Self {
+            how,
+            lv: None,
+            created: None,
+            criterion: None,
+            saved: false,
+        }
+    }
+}
+
+/// A use of a volume: from Mount to the last Unmount.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub backing: Backing,
+    /// Who uses it. Podman sends one constant, Docker one a container. Empty after
+    /// a restart: the first Unmount ends it then.
+    pub ids: BTreeSet<String>,
+    pub began: Instant,
+    /// How long Mount took.
+    pub took: Duration,
+    pub verdict: Verdict,
+    /// Writes the lease's mark, behind Mount's answer.
+    pub mark: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+pub(super) enum Backing {
+    Lv {
+        copy: Prepared,
+        open: OpenFs,
+        /// Sectors written when the use began; `None` after a restart.
+        baseline: Option<u64>,
+    },
+    Scratch(Mounted),
+}
+
+impl Volume {
+    pub fn new(name: VolumeName, spec: Spec, created: u64, phase: Phase) -> Self {
+        Self {
+            name,
+            spec,
+            created,
+            op: Mutex::new(()),
+            now: Mutex::new(Now {
+                phase,
+                removed: false,
+                settling: Vec::new(),
+                last: None,
+            }),
+        }
+    }
+
+    pub fn keeps(&self) -> bool {
+        self.spec.reuse == Reuse::Keep
+    }
+}
+
+/// Whether the end of a lease may publish at all.
+pub(super) fn may_publish(spec: &Spec) -> bool {
+    !spec.save.is_empty() && spec.publish != Publish::Never
+}
