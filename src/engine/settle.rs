@@ -498,3 +498,98 @@ impl Story {
         }));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Verdict::{Failure, Success, Unknown};
+
+    #[test]
+    fn what_is_published() {
+        const CLEAN: &str = "it did not end cleanly";
+        const SAME: &str = "nothing changed";
+        // save · publish · verdict · clean · changed · saved -> why not
+        for (save, publish, verdict, clean, changed, saved, want) in [
+            ("a", "unless-failed", Unknown, true, true, false, None),
+            ("a", "unless-failed", Success, true, true, false, None),
+            (
+                "a",
+                "unless-failed",
+                Failure,
+                true,
+                true,
+                false,
+                Some("the work failed"),
+            ),
+            (
+                "a",
+                "unless-failed",
+                Unknown,
+                false,
+                true,
+                false,
+                Some(CLEAN),
+            ),
+            (
+                "a",
+                "on-success",
+                Unknown,
+                true,
+                true,
+                false,
+                Some("no success verdict"),
+            ),
+            (
+                "a",
+                "on-success",
+                Failure,
+                true,
+                true,
+                false,
+                Some("no success verdict"),
+            ),
+            ("a", "on-success", Success, true, true, false, None),
+            ("a", "on-success", Success, false, true, false, Some(CLEAN)),
+            ("a", "always", Unknown, true, true, false, None),
+            ("a", "always", Failure, true, true, false, None),
+            ("a", "always", Success, false, true, false, Some(CLEAN)),
+            (
+                "a",
+                "never",
+                Success,
+                true,
+                true,
+                false,
+                Some("publish=never"),
+            ),
+            (
+                "",
+                "always",
+                Success,
+                true,
+                true,
+                false,
+                Some("no save tags"),
+            ),
+            // The same content under tags that it had not is news.
+            ("a", "always", Success, true, false, false, None),
+            ("a", "always", Success, true, false, true, Some(SAME)),
+            ("a", "unless-failed", Unknown, true, false, true, Some(SAME)),
+            ("a", "unless-failed", Unknown, true, true, true, None),
+        ] {
+            let options = [("restore", "a"), ("save", save), ("publish", publish)];
+            let options = options.iter().filter(|(_, value)| !value.is_empty());
+            let options = options
+                .map(|(k, v)| (k.to_string(), v.to_string()))
+                .collect();
+            let spec = Spec::parse(&options).unwrap();
+            let end = End {
+                verdict,
+                clean,
+                changed,
+                saved,
+            };
+            assert_eq!(refusal(&spec, end), want, "{options:?} {end:?}");
+        }
+    }
+}

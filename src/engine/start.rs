@@ -461,3 +461,186 @@ fn lease(backing: Backing, mark: Option<std::thread::JoinHandle<()>>) -> Lease {
         mark,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::units::Bytes;
+    use crate::storage::Capacity;
+
+    /// Each line: name, seq, `dev=N` (active as 253:N), `open`, `origin=LV`, tags.
+    fn listing(lines: &str) -> Listing {
+        let lv = |line: &str| {
+            let mut words = line.split_whitespace();
+            let mut lv = Lv {
+                name: words.next().unwrap().parse().unwrap(),
+                seq: words.next().unwrap().parse().unwrap(),
+                created: 1,
+                size: Bytes::mib(64),
+                tags: vec![],
+                origin: None,
+                device: None,
+                open: false,
+            };
+            for word in words {
+                match word.split_once('=') {
+                    Some(("dev", minor)) => lv.device = Some((253, minor.parse().unwrap())),
+                    Some(("origin", origin)) => lv.origin = Some(origin.parse().unwrap()),
+                    _ if word == "open" => lv.open = true,
+                    _ => lv.tags.push(word.parse().unwrap()),
+                }
+            }
+            lv
+        };
+        Listing {
+            lvs: lines
+                .lines()
+                .filter(|l| !l.trim().is_empty())
+                .map(lv)
+                .collect(),
+            capacity: Capacity::default(),
+        }
+    }
+
+    /// What is seen, a line for each finding, in order.
+    fn seen(lines: &str, mounted: &[(&str, u32)]) -> Vec<String> {
+        let mounts = mounted.iter();
+        let mounts = mounts.map(|(name, minor)| (name.parse().unwrap(), (253, *minor)));
+        let seen = Seen::with_mounts(&listing(lines), "b00710c5", &mounts.collect());
+        let mut found = Vec::new();
+        found.extend(seen.entries.iter().map(|e| format!("entry {}", e.lv)));
+        found.extend(seen.base.iter().map(|b| format!("base {}", b.lv)));
+        for v in &seen.volumes {
+            let current = v.current.as_ref().map_or("nothing".to_owned(), |c| {
+                let leased = if c.leased { " leased" } else { "" };
+                let making = if c.making { " making" } else { "" };
+                format!("{}{leased}{making}", c.lv)
+            });
+            found.push(format!("volume {} with {current}", v.name));
+        }
+        for e in &seen.ended {
+            let cut_short = if e.cut_short { " cut short" } else { "" };
+            let published = if e.published { " published" } else { "" };
+            found.push(format!("ended {}{cut_short}{published}", e.lv));
+        }
+        found.extend(seen.doomed.iter().map(|lv| format!("doomed {lv}")));
+        found.extend(seen.leftover.iter().map(|lv| format!("leftover {lv}")));
+        found.extend(seen.unclear.iter().map(|(lv, _)| format!("unclear {lv}")));
+        found
+    }
+
+    #[test]
+    fn what_a_restart_finds() {
+        const V: &str = "friend:snapshot friend:volume:v";
+        const FRESH: &str = "friend:restore:0:a friend:save:a";
+        for (case, lines, mounted, want) in [
+            ("an empty store", String::new(), vec![], vec![]),
+            (
+                "others' LVs are not seen",
+                "friend-foreign 1\nroot 2 other:tag".to_owned(),
+                vec![],
+                vec![],
+            ),
+            (
+                "entries newest first, the base, and what is doomed",
+                "b 1 friend:default\ne1 2 friend:snapshot friend:cache:a\n\
+                 e2 3 friend:snapshot friend:cache:a\nd 4 friend:snapshot friend:cache:a friend:doomed"
+                    .to_owned(),
+                vec![],
+                vec!["entry e2", "entry e1", "base b", "doomed d"],
+            ),
+            (
+                "two bases: the newer one counts",
+                "b1 1 friend:default\nb2 2 friend:default".to_owned(),
+                vec![],
+                vec!["base b2", "unclear b1"],
+            ),
+            (
+                "a volume that waits for its use",
+                format!("l 5 dev=1 {V} {FRESH}"),
+                vec![],
+                vec!["volume v with l"],
+            ),
+            (
+                "a lease that goes on",
+                format!("l 5 dev=1 open {V} {FRESH} friend:lease:b00710c5"),
+                vec![("v", 1)],
+                vec!["volume v with l leased"],
+            ),
+            (
+                "a lease whose mark was not written yet",
+                format!("l 5 dev=1 open {V} {FRESH}"),
+                vec![("v", 1)],
+                vec!["volume v with l leased"],
+            ),
+            (
+                "an ended lease, and the copy that followed it",
+                format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5\nnew 6 dev=2 {V} {FRESH}"),
+                vec![],
+                vec!["volume v with new", "ended old"],
+            ),
+            (
+                "an ended lease, and the next one that goes on",
+                format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5\nnew 6 dev=2 {V} {FRESH} friend:lease:b00710c5"),
+                vec![("v", 2)],
+                vec!["volume v with new leased", "ended old"],
+            ),
+            (
+                "an ended lease that no copy followed yet: the volume stays",
+                format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5"),
+                vec![],
+                vec!["volume v with nothing", "ended old"],
+            ),
+            (
+                "an ended lease of which an entry was made already",
+                format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5\ne 6 origin=old friend:snapshot friend:cache:a"),
+                vec![],
+                vec!["entry e", "volume v with nothing", "ended old published"],
+            ),
+            (
+                "a lease that a reboot cut short",
+                format!("old 5 {V} {FRESH} friend:lease:0000beef"),
+                vec![],
+                vec!["volume v with nothing", "ended old cut short"],
+            ),
+            (
+                "a lease of a volume that was removed meanwhile",
+                format!("old 5 dev=1 friend:snapshot {FRESH} friend:lease:b00710c5"),
+                vec![],
+                vec!["ended old"],
+            ),
+            (
+                "a refresh that was cut short before the old copy was given up",
+                format!("old 5 dev=1 {V} {FRESH}\nnew 6 dev=2 {V} {FRESH}"),
+                vec![],
+                vec!["volume v with new", "leftover old"],
+            ),
+            (
+                "a kept volume keeps its content, whatever was begun after it",
+                format!("old 5 dev=1 {V}\nnew 6 dev=2 {V} friend:making"),
+                vec![],
+                vec!["volume v with old", "leftover new"],
+            ),
+            (
+                "a kept volume that was never finished",
+                format!("l 5 dev=1 {V} friend:making"),
+                vec![],
+                vec!["volume v with l making"],
+            ),
+            (
+                "a kept volume whose lease is to be published goes on all the same",
+                format!("l 5 {V} friend:save:a friend:opt:reuse=keep friend:lease:b00710c5"),
+                vec![],
+                vec!["volume v with l", "ended l"],
+            ),
+            (
+                "imports: under way, and cut short",
+                "i 5 dev=1 open friend:snapshot friend:making\nj 6 friend:snapshot friend:making".to_owned(),
+                vec![],
+                vec!["leftover j"],
+            ),
+        ] {
+            assert_eq!(seen(&lines, &mounted), want, "{case}");
+        }
+    }
+}
