@@ -1,0 +1,6 @@
+.PHONY: test
+
+# Installs what is missing, then runs every test of every tier, those in virtual machines too.
+test:
+	tests/vm/deps nextest
+	cargo nextest run --no-fail-fast
