@@ -1,5 +1,14 @@
-//! Pure decisions: names and tags, criteria and their choice, a volume's
-//! specification, and what a logical volume's tags make of it. No I/O, no clock.
+//! Pure decisions. No I/O, no clock: the same input always gives the same answer,
+//! and no input panics.
+//!
+//! - [`names`] · tags and names, made only by parsing; how text becomes part of a tag.
+//! - [`units`] · sizes.
+//! - [`spec`] · a volume's options, from what Podman or Docker hands over to the tags
+//!   on its LV and back.
+//! - [`record`] · what an LV is to us, told by its tags. What does not parse is
+//!   [`record::Role::Unclear`] and left alone.
+//! - [`select`] · which entry a volume restores from. Cases are rows of
+//!   `select_cases.txt`.
 
 pub mod names;
 pub mod record;

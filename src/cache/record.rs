@@ -237,3 +237,324 @@ fn tag(prefix: &str, name: &str) -> Tag {
         .parse()
         .expect("a name after a prefix is a tag")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::cache::spec::tests::options;
+    use proptest::prelude::*;
+
+    fn tags(text: &str) -> Vec<Tag> {
+        text.split_whitespace()
+            .map(|tag| tag.parse().unwrap())
+            .collect()
+    }
+
+    fn told(role: &Role) -> String {
+        let list = |tags: &[Tag]| tags.iter().map(Tag::as_str).collect::<Vec<_>>().join(" ");
+        match role {
+            Role::Foreign => "foreign".to_owned(),
+            Role::Unclear(reason) => format!("unclear: {reason}"),
+            Role::Base => "base".to_owned(),
+            Role::Making => "making".to_owned(),
+            Role::Plain => "plain".to_owned(),
+            Role::Doomed => "doomed".to_owned(),
+            Role::Entry {
+                scope,
+                tags,
+                pinned,
+                from,
+            } => {
+                let mut text = format!("entry {}", list(tags));
+                for (word, name) in [
+                    ("scope", scope.as_ref().map(Tag::as_str)),
+                    ("from", from.as_ref().map(LvName::as_str)),
+                ] {
+                    if let Some(name) = name {
+                        text += &format!(", {word} {name}");
+                    }
+                }
+                if *pinned {
+                    text += ", pinned";
+                }
+                text
+            }
+            Role::Volume {
+                volume,
+                spec,
+                from,
+                lease,
+                making,
+            } => {
+                let mut text = match volume {
+                    Some(volume) => format!("volume {volume}"),
+                    None => "removed volume".to_owned(),
+                };
+                if !spec.restore.0.is_empty() {
+                    text += &format!(", restore {}", spec.restore);
+                }
+                if !spec.save.is_empty() {
+                    text += &format!(", save {}", list(&spec.save));
+                }
+                for (word, name) in [
+                    ("scope", spec.scope.as_ref().map(Tag::as_str)),
+                    ("from", from.as_ref().map(LvName::as_str)),
+                    ("lease", lease.as_deref()),
+                ] {
+                    if let Some(name) = name {
+                        text += &format!(", {word} {name}");
+                    }
+                }
+                if *making {
+                    text += ", making";
+                }
+                text
+            }
+        }
+    }
+
+    /// An LV's tags, and what it is. Any row may be added.
+    #[test]
+    fn roles() {
+        for (given, want) in [
+            // Others'.
+            ("", "foreign"),
+            ("someone:else backup", "foreign"),
+            ("friend friends:cache:x not:friend:snapshot", "foreign"),
+            // The article's own.
+            ("friend:default", "base"),
+            (
+                "friend:cache:dc5e8c5be193 friend:cache:linux friend:snapshot",
+                "entry dc5e8c5be193 linux",
+            ),
+            ("friend:cache:-odd friend:snapshot", "entry -odd"),
+            ("friend:snapshot", "plain"),
+            // Ours.
+            ("friend:default friend:snapshot", "base"),
+            ("friend:default friend:snapshot friend:from:x", "base"),
+            (
+                "friend:default friend:snapshot friend:cache:a friend:pin",
+                "base",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:scope:main friend:from:friend-x friend:pin",
+                "entry a, scope main, from friend-x, pinned",
+            ),
+            ("friend:snapshot friend:cache:a friend:cache:a", "entry a"),
+            ("friend:snapshot friend:cache:a someone:else", "entry a"),
+            (
+                "friend:snapshot friend:cache:a friend:note:by-bob",
+                "entry a",
+            ),
+            ("friend:snapshot friend:from:x", "plain"),
+            ("friend:snapshot friend:volume:v", "volume v"),
+            (
+                "friend:snapshot friend:volume:v friend:restore:0:a friend:restore:0:b friend:restore:1:c&2a \
+                 friend:save:a friend:save:d friend:scope:main friend:from:x friend:lease:0123abcd",
+                "volume v, restore a b; c*, save a d, scope main, from x, lease 0123abcd",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:making",
+                "volume v, making",
+            ),
+            ("friend:snapshot friend:volume:v friend:pin", "volume v"),
+            (
+                "friend:snapshot friend:lease:0123abcd friend:save:a",
+                "removed volume, save a, lease 0123abcd",
+            ),
+            ("friend:snapshot friend:making", "making"),
+            ("friend:snapshot friend:making friend:cache:a", "making"),
+            ("friend:snapshot friend:making friend:default", "making"),
+            ("friend:snapshot friend:doomed", "doomed"),
+            (
+                "friend:snapshot friend:doomed friend:volume:v friend:cache:a",
+                "doomed",
+            ),
+            (
+                "friend:snapshot friend:doomed friend:scope:a friend:scope:b",
+                "doomed",
+            ),
+            // Neither.
+            (
+                "friend:cache:a",
+                "unclear: tags of ours but not friend:snapshot",
+            ),
+            (
+                "friend:volume:v",
+                "unclear: tags of ours but not friend:snapshot",
+            ),
+            (
+                "friend:doomed",
+                "unclear: tags of ours but not friend:snapshot",
+            ),
+            (
+                "friend:pin",
+                "unclear: tags of ours but not friend:snapshot",
+            ),
+            (
+                "friend:whatever",
+                "unclear: tags of ours but not friend:snapshot",
+            ),
+            (
+                "friend:default friend:making",
+                "unclear: friend:making but not friend:snapshot",
+            ),
+            (
+                "friend:default friend:snapshot friend:doomed",
+                "unclear: both friend:default and friend:doomed",
+            ),
+            (
+                "friend:default friend:snapshot friend:volume:v",
+                "unclear: both a volume's tags and friend:default",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:volume:v",
+                "unclear: both a volume's tags and friend:cache:",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:lease:0123abcd",
+                "unclear: both a volume's tags and friend:cache:",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:save:a",
+                "unclear: both a volume's tags and friend:cache:",
+            ),
+            (
+                "friend:snapshot friend:save:a",
+                "unclear: a volume's options but neither friend:volume: nor friend:lease:",
+            ),
+            (
+                "friend:snapshot friend:cache:",
+                "unclear: friend:cache: does not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:scope:",
+                "unclear: friend:scope: does not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:scope:-",
+                "unclear: friend:scope:- does not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:scope:a friend:scope:b",
+                "unclear: more than one friend:scope:",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:from:a/b",
+                "unclear: friend:from:a/b does not parse",
+            ),
+            (
+                "friend:snapshot friend:volume:../v",
+                "unclear: friend:volume:../v does not parse",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:volume:w",
+                "unclear: more than one friend:volume:",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:lease:now",
+                "unclear: friend:lease:now does not parse",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:lease:01234567 friend:lease:89abcdef",
+                "unclear: more than one friend:lease:",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:restore:1:a",
+                "unclear: options that do not parse",
+            ),
+            (
+                "friend:snapshot friend:volume:v friend:opt:hue=red",
+                "unclear: options that do not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:pinned",
+                "unclear: friend:pinned is not a tag we know",
+            ),
+            (
+                "friend:snapshot friend:",
+                "unclear: friend: is not a tag we know",
+            ),
+        ] {
+            assert_eq!(told(&Role::from_tags(&tags(given))), want, "{given:?}");
+            if !given.contains(SNAPSHOT) {
+                let role = Role::from_tags(&tags(given));
+                let untouched = matches!(role, Role::Foreign | Role::Unclear(_) | Role::Base);
+                assert!(untouched, "{given:?}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn volumes_come_back(
+            options in options(),
+            volume in "[a-zA-Z0-9][a-zA-Z0-9_.-]{0,20}",
+            from in prop::option::of("[a-z][a-z.-]{0,8}"),
+            lease in prop::option::of("[0-9a-f]{8}"),
+            making in any::<bool>(),
+        ) {
+            let spec = Spec::parse(&options).unwrap();
+            let volume: VolumeName = volume.parse().unwrap();
+            let from: Option<LvName> = from.map(|from| from.parse().unwrap());
+            let mut all = volume_tags(&volume, &spec, from.as_ref());
+            all.extend(lease.iter().map(|boot| tag(LEASE, boot)));
+            all.extend(making.then(|| tag(MAKING, "")));
+            all.sort();
+            prop_assert_eq!(
+                Role::from_tags(&all),
+                Role::Volume { volume: Some(volume), spec: Box::new(spec), from, lease, making }
+            );
+        }
+
+        #[test]
+        fn entries_come_back(options in options(), from in prop::option::of("[a-z]{1,8}")) {
+            let spec = Spec::parse(&options).unwrap();
+            let from: Option<LvName> = from.map(|from| from.parse().unwrap());
+            let mut all = entry_tags(&spec.save, &spec.scope, from.as_ref());
+            all.sort();
+            let want = if spec.save.is_empty() {
+                Role::Plain
+            } else {
+                Role::Entry { scope: spec.scope, tags: spec.save, pinned: false, from }
+            };
+            prop_assert_eq!(Role::from_tags(&all), want);
+        }
+
+        /// LVM keeps a set of tags, in an order of its own.
+        #[test]
+        fn order_says_nothing(
+            (all, other) in prop::collection::vec(
+                "friend:(default|snapshot|making|pin|(cache|scope|volume|save|from|restore:0|lease|opt):a|doomed)|x",
+                0..6,
+            ).prop_flat_map(|all| (Just(all.clone()), Just(all).prop_shuffle()))
+        ) {
+            let role = |all: &[String]| Role::from_tags(&tags(&all.join(" ")));
+            match (role(&all), role(&other)) {
+                (Role::Unclear(_), Role::Unclear(_)) => {}
+                (one, two) => prop_assert_eq!(one, two),
+            }
+        }
+
+        #[test]
+        fn nothing_without_a_mark_of_ours_is_ours(
+            all in prop::collection::vec("(friend:(making|pin|doomed|(cache|scope|volume|lease):a)|[a-z:&]{1,9})", 0..6)
+        ) {
+            let role = Role::from_tags(&tags(&all.join(" ")));
+            prop_assert!(matches!(role, Role::Foreign | Role::Unclear(_)));
+        }
+    }
+
+    #[test]
+    fn a_volume_without_options_has_three_tags_at_most() {
+        let spec = Spec::parse(&BTreeMap::new()).unwrap();
+        let volume = "v".parse().unwrap();
+        let from = "friend-x".parse().unwrap();
+        assert_eq!(
+            volume_tags(&volume, &spec, Some(&from)),
+            tags("friend:snapshot friend:volume:v friend:from:friend-x")
+        );
+    }
+}

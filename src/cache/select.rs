@@ -446,3 +446,172 @@ impl<K: Ord> Postings<K> {
         self.block_starts.push(self.keys.len() as u32);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn entry(seq: u64, lv: &str, tags: &str, scope: Option<&str>) -> Entry {
+        Entry {
+            lv: lv.parse().unwrap(),
+            seq,
+            // The clock runs backwards: it must not matter.
+            created: 1_000_000 - seq,
+            scope: scope.map(|scope| scope.parse().unwrap()),
+            tags: tags.split(' ').map(|tag| tag.parse().unwrap()).collect(),
+        }
+    }
+
+    /// `[scope read-scopes] criteria`; `None` where they are refused.
+    fn spec(text: &str) -> Option<Spec> {
+        let (scopes, restore) = match text.strip_prefix('[') {
+            Some(rest) => rest.split_once(']').unwrap(),
+            None => ("-", text),
+        };
+        let (scope, read) = scopes.split_once(' ').unwrap_or((scopes, ""));
+        let options = [
+            ("restore", restore),
+            ("scope", scope),
+            ("read-scopes", read),
+        ];
+        let options: BTreeMap<_, _> = options
+            .into_iter()
+            .map(|(option, value)| (option.to_owned(), value.to_owned()))
+            .collect();
+        Spec::parse(&options).ok()
+    }
+
+    fn told(choice: Option<Choice<'_>>) -> String {
+        let Some(choice) = choice else {
+            return "nothing".to_owned();
+        };
+        let criterion = if choice.exact {
+            "exact".to_owned()
+        } else {
+            choice.criterion.to_string()
+        };
+        let scope = match choice.scope {
+            0 => String::new(),
+            n => format!(" @{n}"),
+        };
+        format!("{} {criterion}{scope}", choice.entry.lv)
+    }
+
+    #[test]
+    fn choices_of_the_table() {
+        let mut entries = Vec::new();
+        let mut choosing = false;
+        let mut cases = 0;
+        for (n, line) in (1..).zip(include_str!("select_cases.txt").lines()) {
+            let line = line.trim_end();
+            if line == "entries" {
+                entries.clear();
+                choosing = false;
+            } else if line == "choices" {
+                choosing = true;
+            } else if line.is_empty() || line.starts_with('#') {
+                continue;
+            } else if choosing {
+                let (volume, want) = line.split_once("=>").expect("a row with =>");
+                let got = match spec(volume.trim()) {
+                    Some(spec) => told(Index::new(entries.clone()).choose(&spec)),
+                    None => "refused".to_owned(),
+                };
+                assert_eq!(got, want.trim(), "line {n}: {line}");
+                cases += 1;
+            } else {
+                let (lv, rest) = line.trim().split_once(' ').unwrap();
+                let (tags, scope) = match rest.split_once('@') {
+                    Some((tags, scope)) => (tags, Some(scope)),
+                    None => (rest, None),
+                };
+                // The order that a listing comes in says nothing.
+                let place = entries.len() / 2;
+                let seq = entries.len() as u64;
+                entries.insert(place, entry(seq, lv, tags.trim(), scope));
+            }
+        }
+        assert!(cases > 0);
+    }
+
+    /// What the documentation says, in the fewest words.
+    fn naive<'a>(entries: &'a [Entry], spec: &Spec) -> Option<Choice<'a>> {
+        for (scope, name) in spec.scopes().enumerate() {
+            for (criterion, wanted) in spec.restore.0.iter().enumerate() {
+                let matches = |entry: &&Entry| {
+                    entry.scope == *name
+                        && wanted.terms().iter().all(|term| {
+                            entry.tags.iter().any(|tag| match term {
+                                Term::Exact(wanted) => tag == wanted,
+                                Term::Prefix(prefix) => tag.as_str().starts_with(prefix.as_str()),
+                            })
+                        })
+                };
+                if let Some(entry) = entries.iter().filter(matches).max_by_key(|e| e.seq) {
+                    return Some(Choice {
+                        entry,
+                        scope,
+                        criterion,
+                        exact: criterion == 0 && !wanted.to_string().contains('*'),
+                    });
+                }
+            }
+        }
+        None
+    }
+
+    fn entries() -> impl Strategy<Value = Vec<Entry>> {
+        let scope = prop::sample::select(vec![None, Some("x"), Some("y")]);
+        let letters = || 'a'..='h';
+        let some: Vec<String> = letters()
+            .flat_map(|a| {
+                let longer = letters().flat_map(move |b| [format!("{a}{b}"), format!("a{a}{b}")]);
+                [a.to_string()].into_iter().chain(longer)
+            })
+            .collect();
+        let tags = prop::collection::vec(prop::sample::select(some), 1..6);
+        // Up to several words in a set of entries, and many blocks.
+        prop::collection::vec((tags, scope), 0..300)
+            .prop_map(|entries| {
+                (1..)
+                    .zip(entries)
+                    .map(|(seq, (tags, scope))| {
+                        entry(seq, &format!("lv{seq}"), &tags.join(" "), scope)
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .prop_shuffle()
+    }
+
+    proptest! {
+        #[test]
+        fn choices_are_the_naive_ones(
+            entries in entries(),
+            criteria in "(([ab]\\*?|[a-h]{2}\\*?|a[a-h]{2}) ){1,3}(;(([ab]|[a-i]{2}\\*?|a[a-h]{2}) ){1,3}){0,3}",
+            scopes in prop::sample::select(vec!["-", "x", "x -", "z x", "- x y", "y z -"]),
+        ) {
+            let index = Index::new(entries.clone());
+            let spec = spec(&format!("[{scopes}]{criteria}")).unwrap();
+            prop_assert_eq!(index.choose(&spec), naive(&entries, &spec));
+            let newest_first = index.entries().is_sorted_by(|a, b| a.seq > b.seq);
+            prop_assert!(newest_first && index.entries().len() == entries.len());
+        }
+
+        #[test]
+        fn criteria_are_read_as_written(text in "([a-c]{1,3}\\*?[ ;]{1,2}){0,10}") {
+            let criteria: Criteria = text.parse().unwrap();
+            prop_assert_eq!(criteria.to_string().parse(), Ok(criteria));
+        }
+    }
+
+    #[test]
+    fn equal_tags_share_memory() {
+        let entries = vec![entry(1, "a", "linux", None), entry(2, "b", "linux", None)];
+        let index = Index::new(entries);
+        let [b, a] = index.entries() else { panic!() };
+        assert!(std::ptr::eq(a.tags[0].as_str(), b.tags[0].as_str()));
+    }
+}

@@ -202,7 +202,7 @@ pub struct Spec {
     pub fs: Option<FsType>,
     /// Owner of the root directory; `None`: as it is.
     pub owner: Option<Owner>,
-    /// Mode of the root directory, permission bits only; `None`: as it is.
+    /// Mode of the root directory, from 0 to 0o3777 (setuid means nothing there); `None`: as it is.
     pub mode: Option<u32>,
     /// When no entry matches.
     pub on_miss: OnMiss,
@@ -594,7 +594,7 @@ fn mode(text: &str) -> Result<u32, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 

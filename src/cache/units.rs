@@ -81,15 +81,13 @@ impl fmt::Display for Bytes {
         const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
         let mut value = self.0 as f64;
         let mut unit = 0;
-        while value >= 1024.0 && unit + 1 < UNITS.len() {
+        // What would be rounded to 1024 is one of the next unit.
+        while value >= 1023.5 && unit + 1 < UNITS.len() {
             value /= 1024.0;
             unit += 1;
         }
-        let text = if unit == 0 || value.fract() < 0.05 || value >= 100.0 {
-            format!("{value:.0} {}", UNITS[unit])
-        } else {
-            format!("{value:.1} {}", UNITS[unit])
-        };
+        let whole = value >= 99.95 || (value * 10.0).round() % 10.0 == 0.0;
+        let text = format!("{value:.*} {}", usize::from(!whole), UNITS[unit]);
         f.pad(&text)
     }
 }
@@ -107,6 +105,9 @@ mod tests {
             ("300MiB", Some(300 << 20)),
             ("30G", Some(30 << 30)),
             ("1.5g", Some(3 << 29)),
+            (".5G", Some(1 << 29)),
+            (".", None),
+            ("0.1", None),
             ("2tb", Some(2 << 40)),
             ("0", None),
             ("", None),
@@ -119,6 +120,24 @@ mod tests {
             ("18446744073709551615", None),
         ] {
             assert_eq!(text.parse::<Bytes>().ok().map(|b| b.0), want, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        for (bytes, want) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (300 << 20, "300 MiB"),
+            ((1 << 30) - 1, "1 GiB"),
+            ((2 << 30) - 1, "2 GiB"),
+            (99 << 30, "99 GiB"),
+            ((100 << 30) - (1 << 29), "99.5 GiB"),
+            (5 << 50, "5120 TiB"),
+        ] {
+            assert_eq!(Bytes(bytes).to_string(), want, "{bytes}");
         }
     }
 }
