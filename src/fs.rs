@@ -4,7 +4,7 @@
 //! fs/xfs/libxfs/xfs_format.h, xfs_log_format.h; fs/ext4/ext4.h.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -152,6 +152,19 @@ pub fn trim(root: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives all the space that a block device has mapped back to its pool: what it
+/// held is lost.
+///
+/// # Errors
+/// What the kernel says.
+pub fn discard_all(device: &Path) -> io::Result<()> {
+    let mut file = File::options().write(true).open(device)?;
+    let range = [0, file.seek(SeekFrom::End(0))?];
+    // SAFETY: BLKDISCARD reads two u64, an offset and a length in bytes.
+    unsafe { ioctl::discard(file.as_raw_fd(), &raw const range) }?;
+    Ok(())
+}
+
 /// Whether the file system on the unmounted `device` was unmounted cleanly and
 /// has no recorded error: its log needs no recovery. In doubt it is not clean.
 ///
@@ -213,6 +226,7 @@ struct FstrimRange {
 }
 
 mod ioctl {
+    nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_readwrite!(fitrim, b'X', 121, super::FstrimRange);
     nix::ioctl_write_ptr!(ext4_resize_fs, b'f', 16, u64);
     nix::ioctl_write_ptr!(xfs_growfs_data, b'X', 110, super::xfs::GrowfsData);
@@ -456,20 +470,4 @@ mod ext4 {
         }
         Ok(())
     }
-}
-
-/// Gives all the space that a block device has mapped back to its pool: what it
-/// held is lost.
-///
-/// # Errors
-/// What the kernel says.
-pub fn discard_all(device: &Path) -> io::Result<()> {
-    // BLKDISCARD takes a pointer to two u64: offset and length, in bytes.
-    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
-
-    let mut file = std::fs::OpenOptions::new().write(true).open(device)?;
-    let size = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
-    // SAFETY: the descriptor is open, and the range a valid pointer to two u64.
-    unsafe { blkdiscard(std::os::fd::AsRawFd::as_raw_fd(&file), &[0, size]) }?;
-    Ok(())
 }

@@ -52,6 +52,12 @@ pub struct MountError {
     pub damaged: bool,
 }
 
+impl From<MountError> for io::Error {
+    fn from(error: MountError) -> Self {
+        Self::new(error.source.kind(), error)
+    }
+}
+
 fn said(messages: &[String]) -> String {
     if messages.is_empty() {
         String::new()
@@ -100,7 +106,7 @@ impl Mounted {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn scratch(size: Bytes, source: &str) -> Result<Self, MountError> {
+    pub fn scratch(size: Bytes, source: &str) -> io::Result<Self> {
         // A file takes a page at least, so this bounds only empty ones.
         let inodes = (size.0 / 4096 + 64).to_string();
         let size = size.0.to_string();
@@ -111,12 +117,7 @@ impl Mounted {
         ];
         Context::open("tmpfs")
             .and_then(|context| context.mount(source, &options))
-            .map_err(|(source, messages)| MountError {
-                what: "a tmpfs".into(),
-                source,
-                messages,
-                damaged: false,
-            })
+            .map_err(|(source, _messages)| source)
     }
 
     /// Holds on to a mount that is attached at `at` already: after a restart.

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Trial;
 use lvm_cache_friend::cache::spec::{FsType, Owner};
 use lvm_cache_friend::cache::units::Bytes;
-use lvm_cache_friend::fs::{Content, dress, grow, is_clean, make, probe, sectors_written, trim};
+use lvm_cache_friend::fs::{
+    Content, discard_all, dress, grow, is_clean, make, probe, sectors_written, trim,
+};
 use lvm_cache_friend::mount::{MountPoint, Mounted, detach, ensure_shared, in_use, table};
 use tempfile::TempDir;
 
@@ -50,8 +52,9 @@ pub fn tests() -> Vec<Trial> {
             }
         })
         .collect();
-    let single: [(&str, fn()); 4] = [
+    let single: [(&str, fn()); 5] = [
         ("contents", contents),
+        ("discarded", discarded),
         ("scratch", scratch),
         ("shared", shared),
         ("clean_as_xfs_logprint_says", clean_as_xfs_logprint_says),
@@ -407,6 +410,15 @@ fn contents() {
     assert_eq!(probe(short.path()).unwrap(), Content::Blank);
     fs::write(short.path(), "XFSB").unwrap();
     assert_eq!(probe(short.path()).unwrap(), Content::Unknown);
+}
+
+fn discarded() {
+    let disk = LoopDevice::new(Bytes::mib(320));
+    make(&disk.device, FsType::Xfs).unwrap();
+    assert!(fs::metadata(disk.image()).unwrap().blocks() > 0);
+    discard_all(&disk.device).unwrap();
+    assert_eq!(fs::metadata(disk.image()).unwrap().blocks(), 0);
+    assert_eq!(probe(&disk.device).unwrap(), Content::Blank);
 }
 
 fn scratch() {
