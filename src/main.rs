@@ -1,3 +1,31 @@
 //! lvm-cache-friend's program: parse, log, call.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use lvm_cache_friend::cli::{Cli, Command};
+use lvm_cache_friend::commands::{self, Failure};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let config = &cli.config;
+    let done = match &cli.command {
+        Command::Init(args) => commands::init::run(config, args),
+        Command::Serve(args) => commands::serve(config, args),
+        Command::List(args) => commands::list::run(config, args),
+        Command::Show(args) => commands::show::run(config, args),
+        Command::Import(args) => commands::import::run(config, args),
+        Command::Remove(args) => commands::remove::run(config, args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("lvm-cache-friend: {failure}");
+            match failure {
+                Failure::Failed(_) => ExitCode::from(1),
+                Failure::Usage(_) => ExitCode::from(2),
+                Failure::NotFound(_) => ExitCode::from(3),
+            }
+        }
+    }
+}

@@ -404,10 +404,7 @@ impl Engine {
             let Content::Fs(fs) = held else {
                 return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
             };
-            drop(
-                Mounted::device(&device, fs)
-                    .map_err(|e| io_error("mounting", &device, e.into()))?,
-            );
+            drop(Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e))?);
             self.store.deactivate(&making.name)?;
             Ok(self
                 .store

@@ -1,0 +1,222 @@
+//! The command line's shape.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, Parser, Subcommand};
+
+use crate::cache::names::LvName;
+use crate::cache::units::Bytes;
+use crate::config::DEFAULT_FILE;
+use crate::logging::LogLevel;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; standard error says why
+  2  wrong usage
+  3  nothing of that name was found";
+
+/// Copy-on-write cache volumes for CI containers: a Podman and Docker volume
+/// plugin that mounts LVM thin snapshots chosen by tags.
+#[derive(Debug, Parser)]
+#[command(name = "lvm-cache-friend", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// The configuration file, which `init` writes.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_FILE, global = true)]
+    pub config: PathBuf,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Prepare storage, once, and write the configuration; changes nothing when it
+    /// has been done.
+    #[command(after_help = EXIT_CODES)]
+    Init(Init),
+    /// Run the daemon that Podman and Docker talk to.
+    #[command(after_help = EXIT_CODES)]
+    Serve(Serve),
+    /// List the base, the entries that can be restored from, and the volumes.
+    #[command(after_help = EXIT_CODES)]
+    List(List),
+    /// Show all there is to know of one volume or logical volume.
+    #[command(after_help = EXIT_CODES)]
+    Show(Show),
+    /// Make an entry from a directory.
+    #[command(after_help = EXIT_CODES)]
+    Import(Import),
+    /// Remove an entry (by its logical volume) or a volume (by its name).
+    #[command(after_help = EXIT_CODES)]
+    Remove(Remove),
+}
+
+/// Where the caches will be: exactly one of three.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("store").required(true).multiple(false).args(["vg", "loop_file", "reflink"]))]
+pub struct Init {
+    /// A thin pool, made in this existing volume group.
+    #[arg(long, value_name = "VG", requires = "size")]
+    pub vg: Option<LvName>,
+
+    /// A volume group of its own, on a loop device on this file, which is made.
+    #[arg(long = "loop", value_name = "FILE", requires = "size")]
+    pub loop_file: Option<PathBuf>,
+
+    /// Image files in this directory, on XFS with reflinks or btrfs.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["size", "pool"])]
+    pub reflink: Option<PathBuf>,
+
+    /// The pool's name.
+    #[arg(
+        long,
+        value_name = "POOL",
+        default_value = "friend-pool",
+        conflicts_with = "loop_file"
+    )]
+    pub pool: LvName,
+
+    /// Size of the pool (--vg) or of the file (--loop), such as 30G.
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<Bytes>,
+
+    /// Virtual size of the base: what a volume has room for that names no size.
+    /// It takes space in the pool only as it is written to.
+    #[arg(long, value_name = "SIZE", default_value = "10G")]
+    pub base_size: Bytes,
+}
+
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// What is logged; goes before the configuration's log-level, and RUST_LOG
+    /// before both.
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    pub log_level: Option<LogLevel>,
+}
+
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub struct List {
+    /// One JSON array instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `show`.
+#[derive(Debug, Args)]
+pub struct Show {
+    /// A volume's name, or a logical volume's.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `import`.
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The directory whose content the entry gets, with ownership, modes, times,
+    /// hard links, extended attributes, ACLs and holes.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// The tags that criteria will match, separated by spaces.
+    #[arg(long, value_name = "TAGS")]
+    pub tags: String,
+
+    /// The scope that the entry belongs to; without it, to volumes without scope.
+    #[arg(long, value_name = "SCOPE")]
+    pub scope: Option<String>,
+
+    /// The file system to make: xfs (the default) or ext4.
+    #[arg(long, value_name = "FS")]
+    pub fs: Option<String>,
+
+    /// Virtual size; by default that of the base, or what the content needs where
+    /// that is more.
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<String>,
+
+    /// Owner of the entry's root directory; by default that of DIR.
+    #[arg(long, value_name = "UID:GID")]
+    pub owner: Option<String>,
+
+    /// Mode of the entry's root directory, such as 0755; by default that of DIR.
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<String>,
+}
+
+/// Options of `remove`.
+#[derive(Debug, Args)]
+pub struct Remove {
+    /// A volume's name, or an entry's logical volume.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+    use clap::error::ErrorKind;
+
+    #[test]
+    fn the_shape_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage() {
+        for (line, want) in [
+            ("init --vg a --size 3G", None),
+            ("init --vg a --pool p --size 3G --base-size 1G", None),
+            ("init --loop /f --size 3G", None),
+            ("init --reflink /d", None),
+            ("init --reflink /d --base-size 1G", None),
+            ("--config /c list --json", None),
+            ("list --config /c", None),
+            ("show a --json", None),
+            ("import /d --tags a", None),
+            (
+                "import /d --tags a --fs ext4 --owner 1:2 --mode 0755 --scope s --size 3G",
+                None,
+            ),
+            ("remove a", None),
+            ("serve --log-level debug", None),
+            ("init", Some(ErrorKind::MissingRequiredArgument)),
+            ("init --vg a", Some(ErrorKind::MissingRequiredArgument)),
+            ("init --loop /f", Some(ErrorKind::MissingRequiredArgument)),
+            (
+                "init --vg a --loop /f --size 3G",
+                Some(ErrorKind::ArgumentConflict),
+            ),
+            (
+                "init --vg a --reflink /d --size 3G",
+                Some(ErrorKind::ArgumentConflict),
+            ),
+            (
+                "init --reflink /d --size 3G",
+                Some(ErrorKind::ArgumentConflict),
+            ),
+            (
+                "init --reflink /d --pool p",
+                Some(ErrorKind::ArgumentConflict),
+            ),
+            ("init --vg a --size much", Some(ErrorKind::ValueValidation)),
+            ("init --vg a/b --size 3G", Some(ErrorKind::ValueValidation)),
+            ("import /d", Some(ErrorKind::MissingRequiredArgument)),
+            ("list --yaml", Some(ErrorKind::UnknownArgument)),
+            ("dance", Some(ErrorKind::InvalidSubcommand)),
+        ] {
+            let words = std::iter::once("lvm-cache-friend").chain(line.split(' '));
+            let got = Cli::try_parse_from(words).err().map(|e| e.kind());
+            assert_eq!(got, want, "{line}");
+        }
+    }
+}

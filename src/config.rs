@@ -1,0 +1,562 @@
+//! The configuration file, parsed and validated once: past here nothing is.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de};
+
+use crate::cache::names::LvName;
+use crate::cache::units::Bytes;
+use crate::logging::LogLevel;
+use crate::storage::{Store, StoreError};
+
+/// Where the file is looked for.
+pub const DEFAULT_FILE: &str = "/etc/lvm-cache-friend/config.toml";
+
+/// Where everything of one boot lives.
+pub const RUN_DIR: &str = "/run/lvm-cache-friend";
+
+/// Longest path of a unix socket, in bytes: sizeof sun_path less the final NUL,
+/// and one for the name that it is bound under at first.
+const MAX_SOCKET_PATH: usize = 106;
+
+/// Which store, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreConfig {
+    /// A thin pool.
+    Lvm(Lvm),
+    /// Image files.
+    Reflink(Reflink),
+}
+
+/// A thin pool in a volume group.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Lvm {
+    /// The volume group.
+    #[serde(deserialize_with = "parsed")]
+    pub vg: LvName,
+    /// The thin pool in it.
+    #[serde(deserialize_with = "parsed")]
+    pub pool: LvName,
+    /// The file whose loop device is the group's only disk, when `init --loop`
+    /// made it.
+    #[serde(default, deserialize_with = "absolute_if_any")]
+    pub loop_file: Option<PathBuf>,
+}
+
+/// Image files in a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Reflink {
+    /// The directory, on XFS with reflinks or btrfs.
+    #[serde(deserialize_with = "absolute")]
+    pub dir: PathBuf,
+}
+
+/// What the file says, as it stands there.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Document {
+    lvm: Option<Lvm>,
+    reflink: Option<Reflink>,
+    #[serde(default = "default_socket", deserialize_with = "socket_path")]
+    socket: PathBuf,
+    #[serde(default = "default_group")]
+    socket_group: String,
+    #[serde(default = "default_mount_dir", deserialize_with = "absolute")]
+    mount_dir: PathBuf,
+    #[serde(default = "default_premounted")]
+    premounted: usize,
+    #[serde(default = "default_scratch", deserialize_with = "parsed")]
+    scratch_size: Bytes,
+    #[serde(default = "default_empty", deserialize_with = "parsed")]
+    empty_size: Bytes,
+    #[serde(default = "default_stop", deserialize_with = "duration")]
+    stop_timeout: Duration,
+    #[serde(default)]
+    log_level: LogLevel,
+}
+
+fn default_socket() -> PathBuf {
+    Path::new(RUN_DIR).join("plugin.sock")
+}
+
+fn default_group() -> String {
+    "root".into()
+}
+
+fn default_mount_dir() -> PathBuf {
+    Path::new(RUN_DIR).join("mnt")
+}
+
+const fn default_premounted() -> usize {
+    32
+}
+
+const fn default_scratch() -> Bytes {
+    Bytes(Bytes::GIB)
+}
+
+const fn default_empty() -> Bytes {
+    Bytes(10 * Bytes::GIB)
+}
+
+const fn default_stop() -> Duration {
+    Duration::from_secs(30)
+}
+
+/// The validated configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The store.
+    pub store: StoreConfig,
+    /// Where the plugin's socket is, unless systemd hands one over.
+    pub socket: PathBuf,
+    /// Group that may connect to it: a name or a number.
+    pub socket_group: String,
+    /// Where volumes are mounted.
+    pub mount_dir: PathBuf,
+    /// How many volumes are kept mounted, detached, while nothing uses them.
+    pub premounted: usize,
+    /// Size of a scratch directory where the volume names none.
+    pub scratch_size: Bytes,
+    /// Virtual size of a volume that starts empty, where neither it nor a base
+    /// says one.
+    pub empty_size: Bytes,
+    /// How long work that is under way may take after SIGTERM.
+    pub stop_timeout: Duration,
+    /// What is logged.
+    pub log_level: LogLevel,
+}
+
+/// The configuration cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// There is none.
+    #[error("{}: there is no such file: make it with `lvm-cache-friend init`, or name another with --config", .0.display())]
+    Missing(PathBuf),
+    /// It cannot be read or written.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// It does not say what it should.
+    #[error("{}: {problem}", .path.display())]
+    Bad {
+        /// The file.
+        path: PathBuf,
+        /// The line, what is wrong there, and what is accepted.
+        problem: String,
+    },
+    /// It names another store than the one asked for.
+    #[error(
+        "{}: it names another store already ({found}); to start over with {wanted}, move this file away first",
+        .path.display()
+    )]
+    Differs {
+        /// The file.
+        path: PathBuf,
+        /// The store that it names.
+        found: Box<StoreConfig>,
+        /// The store that was asked for.
+        wanted: Box<StoreConfig>,
+    },
+}
+
+impl StoreConfig {
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// When it is not there, or its tools are not.
+    pub fn open(&self) -> Result<Arc<dyn Store>, StoreError> {
+        todo!()
+    }
+}
+
+impl std::fmt::Display for StoreConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Lvm(Lvm {
+                vg,
+                pool,
+                loop_file: None,
+            }) => write!(f, "thin pool {vg}/{pool}"),
+            Self::Lvm(Lvm {
+                vg,
+                pool,
+                loop_file: Some(file),
+            }) => write!(f, "thin pool {vg}/{pool} in the file {}", file.display()),
+            Self::Reflink(Reflink { dir }) => write!(f, "image files in {}", dir.display()),
+        }
+    }
+}
+
+impl Settings {
+    /// Reads and validates `file`.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        let text = match fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ConfigError::Missing(file.to_owned()));
+            }
+            Err(source) => {
+                return Err(ConfigError::Io {
+                    path: file.to_owned(),
+                    source,
+                });
+            }
+        };
+        Self::parse(&text).map_err(|problem| ConfigError::Bad {
+            path: file.to_owned(),
+            problem,
+        })
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let document: Document =
+            toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        let store = match (document.lvm, document.reflink) {
+            (Some(lvm), None) => StoreConfig::Lvm(lvm),
+            (None, Some(reflink)) => StoreConfig::Reflink(reflink),
+            (None, None) => {
+                return Err(
+                    "no store is named: one of the tables [lvm] (vg, pool) and [reflink] (dir) is needed"
+                        .into(),
+                );
+            }
+            (Some(_), Some(_)) => {
+                return Err("two stores are named: [lvm] or [reflink], not both".into());
+            }
+        };
+        Ok(Self {
+            store,
+            socket: document.socket,
+            socket_group: document.socket_group,
+            mount_dir: document.mount_dir,
+            premounted: document.premounted,
+            scratch_size: document.scratch_size,
+            empty_size: document.empty_size,
+            stop_timeout: document.stop_timeout,
+            log_level: document.log_level,
+        })
+    }
+
+    /// The id of [`Settings::socket_group`].
+    ///
+    /// # Errors
+    /// When there is no such group.
+    pub fn socket_gid(&self) -> Result<u32, String> {
+        if let Ok(gid) = self.socket_group.parse() {
+            return Ok(gid);
+        }
+        match nix::unistd::Group::from_name(&self.socket_group) {
+            Ok(Some(group)) => Ok(group.gid.as_raw()),
+            Ok(None) => Err(format!(
+                "socket-group: there is no group {:?}",
+                self.socket_group
+            )),
+            Err(errno) => Err(format!("socket-group {:?}: {errno}", self.socket_group)),
+        }
+    }
+}
+
+/// Whether `file` already names `store`: `false` when there is no such file.
+///
+/// # Errors
+/// [`ConfigError::Differs`] when it names another, or what reading it says.
+pub fn names_store(file: &Path, store: &StoreConfig) -> Result<bool, ConfigError> {
+    match Settings::load(file) {
+        Ok(settings) if settings.store == *store => Ok(true),
+        Ok(settings) => Err(ConfigError::Differs {
+            path: file.to_owned(),
+            found: Box::new(settings.store),
+            wanted: Box::new(store.clone()),
+        }),
+        Err(ConfigError::Missing(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a new configuration that names `store` and shows every other setting
+/// with its default: all of it or, after a crash, nothing.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write(file: &Path, store: &StoreConfig) -> Result<(), ConfigError> {
+    let io = |source| ConfigError::Io {
+        path: file.to_owned(),
+        source,
+    };
+    let dir = match file.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(dir).map_err(io)?;
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push("~");
+    let unready = file.with_file_name(name);
+    let mut out = fs::File::create(&unready).map_err(io)?;
+    out.write_all(text(store).as_bytes())
+        .and_then(|()| out.sync_all())
+        .and_then(|()| fs::rename(&unready, file))
+        .and_then(|()| fs::File::open(dir)?.sync_all())
+        .map_err(io)
+}
+
+fn text(store: &StoreConfig) -> String {
+    let quoted = |text: &str| toml::Value::from(text).to_string();
+    let path = |path: &Path| quoted(&path.to_string_lossy());
+    let store = match store {
+        StoreConfig::Lvm(lvm) => {
+            let mut table = format!(
+                "# The thin pool that holds the caches, and its volume group.\n\
+                 [lvm]\nvg = {}\npool = {}\n",
+                quoted(lvm.vg.as_str()),
+                quoted(lvm.pool.as_str())
+            );
+            if let Some(file) = &lvm.loop_file {
+                table.push_str(&format!(
+                    "# The group's only disk: a loop device on this file, set up again at each boot.\n\
+                     loop-file = {}\n",
+                    path(file)
+                ));
+            }
+            table
+        }
+        StoreConfig::Reflink(reflink) => format!(
+            "# The directory that holds the caches as image files; on XFS with reflinks, or btrfs.\n\
+             [reflink]\ndir = {}\n",
+            path(&reflink.dir)
+        ),
+    };
+    format!(
+        "# Configuration of lvm-cache-friend. A line that begins with # and a setting shows\n\
+         # the default. Restart the daemon after a change.\n\
+         \n\
+         # The plugin's socket (systemd's socket unit goes before this), and the group\n\
+         # whose members may use it: they can mount and remove every cache.\n\
+         #socket = {socket}\n\
+         #socket-group = {group}\n\
+         \n\
+         # Where volumes are mounted, each in a directory of its name.\n\
+         #mount-dir = {mount_dir}\n\
+         \n\
+         # How many idle volumes are kept mounted, invisibly, so that a container's start\n\
+         # need not wait for it. Each takes about 0.8 MB of the kernel's memory.\n\
+         #premounted = {premounted}\n\
+         \n\
+         # Size of the directory in memory that on-error=scratch falls back to, where the\n\
+         # volume names no size.\n\
+         #scratch-size = {scratch}\n\
+         \n\
+         # Virtual size of a volume that starts empty, where neither it nor the base says one.\n\
+         #empty-size = {empty}\n\
+         \n\
+         # How long the daemon, told to stop, finishes what is under way.\n\
+         #stop-timeout = {stop}\n\
+         \n\
+         # error, warn, info, debug or trace; `--log-level` and RUST_LOG go before it.\n\
+         #log-level = {level}\n\
+         \n\
+         {store}",
+        socket = path(&default_socket()),
+        group = quoted(&default_group()),
+        mount_dir = path(&default_mount_dir()),
+        premounted = default_premounted(),
+        scratch = quoted("1G"),
+        empty = quoted("10G"),
+        stop = quoted("30s"),
+        level = quoted("info"),
+    )
+}
+
+fn parsed<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr,
+    T::Err: std::fmt::Display,
+{
+    String::deserialize(deserializer)?
+        .parse()
+        .map_err(de::Error::custom)
+}
+
+fn absolute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(de::Error::custom(format_args!(
+            "{path:?} is not an absolute path: it must begin with /"
+        )))
+    }
+}
+
+fn absolute_if_any<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    absolute(deserializer).map(Some)
+}
+
+fn socket_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let path = absolute(deserializer)?;
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
+        return Err(de::Error::custom(format_args!(
+            "{path:?} is too long for a socket: at most {MAX_SOCKET_PATH} bytes"
+        )));
+    }
+    if path.file_name().is_none() {
+        return Err(de::Error::custom(format_args!("{path:?} names no file")));
+    }
+    Ok(path)
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse::<jiff::SignedDuration>()
+        .ok()
+        .and_then(|d| Duration::try_from(d).ok())
+        .ok_or_else(|| {
+            de::Error::custom(format_args!(
+                "{text:?} is not a length of time: write one such as \"30s\" or \"2m\""
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lvm(loop_file: Option<&str>) -> StoreConfig {
+        StoreConfig::Lvm(Lvm {
+            vg: "vg0".parse().expect("a name"),
+            pool: "friend-pool".parse().expect("a name"),
+            loop_file: loop_file.map(Into::into),
+        })
+    }
+
+    fn reflink(dir: &str) -> StoreConfig {
+        StoreConfig::Reflink(Reflink { dir: dir.into() })
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (n, store) in [
+            lvm(None),
+            lvm(Some("/var/lib/a \"b\".img")),
+            reflink("/srv/caches"),
+        ]
+        .iter()
+        .enumerate()
+        {
+            let file = dir.path().join(format!("sub{n}/config.toml"));
+            assert!(!names_store(&file, store).expect("no file yet"));
+            write(&file, store).expect("written");
+            assert!(names_store(&file, store).expect("readable"));
+            let settings = Settings::load(&file).expect("readable");
+            assert_eq!(settings.store, *store);
+            assert_eq!(settings.premounted, 32);
+            assert!(matches!(
+                names_store(&file, &reflink("/elsewhere")),
+                Err(ConfigError::Differs { .. })
+            ));
+            assert_eq!(
+                fs::read_dir(file.parent().expect("it has one"))
+                    .expect("readable")
+                    .count(),
+                1,
+                "nothing is left beside it"
+            );
+        }
+    }
+
+    #[test]
+    fn the_comments_show_the_defaults() {
+        let store = reflink("/srv/caches");
+        let plain = Settings::parse(&text(&store)).expect("valid");
+        let uncommented: String = text(&store)
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(setting) if !setting.starts_with(' ') => setting,
+                _ => line,
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert_eq!(Settings::parse(&uncommented).expect("valid"), plain);
+        assert_eq!(
+            uncommented.matches("\n#").count(),
+            text(&store).matches("\n# ").count()
+        );
+    }
+
+    #[test]
+    fn what_is_refused() {
+        for (text, words) in [
+            ("", &["no store", "[lvm]", "[reflink]"][..]),
+            (
+                "[lvm]\nvg='a'\npool='b'\n[reflink]\ndir='/a'",
+                &["not both"],
+            ),
+            ("[lvm]\nvg='a'", &["line 1", "pool"]),
+            ("[lvm]\nvg='a b'\npool='p'", &["line 2", "letters"]),
+            ("[lvm]\nvg=3\npool='p'", &["line 2", "string"]),
+            (
+                "[lvm]\nvg='a'\npool='p'\nsize='3G'",
+                &["line 4", "size", "loop-file"],
+            ),
+            ("[reflink]\ndir='a'", &["line 2", "absolute"]),
+            (
+                "colour=3\n[reflink]\ndir='/a'",
+                &["line 1", "colour", "mount-dir"],
+            ),
+            ("premounted=-1\n[reflink]\ndir='/a'", &["line 1", "-1"]),
+            (
+                "scratch-size='big'\n[reflink]\ndir='/a'",
+                &["line 1", "30G"],
+            ),
+            (
+                "stop-timeout='soon'\n[reflink]\ndir='/a'",
+                &["line 1", "30s"],
+            ),
+            (
+                "stop-timeout='-3s'\n[reflink]\ndir='/a'",
+                &["line 1", "30s"],
+            ),
+            (
+                "log-level='loud'\n[reflink]\ndir='/a'",
+                &["line 1", "debug"],
+            ),
+            (
+                "socket='plugin.sock'\n[reflink]\ndir='/a'",
+                &["line 1", "absolute"],
+            ),
+            ("[reflink\ndir='/a'", &["line 1"]),
+        ] {
+            let problem = Settings::parse(text).expect_err(text);
+            for word in words {
+                assert!(
+                    problem.contains(word),
+                    "{text}: {word:?} is not in: {problem}"
+                );
+            }
+        }
+        let long = format!("socket='/{}'\n[reflink]\ndir='/a'", "s".repeat(106));
+        assert!(
+            Settings::parse(&long)
+                .expect_err("too long")
+                .contains("106")
+        );
+    }
+}

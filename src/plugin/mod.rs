@@ -1,0 +1,306 @@
+//! The volume-plugin protocol, as Podman and dockerd speak it, over a unix socket.
+//!
+//! [`router`] holds the endpoints, [`server`] the connections, [`socket`] the
+//! socket's making, [`wire`] the JSON; [`client`] is the other side, for our own
+//! commands.
+//!
+//! What never happens here: an answer of 200 to what was refused; a Get or List
+//! that waits, be it for the store or for a free thread; work that stops because
+//! its client hung up.
+
+pub mod client;
+pub mod server;
+pub mod socket;
+pub mod wire;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{FromRequest, State};
+use axum::http::{Request as HttpRequest, StatusCode, Uri};
+use axum::response::Response;
+use axum::routing::post;
+use http_body_util::BodyExt as _;
+use tokio::sync::Semaphore;
+
+use crate::engine::{Engine, EngineError};
+use wire::{Refusal, Request, ok};
+
+/// Longest body that is read into memory, in bytes. The longest that makes sense,
+/// a Create with criteria of many tags, has some tens of KiB.
+const MAX_BODY: usize = 1 << 20;
+
+/// How much more of a body is read, and thrown away, before it is refused: a
+/// client that is still writing would see a broken pipe instead of the answer.
+const MAX_DRAIN: usize = 64 << 20;
+
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How many Creates, Mounts and Removes are under way at once. Each has a thread;
+/// what the store does for them it does one after the other anyhow. Well above any
+/// number of containers that start at one moment.
+pub const MAX_WORK: usize = 128;
+
+/// Threads beyond [`MAX_WORK`], for Unmounts: those must find a thread at once, and
+/// hold it for 4 s at most.
+pub const UNMOUNT_THREADS: usize = 64;
+
+/// How long a request waits for one of [`MAX_WORK`] places: less than the 5 s
+/// after which Podman gives up, so that its user reads our answer.
+const WORK_WAIT: Duration = Duration::from_secs(4);
+
+struct App {
+    engine: Arc<Engine>,
+    work: Arc<Semaphore>,
+}
+
+/// The protocol's endpoints, served by `engine`.
+///
+/// It must run in a runtime with at least [`MAX_WORK`] + [`UNMOUNT_THREADS`]
+/// blocking threads.
+pub fn router(engine: Arc<Engine>) -> Router {
+    let app = Arc::new(App {
+        engine,
+        work: Arc::new(Semaphore::new(MAX_WORK)),
+    });
+    Router::new()
+        .route("/Plugin.Activate", post(activate))
+        .route("/VolumeDriver.Create", post(create))
+        .route("/VolumeDriver.Get", post(get))
+        .route("/VolumeDriver.List", post(list))
+        .route("/VolumeDriver.Remove", post(remove))
+        .route("/VolumeDriver.Path", post(path))
+        .route("/VolumeDriver.Mount", post(mount))
+        .route("/VolumeDriver.Unmount", post(unmount))
+        .route("/VolumeDriver.Capabilities", post(capabilities))
+        .fallback(no_such_endpoint)
+        .method_not_allowed_fallback(not_a_post)
+        .with_state(app)
+}
+
+type Answer = Result<Response, Refusal>;
+
+async fn activate(_: Payload) -> Response {
+    ok(&wire::Activated::default())
+}
+
+async fn capabilities(_: Payload) -> Response {
+    ok(&wire::Capabilities::default())
+}
+
+async fn list(State(app): State<Arc<App>>, _: Payload) -> Answer {
+    let volumes = app.at_once(Engine::list)?;
+    Ok(ok(&wire::Many {
+        volumes: volumes.into_iter().map(Into::into).collect(),
+    }))
+}
+
+async fn get(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let name = body.request()?.name()?;
+    match app.at_once(|engine| engine.get(&name))? {
+        Some(view) => Ok(ok(&wire::One {
+            volume: view.into(),
+        })),
+        None => Err(EngineError::NoSuchVolume(name).into()),
+    }
+}
+
+async fn path(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let name = body.request()?.name()?;
+    match app.at_once(|engine| engine.get(&name))? {
+        Some(view) => Ok(ok(&wire::Mountpoint {
+            mountpoint: view
+                .mountpoint
+                .map(|p| p.display().to_string())
+                .unwrap_or_default(),
+        })),
+        None => Err(EngineError::NoSuchVolume(name).into()),
+    }
+}
+
+async fn create(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let name = request.name()?;
+    let options = request.into_options();
+    app.work(move |engine| engine.create(&name, &options))
+        .await?;
+    Ok(ok(&wire::Done {}))
+}
+
+async fn remove(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let name = body.request()?.name()?;
+    app.work(move |engine| engine.remove(&name)).await?;
+    Ok(ok(&wire::Done {}))
+}
+
+async fn mount(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let (name, id) = (request.name()?, request.id()?);
+    let at = app.work(move |engine| engine.mount(&name, &id)).await?;
+    Ok(ok(&wire::Mountpoint {
+        mountpoint: at.display().to_string(),
+    }))
+}
+
+async fn unmount(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let (name, id) = (request.name()?, request.id()?);
+    let engine = Arc::clone(&app.engine);
+    settled(tokio::task::spawn_blocking(move || engine.unmount(&name, &id)).await)?;
+    Ok(ok(&wire::Done {}))
+}
+
+async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
+    drop(body);
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        format!(
+            "{} is no endpoint of the volume-plugin protocol",
+            uri.path().get(..80).unwrap_or(uri.path())
+        ),
+    )
+}
+
+async fn not_a_post(body: Payload) -> Refusal {
+    drop(body);
+    Refusal::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "the volume-plugin protocol's requests are POSTs",
+    )
+}
+
+impl App {
+    /// What the engine answers from memory: on this thread, so that it queues
+    /// behind nothing.
+    fn at_once<T>(&self, ask: impl FnOnce(&Engine) -> T) -> Result<T, Refusal> {
+        catch_unwind(AssertUnwindSafe(|| ask(&self.engine))).map_err(|panic| panicked(&*panic))
+    }
+
+    /// What the engine does on a thread of its own, to the end, whether or not the
+    /// client waits for it.
+    async fn work<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&Arc<Engine>) -> Result<T, EngineError> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let place = Arc::clone(&self.work).acquire_owned();
+        let Ok(Ok(place)) = tokio::time::timeout(WORK_WAIT, place).await else {
+            return Err(Refusal::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("{MAX_WORK} requests are under way already, and none has ended in time"),
+            ));
+        };
+        let engine = Arc::clone(&self.engine);
+        let done = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            act(&engine)
+        });
+        Ok(settled(done.await)??)
+    }
+}
+
+fn settled<T>(joined: Result<T, tokio::task::JoinError>) -> Result<T, Refusal> {
+    joined.map_err(|error| match error.try_into_panic() {
+        Ok(panic) => panicked(&*panic),
+        Err(_) => EngineError::Stopping.into(),
+    })
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Refusal {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message");
+    tracing::error!(panic = %wire::printable(text), "a request made the daemon panic: please report it");
+    Refusal::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        format!("the daemon has a defect, its log says more: {text}"),
+    )
+}
+
+/// A request's body, read whole, whatever its Content-Type.
+struct Payload(Vec<u8>);
+
+impl Payload {
+    fn request(&self) -> Result<Request, Refusal> {
+        Request::parse(&self.0)
+    }
+}
+
+impl<S: Sync> FromRequest<S> for Payload {
+    type Rejection = Refusal;
+
+    async fn from_request(request: HttpRequest<Body>, _: &S) -> Result<Self, Refusal> {
+        tokio::time::timeout(BODY_TIMEOUT, read(request.into_body()))
+            .await
+            .unwrap_or_else(|_| {
+                Err(Refusal::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    format!(
+                        "the request's body did not arrive within {} s",
+                        BODY_TIMEOUT.as_secs()
+                    ),
+                ))
+            })
+            .map(Self)
+    }
+}
+
+async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
+    let mut kept = Vec::new();
+    let mut seen = 0;
+    while seen <= MAX_DRAIN
+        && let Some(frame) = body.frame().await
+    {
+        let frame = frame.map_err(|e| {
+            Refusal::new(
+                StatusCode::BAD_REQUEST,
+                format!("the request's body cannot be read: {e}"),
+            )
+        })?;
+        if let Some(data) = frame.data_ref() {
+            seen += data.len();
+            if seen <= MAX_BODY {
+                kept.extend_from_slice(data);
+            }
+        }
+    }
+    if seen > MAX_BODY {
+        return Err(Refusal::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the request's body has more than {MAX_BODY} bytes"),
+        ));
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn bodies_are_bounded() {
+        for (size, fits) in [(0, true), (MAX_BODY, true), (MAX_BODY + 1, false)] {
+            match read(Body::from(vec![b' '; size])).await {
+                Ok(kept) => assert!(fits && kept.len() == size, "{size}"),
+                Err(refusal) => {
+                    assert!(!fits, "{size}");
+                    assert_eq!(refusal.status(), StatusCode::PAYLOAD_TOO_LARGE);
+                }
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_panic_becomes_a_refusal() {
+        let joined = tokio::task::spawn_blocking(|| panic!("on purpose")).await;
+        let refusal = settled::<()>(joined).expect_err("it panicked");
+        assert_eq!(refusal.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(refusal.message().contains("on purpose"));
+    }
+}

@@ -1,0 +1,104 @@
+//! Connections: accepted, bounded in number and in idleness, and let go at the end.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+
+/// How long a connection may stay without a whole request header: at its
+/// beginning, and between two requests. Podman makes a connection a command;
+/// dockerd keeps some, and takes a new one when an idle one was closed.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Most connections at once, where the descriptors suffice. Those that wait
+/// beyond it are in the socket's queue.
+const MAX_CONNECTIONS: u64 = 4096;
+
+/// Descriptors kept for everything but connections: two for each mounted volume,
+/// and those of the tools that run.
+const RESERVED_DESCRIPTORS: u64 = 512;
+
+/// How long to wait when the system lacks what accepting a connection takes.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Raises this process's limit of open descriptors as far as it may, and returns
+/// how many connections that allows at once.
+#[must_use]
+pub fn raise_limits() -> usize {
+    let descriptors = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((_, hard)) if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() => hard,
+        Ok((soft, _)) => soft,
+        Err(_) => 1024,
+    };
+    let free = descriptors.saturating_sub(RESERVED_DESCRIPTORS);
+    free.clamp(64, MAX_CONNECTIONS) as usize
+}
+
+/// Serves `router` on `listener` until `stop`, then takes no more connections and
+/// returns once those that are open have been answered. Dropping the future
+/// gives up on them.
+pub async fn serve(
+    listener: UnixListener,
+    router: Router,
+    max_connections: usize,
+    stop: impl Future<Output = ()>,
+) {
+    let places = Arc::new(Semaphore::new(max_connections));
+    let graceful = GracefulShutdown::new();
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT);
+
+    let accept = async {
+        loop {
+            let place = Arc::clone(&places)
+                .acquire_owned()
+                .await
+                .expect("nobody closes the semaphore");
+            let stream = accepted(&listener).await;
+            let service = TowerToHyperService::new(router.clone());
+            let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+            tokio::spawn(async move {
+                // What goes wrong here is the client's: it is gone, silent, or no HTTP.
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "connection ended early");
+                }
+                drop(place);
+            });
+        }
+    };
+    tokio::select! {
+        () = accept => {}
+        () = stop => {}
+    }
+    drop(listener);
+    graceful.shutdown().await;
+}
+
+async fn accepted(listener: &UnixListener) -> tokio::net::UnixStream {
+    let mut complained = false;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            // EMFILE, ENFILE, ENOMEM: the connection stays in the queue, and trying
+            // again at once would spin.
+            Err(error) => {
+                if !complained {
+                    tracing::warn!(%error, "cannot accept connections for now");
+                    complained = true;
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

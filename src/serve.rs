@@ -1,0 +1,194 @@
+//! The daemon: engine and socket brought up together, and down again.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use sd_notify::NotifyState;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+use crate::config::{RUN_DIR, Settings, StoreConfig};
+use crate::engine::{self, Engine, EngineError};
+use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
+use crate::plugin::{self, server};
+use crate::storage::StoreError;
+
+/// The daemon could not be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A setting cannot be honoured.
+    #[error("{0}")]
+    Setting(String),
+    /// The socket or a lock could not be had.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The store could not be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The engine did not start.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+fn doing(what: &'static str) -> impl Fn(io::Error) -> ServeError {
+    move |source| ServeError::Io { what, source }
+}
+
+/// Keeps every other daemon, and commands that change a volume, off a store.
+///
+/// # Errors
+/// [`SocketError::Locked`] while a daemon has it.
+pub fn lock_store(store: &StoreConfig) -> Result<Lock, SocketError> {
+    match store {
+        StoreConfig::Lvm(lvm) => {
+            // Both names are of LVM's alphabet: safe in a file's name.
+            let file = format!("{}-{}.lock", lvm.vg, lvm.pool);
+            Lock::file(&Path::new(RUN_DIR).join(file))
+        }
+        StoreConfig::Reflink(reflink) => Lock::existing(&reflink.dir),
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot be brought up.
+pub fn run(settings: &Settings) -> Result<(), ServeError> {
+    let max_connections = server::raise_limits();
+    let gid = settings.socket_gid().map_err(ServeError::Setting)?;
+    let _store_lock = lock_store(&settings.store)?;
+    make_dir(&settings.mount_dir)?;
+    let _mount_lock = Lock::existing(&settings.mount_dir)?;
+    // Before the engine, which may have much to recover: a client that connects
+    // meanwhile waits instead of being turned away.
+    let (listener, ours) = Listening::open(&settings.socket, gid)?.into_parts();
+
+    // One thread: what blocks has threads of its own, and an idle daemon none.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(plugin::MAX_WORK + plugin::UNMOUNT_THREADS)
+        .build()
+        .map_err(doing("starting the runtime"))?;
+    let result = runtime.block_on(live(settings, listener, max_connections));
+    // Threads that are stuck in the kernel must not keep the process.
+    runtime.shutdown_background();
+    if let Some(path) = ours
+        && let Err(error) = std::fs::remove_file(&path)
+    {
+        tracing::warn!(socket = %path.display(), %error, "cannot remove the socket");
+    }
+    result
+}
+
+async fn live(
+    settings: &Settings,
+    listener: std::os::unix::net::UnixListener,
+    max_connections: usize,
+) -> Result<(), ServeError> {
+    let mut signals = Signals::new().map_err(doing("listening for signals"))?;
+    let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
+
+    let started = tokio::task::spawn_blocking({
+        let settings = settings.clone();
+        move || start(&settings)
+    });
+    let engine = tokio::select! {
+        started = started => match started {
+            Ok(engine) => engine?,
+            Err(panic) => return Err(doing("starting the engine")(io::Error::other(panic))),
+        },
+        // Recovery is all or nothing at every step: the next start takes it up.
+        name = signals.next() => {
+            tracing::info!("{name} while starting: stopped");
+            return Ok(());
+        }
+    };
+
+    let (stop, stopped) = oneshot::channel();
+    let router = plugin::router(Arc::clone(&engine));
+    let serving = server::serve(listener, router, max_connections, async {
+        let _ = stopped.await;
+    });
+    tokio::pin!(serving);
+    let volumes = engine.list().len();
+    notify(&[
+        NotifyState::Ready,
+        NotifyState::Status(&format!("Serving {}", settings.store)),
+    ]);
+    tracing::info!(
+        store = %settings.store, socket = %settings.socket.display(), volumes, "serving"
+    );
+
+    let name = tokio::select! {
+        name = signals.next() => name,
+        () = &mut serving => unreachable!("nobody has told it to stop"),
+    };
+    notify(&[
+        NotifyState::Stopping,
+        NotifyState::Status("Finishing what is under way"),
+    ]);
+    tracing::info!("{name}: finishing what is under way");
+    let bound = settings.stop_timeout;
+    let _ = stop.send(());
+    let finish = tokio::task::spawn_blocking(move || engine.stop(bound));
+    let (_, finished) = tokio::join!(tokio::time::timeout(bound, serving), finish);
+    if finished.unwrap_or(false) {
+        tracing::info!("stopped; mounted volumes stay mounted");
+    } else {
+        tracing::warn!(
+            seconds = bound.as_secs(),
+            "stopped with work left undone: the next start takes it up"
+        );
+    }
+    Ok(())
+}
+
+fn start(settings: &Settings) -> Result<Arc<Engine>, ServeError> {
+    let store = settings.store.open()?;
+    Ok(Engine::start(
+        store,
+        engine::Settings {
+            mount_dir: settings.mount_dir.clone(),
+            premounted: settings.premounted,
+            scratch_size: settings.scratch_size,
+            empty_size: settings.empty_size,
+        },
+    )?)
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+fn notify(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(false, state) {
+        tracing::warn!(%error, "cannot tell systemd");
+    }
+}
