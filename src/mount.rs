@@ -1,11 +1,70 @@
 //! Mounts: detached ones, moving them into place, and the kernel's mount table.
+//!
+//! A file system is mounted through the descriptor-based calls (`fsopen`,
+//! `fsmount`, `move_mount`, Linux 5.2), because only those make a mount that is
+//! attached nowhere: it can be made ahead of its use, costs one call to move
+//! into place, and goes by itself when the process that holds it dies.
+//!
+//! No mount option asks for online discard. With it, each deleted extent is
+//! discarded by itself, and a thin pool drops what does not cover a whole chunk
+//! (64 KiB and more), so deleting many small files costs requests and gives
+//! little back; [`fs::trim`] finds whole free ranges, once, off everyone's
+//! path.
 
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
+};
 
 use crate::cache::spec::FsType;
 use crate::cache::units::Bytes;
+use crate::fs::{self, Content};
+
+/// What every mount gets. `noatime`, because reading a cache must not write to
+/// it: a lease that only read is told by its device's written sectors.
+const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
+    .union(MountAttrFlags::MOUNT_ATTR_NODEV)
+    .union(MountAttrFlags::MOUNT_ATTR_NOATIME);
+
+/// A file system could not be mounted.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} cannot be mounted: {source}{}", said(messages))]
+pub struct MountError {
+    /// The device, and as which file system.
+    what: String,
+    /// What the system call said: its raw OS error is the kernel's.
+    pub source: io::Error,
+    /// The kernel's explanations, where it gave any: the log of the fs context.
+    pub messages: Vec<String>,
+    /// It is the content that is damaged, on a device that can be read: another
+    /// volume of the same store may well mount. Unset for I/O errors, a lack of
+    /// memory, a device in use, a feature that this kernel does not know.
+    pub damaged: bool,
+}
+
+impl From<MountError> for io::Error {
+    fn from(error: MountError) -> Self {
+        Self::new(error.source.kind(), error)
+    }
+}
+
+fn said(messages: &[String]) -> String {
+    if messages.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", messages.join("; "))
+    }
+}
 
 /// A mounted file system, held by descriptors. While it was never attached it is
 /// visible nowhere, and gone by itself when its holder dies.
@@ -19,14 +78,27 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts `device`, attached nowhere: `nosuid,nodev,noatime`, and `nouuid`
-    /// for XFS (two snapshots of one origin share a UUID).
+    /// Mounts `device`, attached nowhere: `nosuid,nodev,noatime`, `nouuid` for
+    /// XFS (two snapshots of one origin share a UUID), `noinit_itable` for ext4
+    /// (else each snapshot of a young file system zeroes all its inode tables
+    /// again, behind everyone's back). A device that is mounted already gives
+    /// one more mount of the same file system.
     ///
     /// # Errors
-    /// What the kernel says; with the messages of the fs context in it.
-    pub fn device(device: &Path, fs: FsType) -> io::Result<Self> {
-        let _ = (device, fs);
-        todo!("mount helper")
+    /// What the kernel says, with the messages of the fs context.
+    pub fn device(device: &Path, fs: FsType) -> Result<Self, MountError> {
+        let (name, flag) = match fs {
+            FsType::Xfs => ("xfs", "nouuid"),
+            FsType::Ext4 => ("ext4", "noinit_itable"),
+        };
+        Context::open(name)
+            .and_then(|context| context.mount(&device.to_string_lossy(), &[(flag, None)]))
+            .map_err(|(source, messages)| MountError {
+                damaged: damaged(&source, device, fs),
+                what: format!("{} as {name}", device.display()),
+                source,
+                messages,
+            })
     }
 
     /// An empty directory in memory, of at most `size` bytes; `source` is the
@@ -35,41 +107,70 @@ impl Mounted {
     /// # Errors
     /// What the kernel says.
     pub fn scratch(size: Bytes, source: &str) -> io::Result<Self> {
-        let _ = (size, source);
-        todo!("mount helper")
+        // A file takes a page at least, so this bounds only empty ones.
+        let inodes = (size.0 / 4096 + 64).to_string();
+        let size = size.0.to_string();
+        let options = [
+            ("size", Some(size.as_str())),
+            ("nr_inodes", Some(inodes.as_str())),
+            ("mode", Some("0755")),
+        ];
+        Context::open("tmpfs")
+            .and_then(|context| context.mount(source, &options))
+            .map_err(|(source, _messages)| source)
     }
 
     /// Holds on to a mount that is attached at `at` already: after a restart.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// EINVAL when `at` is no mount point, or what else the kernel says.
     pub fn attached(at: &Path) -> io::Result<Self> {
-        let _ = at;
-        todo!("mount helper")
+        let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+        let place = rustix::mount::open_tree(CWD, at, flags)?;
+        // The clone of a plain directory would be one of the mount it lies on.
+        let stat = rustix::fs::statx(&place, "", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
+        if !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            return Err(Errno::INVAL.into());
+        }
+        let mount = rustix::mount::open_tree(
+            &place,
+            "",
+            flags | OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_EMPTY_PATH,
+        )?;
+        Ok(Self::hold(mount)?)
     }
 
-    /// Moves the mount to `at`, an existing directory: one move_mount(2).
+    fn hold(mount: OwnedFd) -> rustix::io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::openat(&mount, ".", flags, Mode::empty())?;
+        Ok(Self { mount, root })
+    }
+
+    /// Moves the mount to `at`, an existing directory: one move_mount(2). A
+    /// symbolic link there is not followed.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn attach(&self, at: &Path) -> io::Result<()> {
-        let _ = at;
-        todo!("mount helper")
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        Ok(rustix::mount::move_mount(&self.mount, "", CWD, at, flags)?)
     }
 
     /// Writes everything to the device.
     ///
     /// # Errors
-    /// Any write-back error since this mount was taken hold of, and EIO once
-    /// the file system has shut down.
+    /// A write-back error since this mount was taken hold of, or before that if
+    /// nobody was told of it, and EIO once the file system has shut down: XFS
+    /// says so from Linux 5.17 on (`xfs_fs_sync_fs`), ext4 only in newer ones
+    /// (not yet in 6.1; there [`fs::is_clean`] after the unmount tells).
     pub fn sync(&self) -> io::Result<()> {
-        todo!("mount helper")
+        Ok(rustix::fs::syncfs(&self.root)?)
     }
 
     /// Its root directory.
     #[must_use]
     pub fn root(&self) -> BorrowedFd<'_> {
-        todo!("mount helper")
+        self.root.as_fd()
     }
 
     /// The device number `(major, minor)` of the file system.
@@ -77,32 +178,107 @@ impl Mounted {
     /// # Errors
     /// What the kernel says.
     pub fn device_number(&self) -> io::Result<(u32, u32)> {
-        todo!("mount helper")
+        let device = rustix::fs::fstat(&self.root)?.st_dev;
+        Ok((rustix::fs::major(device), rustix::fs::minor(device)))
     }
 }
 
-/// Takes the mount at `at` out of sight, whoever still uses it. `false`: nothing
-/// was mounted there.
+/// What went wrong, and the kernel's explanations.
+type Refusal = (io::Error, Vec<String>);
+
+/// A file system being configured: fsopen(2).
+struct Context(File);
+
+impl Context {
+    fn open(fs: &str) -> Result<Self, Refusal> {
+        match rustix::mount::fsopen(fs, FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(fd) => Ok(Self(File::from(fd))),
+            Err(Errno::NODEV) => {
+                let message = format!("this kernel has no {fs}, nor a module for it");
+                Err((Errno::NODEV.into(), vec![message]))
+            }
+            Err(error) => Err((error.into(), Vec::new())),
+        }
+    }
+
+    fn mount(self, source: &str, options: &[(&str, Option<&str>)]) -> Result<Mounted, Refusal> {
+        let attempt = || {
+            rustix::mount::fsconfig_set_string(&self.0, "source", source)?;
+            for &(key, value) in options {
+                match value {
+                    Some(value) => rustix::mount::fsconfig_set_string(&self.0, key, value)?,
+                    None => rustix::mount::fsconfig_set_flag(&self.0, key)?,
+                }
+            }
+            rustix::mount::fsconfig_create(&self.0)?;
+            let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+            Mounted::hold(rustix::mount::fsmount(&self.0, flags, ATTRIBUTES)?)
+        };
+        attempt().map_err(|error| (error.into(), self.messages()))
+    }
+
+    /// Each read gives one message, led by its level (`e`, `w` or `i`) and a
+    /// space; ENODATA says that there are no more.
+    fn messages(&self) -> Vec<String> {
+        let mut messages = Vec::new();
+        let mut buffer = [0; 1024];
+        while let Ok(length @ 1..) = (&self.0).read(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            let text = text.split_once(' ').map_or(&*text, |(_level, rest)| rest);
+            messages.push(text.trim_end().to_owned());
+        }
+        messages
+    }
+}
+
+/// Whether a mount failed for what the device holds. EUCLEAN and EBADMSG are
+/// XFS's and ext4's EFSCORRUPTED and EFSBADCRC. EINVAL is a lost magic number,
+/// but also a feature that this kernel lacks.
+fn damaged(error: &io::Error, device: &Path, fs: FsType) -> bool {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::UCLEAN | Errno::BADMSG) => true,
+        Some(Errno::INVAL) => fs::probe(device).is_ok_and(|found| found != Content::Fs(fs)),
+        _ => false,
+    }
+}
+
+/// Takes the mount at `at` out of sight, whoever still uses it (the topmost one,
+/// where several are stacked). `false`: nothing was mounted there.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn detach(at: &Path) -> io::Result<bool> {
-    let _ = at;
-    todo!("mount helper")
+    match rustix::mount::unmount(at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
-/// Whether a file system on `device` is still mounted, in any namespace.
+/// Whether a file system on `device` is still mounted, in any namespace, or
+/// somebody else has it for themselves.
+///
+/// It is told by taking the device for oneself for a moment: a mount of it that
+/// is attempted in that moment fails with EBUSY. After the last close it can stay
+/// in use for a moment still: a child that another thread is just starting has
+/// copies of all descriptors until its exec.
 ///
 /// # Errors
 /// What opening the device says.
 pub fn in_use(device: &Path) -> io::Result<bool> {
-    let _ = device;
-    todo!("mount helper")
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+    match rustix::fs::open(device, flags, Mode::empty()) {
+        Ok(_) => Ok(false),
+        Err(Errno::BUSY) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// One line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountPoint {
+    /// The mount's number in this boot; numbers are used again.
+    pub id: u64,
     /// Where.
     pub at: PathBuf,
     /// The device number `(major, minor)`.
@@ -115,20 +291,199 @@ pub struct MountPoint {
     pub shared: bool,
 }
 
-/// This process's mount table.
+/// This thread's mount table, in the order in which the kernel lists it: of
+/// several mounts at one place the last is the visible one.
 ///
 /// # Errors
-/// What reading /proc/self/mountinfo says.
+/// What reading /proc/thread-self/mountinfo says.
 pub fn table() -> io::Result<Vec<MountPoint>> {
-    todo!("mount helper")
+    // Paths need not be UTF-8. Ours are; others only must not be an error.
+    let text = std::fs::read("/proc/thread-self/mountinfo")?;
+    parse_table(&String::from_utf8_lossy(&text)).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "/proc/thread-self/mountinfo: a line that cannot be read",
+        )
+    })
 }
 
-/// Makes `dir` and sees that it lies on a shared mount, which it becomes itself
-/// (bound onto itself) where it does not.
+/// Parses a mount table: see proc_pid_mountinfo(5).
+fn parse_table(text: &str) -> Option<Vec<MountPoint>> {
+    text.lines().map(parse_mount_point).collect()
+}
+
+fn parse_mount_point(line: &str) -> Option<MountPoint> {
+    let mut fields = line.split(' ');
+    let id = fields.next()?.parse().ok()?;
+    let (_parent, device, _root) = (fields.next()?, fields.next()?, fields.next()?);
+    let (major, minor) = device.split_once(':')?;
+    let at = unescape(fields.next()?);
+    let _options = fields.next()?;
+    let mut shared = false;
+    // Any number of optional fields, up to a lone hyphen.
+    loop {
+        match fields.next()? {
+            "-" => break,
+            field => shared |= field.starts_with("shared:"),
+        }
+    }
+    Some(MountPoint {
+        id,
+        at: at.into(),
+        device: (major.parse().ok()?, minor.parse().ok()?),
+        fs: unescape(fields.next()?).to_string_lossy().into_owned(),
+        source: unescape(fields.next()?).to_string_lossy().into_owned(),
+        shared,
+    })
+}
+
+/// Undoes the kernel's escapes: a backslash and three octal digits.
+fn unescape(field: &str) -> OsString {
+    let bytes = field.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = (bytes[at] == b'\\')
+            .then(|| field.get(at + 1..at + 4))
+            .flatten()
+            .filter(|digits| digits.bytes().all(|b| matches!(b, b'0'..=b'7')))
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(octal.unwrap_or(bytes[at]));
+        at += if octal.is_some() { 4 } else { 1 };
+    }
+    OsString::from_vec(out)
+}
+
+/// Makes `dir` (mode 0755, with its parents) and sees that it lies on a shared
+/// mount, which it becomes itself (bound onto itself) where it does not.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn ensure_shared(dir: &Path) -> io::Result<()> {
-    let _ = dir;
-    todo!("mount helper")
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir)?;
+    let stat = rustix::fs::statx(CWD, dir, AtFlags::empty(), StatxFlags::MNT_ID)?;
+    let mounts = table()?;
+    if mounts
+        .iter()
+        .any(|mount| mount.id == stat.stx_mnt_id && mount.shared)
+    {
+        return Ok(());
+    }
+    // Killed between the two calls, it is a mount point the next time.
+    if !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+        rustix::mount::mount_bind_recursive(dir, dir)?;
+    }
+    Ok(rustix::mount::mount_change(
+        dir,
+        MountPropagationFlags::SHARED,
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mount_point(id: u64, at: &str, device: (u32, u32), fs: &str, source: &str) -> MountPoint {
+        MountPoint {
+            id,
+            at: at.into(),
+            device,
+            fs: fs.into(),
+            source: source.into(),
+            shared: false,
+        }
+    }
+
+    #[test]
+    fn mount_table() {
+        let shared = |mount| MountPoint {
+            shared: true,
+            ..mount
+        };
+        for (line, want) in [
+            (
+                "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue",
+                Some(mount_point(36, "/mnt2", (98, 0), "ext3", "/dev/root")),
+            ),
+            (
+                "22 1 254:0 / / rw - ext4 /dev/vda rw",
+                Some(mount_point(22, "/", (254, 0), "ext4", "/dev/vda")),
+            ),
+            (
+                "41 22 0:31 / /run rw,nosuid shared:5 - tmpfs tmpfs rw,size=1024k",
+                Some(shared(mount_point(41, "/run", (0, 31), "tmpfs", "tmpfs"))),
+            ),
+            (
+                "41 22 0:31 / /run rw master:3 propagate_from:2 shared:5 unbindable new:7 - tmpfs t rw",
+                Some(shared(mount_point(41, "/run", (0, 31), "tmpfs", "t"))),
+            ),
+            (
+                r"7 1 7:3 / /a\040b\134c\011d\012e rw - fuse.x\043y /dev/with\040space rw",
+                Some(mount_point(
+                    7,
+                    "/a b\\c\td\ne",
+                    (7, 3),
+                    "fuse.x#y",
+                    "/dev/with space",
+                )),
+            ),
+            // No escape of the kernel's: left as it is.
+            (
+                r"7 1 7:3 / /a\9 rw - x s rw",
+                Some(mount_point(7, r"/a\9", (7, 3), "x", "s")),
+            ),
+            (
+                r"7 1 7:3 / /a\777 rw - x s rw",
+                Some(mount_point(7, r"/a\777", (7, 3), "x", "s")),
+            ),
+            (
+                r"7 1 7:3 / /a\é rw - x s rw",
+                Some(mount_point(7, r"/a\é", (7, 3), "x", "s")),
+            ),
+            // A source may be empty.
+            (
+                "7 1 0:3 / /x rw - tmpfs  rw",
+                Some(mount_point(7, "/x", (0, 3), "tmpfs", "")),
+            ),
+            ("", None),
+            ("7 1 0:3 / /x rw shared:1", None),
+            ("7 1 03 / /x rw - tmpfs t rw", None),
+            ("x 1 0:3 / /x rw - tmpfs t rw", None),
+        ] {
+            assert_eq!(parse_mount_point(line), want, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn own_mount_table() {
+        let mounts = table().unwrap();
+        let root = rustix::fs::statx(CWD, "/", AtFlags::empty(), StatxFlags::MNT_ID).unwrap();
+        let line = mounts.iter().find(|mount| mount.id == root.stx_mnt_id);
+        assert_eq!(line.unwrap().at, Path::new("/"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_read_or_refused(line in ".{0,80}") {
+            let _ = parse_mount_point(&line);
+        }
+
+        #[test]
+        fn places_come_back(at in "/[ \t\n\\\\#a-zé]{0,40}") {
+            let escaped: String = at
+                .chars()
+                .map(|c| match c {
+                    ' ' | '\t' | '\n' | '\\' => format!("\\{:03o}", c as u32),
+                    c => c.to_string(),
+                })
+                .collect();
+            let line = format!("7 1 0:3 / {escaped} rw - tmpfs t rw");
+            prop_assert_eq!(parse_mount_point(&line), Some(mount_point(7, &at, (0, 3), "tmpfs", "t")));
+        }
+    }
 }

@@ -223,6 +223,7 @@ mod tests {
             },
         )]);
         let mounts = [MountPoint {
+            id: 30,
             at: "/run/m/cargo".into(),
             device: (253, 7),
             fs: "xfs".into(),

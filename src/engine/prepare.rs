@@ -253,10 +253,10 @@ impl Engine {
             self.store.grow(&copy.lv, size)?;
         }
         let mounted = Mounted::device(&device, fs).map_err(|e| {
-            if is_corruption(&e) {
+            if e.damaged {
                 OpenError::Damaged(format!("{}: {e}", copy.lv))
             } else {
-                failed("mounting", e)
+                failed("mounting", e.into())
             }
         })?;
         crate::fs::grow(mounted.root(), fs).map_err(|e| failed("growing the file system on", e))?;
@@ -359,14 +359,4 @@ pub(super) fn fresh_lv_name() -> Result<LvName, EngineError> {
 fn device_size(device: &PathBuf) -> io::Result<Bytes> {
     use std::io::{Seek, SeekFrom};
     Ok(Bytes(fs::File::open(device)?.seek(SeekFrom::End(0))?))
-}
-
-/// Whether a refused mount tells of a damaged file system, rather than of the
-/// device below it: EUCLEAN (XFS, ext4: corrupt), EBADMSG (bad checksum), EINVAL
-/// (superblock makes no sense).
-fn is_corruption(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EUCLEAN | libc::EBADMSG | libc::EINVAL)
-    )
 }

@@ -404,7 +404,10 @@ impl Engine {
             let Content::Fs(fs) = held else {
                 return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
             };
-            drop(Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e))?);
+            drop(
+                Mounted::device(&device, fs)
+                    .map_err(|e| io_error("mounting", &device, e.into()))?,
+            );
             self.store.deactivate(&making.name)?;
             Ok(self
                 .store
