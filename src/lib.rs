@@ -1,4 +1,39 @@
 //! lvm-cache-friend: copy-on-write caches for CI containers.
+//!
+//! # The flow
+//!
+//! `podman volume create` reaches [`plugin`] over a unix socket, which has the
+//! [`engine`] make a volume: its options become a [`cache::spec::Spec`],
+//! [`cache::select`] chooses an entry, the [`storage`] makes a snapshot of it that
+//! carries the volume's tags from its first moment, and [`mount`] mounts that
+//! where nobody sees it. When a container starts, Podman asks for a Mount: the
+//! choice is made again in memory, and where it holds the mount is moved into
+//! place. After the last Unmount the engine flushes, waits for the last close,
+//! looks whether the file system is whole, publishes (one more snapshot, with cache
+//! tags), makes the volume's next copy, and has the old one removed.
+//!
+//! # The rooms
+//!
+//! Dependencies point one way: [`cache`] ← [`storage`] ← [`engine`] ←
+//! [`plugin`] ← [`commands`] and [`serve`].
+//!
+//! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
+//!   and what an LV's tags make of it.
+//! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
+//!   files with reflinks. [`exec`] runs the tools.
+//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows.
+//! - [`engine`]: the life of a lease, and recovery.
+//! - [`plugin`]: the volume plugin protocol. [`cli`], [`config`], [`commands`],
+//!   [`serve`], [`logging`]: the program around it.
+//! - [`failpoint`]: where tests have the daemon die.
+//!
+//! # What never happens
+//!
+//! - A cache tag on what is being written, or was not written to its end.
+//! - A change to an LV that is not clearly ours.
+//! - State anywhere but in the store's tags and the kernel's mount table.
+//! - An Unmount that fails, or a Get that waits for the store.
+//! - A request that waits for another volume's flush, mkfs or recovery.
 
 pub mod cache;
 pub mod cli;
