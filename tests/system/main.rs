@@ -1,11 +1,18 @@
-//! System tests: on real devices, real kernels, as root.
+//! System tests: on real kernels, real devices, real tools, as root.
+//!
+//! Each module has a table of tests, and each test says where it runs (see [`harness::Tier`]). What needs device-mapper or
+//! cgroup2 runs in a guest (`tests/vm/run`), which the tests of one group share and which boots when the first of them asks.
 
+mod harness;
 mod mounts;
-mod support {
-    pub mod disks;
-}
+mod support;
+mod vm;
 
 fn main() {
-    let arguments = libtest_mimic::Arguments::from_args();
-    libtest_mimic::run(&arguments, mounts::tests()).exit();
+    harness::main(
+        [mounts::tests(), vm::tests()]
+            .into_iter()
+            .flatten()
+            .collect(),
+    );
 }

@@ -1,0 +1,79 @@
+//! Guests that a test drives by itself: power cuts, restarts, disks that survive.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use super::command::{Outcome, outcome_of};
+use crate::harness::{this_binary, vm_run};
+
+/// Runs a command in a guest of its own, with options for `tests/vm/run`, to its end.
+pub fn boot(options: &[&str], command: &[&str]) -> Outcome {
+    outcome_of(vm_run().args(options).arg("--").args(command))
+}
+
+/// Runs a [`part`](crate::harness::Tier::Part) by its name in a guest of its own.
+pub fn boot_part(options: &[&str], name: &str) -> Outcome {
+    outcome_of(part_command(options, name).stdin(Stdio::null()))
+}
+
+/// Starts a part in a guest of its own: see [`Guest`].
+pub fn start_part(dir: &Path, options: &[&str], name: &str) -> Guest {
+    let pidfile = dir.join("pid");
+    let _ = std::fs::remove_file(&pidfile);
+    let child = part_command(
+        &[&["--pidfile", pidfile.to_str().unwrap()], options].concat(),
+        name,
+    )
+    .stdin(Stdio::null())
+    .spawn()
+    .expect("a guest");
+    Guest { child, pidfile }
+}
+
+fn part_command(options: &[&str], name: &str) -> Command {
+    let mut command = vm_run();
+    command
+        .args(options)
+        .arg("--")
+        .arg(this_binary())
+        .args(["guest-one", &format!("part::{name}")]);
+    command
+}
+
+/// A guest that is running. It is ended when dropped.
+pub struct Guest {
+    child: Child,
+    pidfile: std::path::PathBuf,
+}
+
+impl Guest {
+    /// Cuts its power. What it wrote to its disks is there, and nothing else of it.
+    pub fn cut_power(&mut self) {
+        let pid = std::fs::read_to_string(&self.pidfile)
+            .expect("QEMU's process id")
+            .trim()
+            .parse()
+            .unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL)
+            .expect("QEMU runs");
+        self.child.wait().expect("tests/vm/run ends");
+    }
+
+    /// Whether its command is still running.
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("tests/vm/run is ours to wait for")
+            .is_none()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        if self.is_running() {
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM);
+            let _ = self.child.wait();
+        }
+    }
+}
