@@ -3,4 +3,4 @@
 # Installs what is missing, then runs every test of every tier, those in virtual machines too.
 test:
 	tests/vm/deps nextest
-	cargo nextest run --no-fail-fast
+	cargo nextest run --locked --features failpoints
