@@ -1,7 +1,8 @@
 //! System tests: on real kernels, real devices, real tools, as root.
 //!
-//! Each module has a table of tests, and each test says where it runs (see [`harness::Tier`]). What needs device-mapper or
-//! cgroup2 runs in a guest (`tests/vm/run`), which the tests of one group share and which boots when the first of them asks.
+//! Each module has a table of tests, and each test says where it runs (see [`harness::Tier`]).
+//! What needs device-mapper or cgroup2 runs in a guest (`tests/vm/run`), which the tests of one
+//! group share and which boots when the first of them asks.
 
 mod harness;
 mod mounts;

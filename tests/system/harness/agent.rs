@@ -1,4 +1,5 @@
-//! Inside a guest: runs the tests that the host asks for, each as a process and a cgroup of its own.
+//! Inside a guest: runs the tests that the host asks for, each as a process and a cgroup of its
+//! own.
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt as _;

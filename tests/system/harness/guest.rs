@@ -1,8 +1,10 @@
-//! On the host: one guest for each group of tests, booted by the first test that wants it and shared by the others.
+//! On the host: one guest for each group of tests, booted by the first test that wants it and
+//! shared by the others.
 //!
-//! nextest runs each test as a process of its own, so guests are kept by a process beside them all, the keeper: this binary
-//! again. It ends its guest when the test run (nextest, or the one test process of `cargo test`) is over. Host and guest speak
-//! through a shared directory: `request`, `output` and `outcome`. A test that fails takes its guest with it: the guest's
+//! nextest runs each test as a process of its own, so guests are kept by a process beside them
+//! all, the keeper: this binary again. It ends its guest when the test run (nextest, or the one
+//! test process of `cargo test`) is over. Host and guest speak through a shared directory:
+//! `request`, `output` and `outcome`. A test that fails takes its guest with it: the guest's
 //! disk, console and output are kept as they were, and the next test gets a new guest.
 
 use std::fs::{self, File, OpenOptions};
@@ -64,7 +66,8 @@ fn runs_dir() -> PathBuf {
 /// Runs a test in its group's guest, which is booted where there is none.
 ///
 /// # Errors
-/// What is to be shown of a test that failed: its output, and the guest's console if that is to blame.
+/// What is to be shown of a test that failed: its output, and the guest's console if that is to
+/// blame.
 pub fn run(run_dir: &Path, group: Group, test: &str, timeout: Duration) -> Result<(), String> {
     let guest = Guest {
         dir: run_dir.join(group.name()),
@@ -128,7 +131,8 @@ impl Guest {
             .map_err(|error| format!("{}: {error}", self.dir.display()))?;
         let log = File::create(self.dir.join("log"))
             .map_err(|error| format!("{}: {error}", self.dir.display()))?;
-        // nextest's own process is the parent of each of its tests; otherwise this process is the whole run.
+        // nextest's own process is the parent of each of its tests; otherwise this process is the
+        // whole run.
         let anchor = if std::env::var_os("NEXTEST_RUN_ID").is_some() {
             parent_id()
         } else {
@@ -293,7 +297,8 @@ impl Process {
         Self { stat, start }
     }
 
-    /// proc(5): field 22, counted from behind the name, which may hold anything. A zombie is over.
+    /// proc(5): field 22, counted from behind the name, which may hold anything. A zombie is
+    /// over.
     fn start(stat: &Path) -> Option<String> {
         let text = fs::read_to_string(stat).ok()?;
         let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();

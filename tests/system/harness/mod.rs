@@ -18,7 +18,8 @@ use nix::sched::{CloneFlags, unshare};
 pub enum Tier {
     /// On this machine, without privilege.
     Host,
-    /// On this machine's own kernel as root, in a mount namespace of its own with an empty `/run`.
+    /// On this machine's own kernel as root, in a mount namespace of its own with an empty
+    /// `/run`.
     Reflink,
     /// In the guest of its group.
     Guest(Group),
@@ -115,7 +116,8 @@ impl Test {
     }
 }
 
-/// The test binary: a list of tests for Cargo and nextest, and what runs in guests and beside them.
+/// The test binary: a list of tests for Cargo and nextest, and what runs in guests and beside
+/// them.
 pub fn main(tests: Vec<Test>) {
     let mut names = HashSet::new();
     for test in &tests {
@@ -148,8 +150,8 @@ pub fn main(tests: Vec<Test>) {
     }
 }
 
-/// A mount namespace of this test's own. Whatever it mounts is gone with it, even after `kill -9`; below `/run` nothing of this
-/// machine is there, so the daemon's default paths are free.
+/// A mount namespace of this test's own. Whatever it mounts is gone with it, even after `kill
+/// -9`; below `/run` nothing of this machine is there, so the daemon's default paths are free.
 fn isolate() {
     assert!(
         nix::unistd::geteuid().is_root(),

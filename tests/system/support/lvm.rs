@@ -45,7 +45,8 @@ pub fn clear() {
         outcome("dmsetup", ["remove_all"]);
         run("dmsetup", ["ls"]).starts_with("No devices")
     });
-    // LVM makes these links itself where there is no udev, and takes what is left of them for a foreign thing.
+    // LVM makes these links itself where there is no udev, and takes what is left of them for a
+    // foreign thing.
     let _ = std::fs::remove_dir_all(Path::new("/dev").join(TestVg::NAME));
     run("wipefs", ["--all", "--quiet", DISK]);
     // The pool's blocks too: a new thin pool would take the old one's metadata for its own.
