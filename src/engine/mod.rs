@@ -408,27 +408,29 @@ impl Engine {
         volume: &Arc<Volume>,
         phase: Phase,
     ) -> Result<(Prepared, OpenFs), Refused> {
-        let old = match phase {
+        let (old, premounted) = match phase {
             Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
                 if let Some(premounted) = copy.premounted.take() {
                     return Ok((copy, premounted.fs));
                 }
                 match self.open(volume, &mut copy) {
                     Ok(open) => return Ok((copy, open)),
-                    Err(error) if self.give_up_damaged(&copy.source, &error) => Some(copy.lv),
+                    Err(error) if self.give_up_damaged(&copy.source, &error) => {
+                        (Some(copy.lv), None)
+                    }
                     Err(error) => return Err(refuse(Phase::Ready(copy), error.into())),
                 }
             }
-            Phase::Ready(copy) => Some(copy.lv),
-            Phase::Stale(lv) => lv,
-            Phase::Making | Phase::Changing | Phase::Leased(_) => None,
+            Phase::Ready(copy) => (Some(copy.lv), copy.premounted),
+            Phase::Stale(lv) => (lv, None),
+            Phase::Making | Phase::Changing | Phase::Leased(_) => (None, None),
         };
         reach("refresh", 1);
         match self.prepare_open(volume, "refresh") {
             Ok(ready) => {
                 reach("refresh", 4);
                 if let Some(lv) = old {
-                    self.discard(lv);
+                    self.discard(lv, premounted);
                 }
                 Ok(ready)
             }
@@ -575,12 +577,14 @@ impl Engine {
         reach("remove", 1);
         let settling = lock(&volume.now).settling.clone();
         for lv in settling {
-            // What the lease wrote is still to be published.
+            if !may_publish(&volume.spec) {
+                self.doom(&lv)?;
+                continue;
+            }
+            // What the lease wrote is still to be published, under no volume's name.
             lock(&self.state).gone.insert(lv.clone(), Instant::now());
-            match self
-                .store
-                .change_tags(&lv, &[], &[tag(&format!("{VOLUME}{}", volume.name))])
-            {
+            let name = tag(&format!("{VOLUME}{}", volume.name));
+            match self.store.change_tags(&lv, &[self.lease_tag()], &[name]) {
                 Err(StoreError::NotFound(_)) => {}
                 other => other?,
             }

@@ -84,10 +84,7 @@ impl Engine {
             return true;
         }
         match self.choose(volume) {
-            // What an earlier life made may have been used since.
-            Ok((generation, best))
-                if best.lv == copy.source.lv && copy.source.how != Restored::Earlier =>
-            {
+            Ok((generation, best)) if best.lv == copy.source.lv => {
                 copy.generation.store(generation, Ordering::Relaxed);
                 true
             }
@@ -321,10 +318,11 @@ impl Engine {
     }
 
     /// [`Engine::doom`], behind the caller's back: for copies that another one of
-    /// the same volume has replaced already.
-    pub(super) fn discard(&self, lv: LvName) {
+    /// the same volume has replaced already. To unmount one takes longer than to
+    /// mount its successor.
+    pub(super) fn discard(&self, lv: LvName, premounted: Option<Premounted>) {
         self.forget(&lv);
-        self.upkeep.remove(lv, false);
+        self.upkeep.discard(lv, premounted);
     }
 }
 

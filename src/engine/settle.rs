@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, mem, thread};
+use std::{fs, mem, slice, thread};
 
 use serde_json::json;
 use tracing::{info, warn};
@@ -14,7 +14,7 @@ use super::volume::{
     may_publish,
 };
 use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
-use crate::cache::names::LvName;
+use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{MAKING, SNAPSHOT, entry_tags};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{Publish, Spec};
@@ -40,6 +40,8 @@ pub(super) struct Ended {
     pub verdict: Verdict,
     /// It was cut short: by a reboot.
     pub cut_short: bool,
+    /// What the LV carries as long as it is not settled.
+    pub mark: Tag,
     /// How long Mount took, and the lease.
     pub mount: Duration,
     pub lasted: Duration,
@@ -122,6 +124,7 @@ impl Engine {
             baseline,
             verdict: lease.verdict,
             cut_short: false,
+            mark: self.lease_tag(),
             mount: lease.took,
             lasted,
         };
@@ -157,9 +160,9 @@ impl Engine {
     }
 
     /// [`Engine::replace`], for a lease that was settled but for that.
-    pub(super) fn replace_behind(self: &Arc<Self>, volume: Arc<Volume>, lv: LvName) {
+    pub(super) fn replace_behind(self: &Arc<Self>, volume: Arc<Volume>, lv: LvName, mark: Tag) {
         let work = self.work();
-        thread::spawn(move || work.0.replace(&volume, &lv, None));
+        thread::spawn(move || work.0.replace(&volume, &lv, None, &mark));
     }
 
     /// Settles a lease of a volume that starts afresh at each use.
@@ -167,6 +170,7 @@ impl Engine {
         let story = Story::of(&ended);
         let lv = ended.lv.clone();
         let device = ended.device.clone();
+        let mark = ended.mark.clone();
         let Some((end, bytes)) = self.close(ended) else {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
             return;
@@ -178,7 +182,7 @@ impl Engine {
         };
         reach("publish", 3);
         story.tell(volume, published, bytes);
-        self.replace(volume, &lv, device);
+        self.replace(volume, &lv, device, &mark);
         lock(&volume.now)
             .settling
             .retain(|settling| *settling != lv);
@@ -188,7 +192,7 @@ impl Engine {
 
     /// Gives a volume its next copy, then gives up the LV of its last lease: one
     /// of the two carries the volume's name at any time.
-    fn replace(&self, volume: &Arc<Volume>, lv: &LvName, device: Option<PathBuf>) {
+    fn replace(&self, volume: &Arc<Volume>, lv: &LvName, device: Option<PathBuf>, mark: &Tag) {
         let _op = lock(&volume.op);
         let (removed, phase) = {
             let mut now = lock(&volume.now);
@@ -200,7 +204,7 @@ impl Engine {
                 Ok(phase) => phase,
                 Err(error) => {
                     warn!(volume = %volume.name, %error, "no next copy yet: the next use makes one");
-                    if let Err(error) = self.store.change_tags(lv, &[], &[self.lease_tag()]) {
+                    if let Err(error) = self.store.change_tags(lv, &[], slice::from_ref(mark)) {
                         warn!(%lv, %error, "a settled lease could not be unmarked");
                     }
                     Phase::Stale(Some(lv.clone()))
@@ -217,17 +221,18 @@ impl Engine {
     }
 
     fn next_copy(&self, volume: &Volume, used: Option<PathBuf>) -> Result<Phase, EngineError> {
-        match self.prepare(volume, "refresh") {
-            Err(EngineError::Store(StoreError::Full { .. })) if used.is_some() => {}
-            Err(EngineError::Miss(_)) => {
-                return Ok(Phase::Stale(Some(self.placeholder(volume)?)));
+        let first = self.prepare(volume, "refresh");
+        match (first, used) {
+            (Ok(copy), _) => Ok(Phase::Ready(copy)),
+            (Err(EngineError::Miss(_)), _) => Ok(Phase::Stale(Some(self.placeholder(volume)?))),
+            (Err(error), None) => Err(error),
+            // What filled the pool may be this very lease: nobody needs its data any more.
+            (Err(error), Some(device)) => {
+                info!(volume = %volume.name, %error, "no next copy: tried again without the data of the last lease");
+                crate::fs::discard_all(&device).map_err(|e| io_error("discarding", &device, e))?;
+                self.prepare(volume, "refresh").map(Phase::Ready)
             }
-            other => return other.map(Phase::Ready),
         }
-        // What filled the pool may be this very lease: nobody needs its data any more.
-        let device = used.expect("seen above");
-        crate::fs::discard_all(&device).map_err(|e| io_error("discarding", &device, e))?;
-        self.prepare(volume, "refresh").map(Phase::Ready)
     }
 
     /// Waits until nobody has a lease's file system mounted, and finds how it ended.
@@ -359,21 +364,19 @@ impl Engine {
                 end.changed = written != baseline;
             }
         }
+        let _op = lock(&volume.op);
+        let idle = matches!(lock(&volume.now).phase, Phase::Ready(_));
         let published = match refusal(&volume.spec, end) {
             Some(why) => Err(why.to_owned()),
-            None => {
-                let _op = lock(&volume.op);
-                if matches!(lock(&volume.now).phase, Phase::Ready(_)) {
-                    self.publish_mounted(volume, &lv, &story.source)
-                        .map_err(|e| e.to_string())
-                } else {
-                    Err("the volume is in use again, or removed".to_owned())
-                }
-            }
+            None if !idle => Err("the volume is in use again, or removed".to_owned()),
+            None => self
+                .publish_mounted(volume, &lv, &story.source)
+                .map_err(|e| e.to_string()),
         };
+        // In use again, the mark is the next lease's.
         if may_publish(&volume.spec)
-            && !lock(&volume.now).removed
-            && let Err(error) = self.store.change_tags(&lv, &[], &[self.lease_tag()])
+            && idle
+            && let Err(error) = self.store.change_tags(&lv, &[], &[ended.mark])
         {
             warn!(%lv, %error, "a settled lease could not be unmarked");
         }

@@ -12,9 +12,9 @@ use super::settle::Ended;
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Base, Engine, EngineError, Verdict, lock};
-use crate::cache::names::{LvName, VolumeName};
-use crate::cache::record::Role;
+use super::{Base, Engine, EngineError, Verdict, lock, tag};
+use crate::cache::names::{LvName, Tag, VolumeName};
+use crate::cache::record::{LEASE, Role};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{FsType, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
@@ -66,6 +66,8 @@ pub(super) struct SeenLease {
     pub from: Option<LvName>,
     /// It began before the present boot of the kernel.
     pub cut_short: bool,
+    /// The tag that says so.
+    pub mark: Tag,
     /// An entry was made of it already.
     pub published: bool,
 }
@@ -131,6 +133,7 @@ impl Seen {
                         spec: *spec,
                         from,
                         cut_short: lease != boot,
+                        mark: tag(&format!("{LEASE}{lease}")),
                         published: false,
                     }),
                     None => seen.leftover.push(lv.name.clone()),
@@ -200,6 +203,7 @@ impl Seen {
                     spec: l.spec,
                     from: l.from.clone(),
                     cut_short: lease != boot,
+                    mark: tag(&format!("{LEASE}{lease}")),
                     published: false,
                 });
             } else if Some(i) != current {
@@ -410,7 +414,7 @@ impl Engine {
         };
         if lease.published && !volume.keeps() {
             info!(volume = %volume.name, lv = %lease.lv, "its lease was published already");
-            self.replace_behind(volume, lease.lv);
+            self.replace_behind(volume, lease.lv, lease.mark);
             return;
         }
         if !volume.keeps() {
@@ -429,6 +433,7 @@ impl Engine {
                 baseline: None,
                 verdict: Verdict::Unknown,
                 cut_short: lease.cut_short,
+                mark: lease.mark,
                 mount: Duration::ZERO,
                 lasted: Duration::ZERO,
             },

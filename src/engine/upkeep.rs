@@ -11,7 +11,7 @@ use std::{io, mem, thread};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tracing::{debug, info, warn};
 
-use super::volume::{Phase, Volume};
+use super::volume::{Phase, Premounted, Volume};
 use super::{Engine, EngineError, lock, start, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::DOOMED;
@@ -52,6 +52,8 @@ struct Removals {
 
 struct Removal {
     lv: LvName,
+    /// To be unmounted first.
+    premounted: Option<Premounted>,
     /// It carries `friend:doomed` already.
     doomed: bool,
     due: Instant,
@@ -61,13 +63,24 @@ struct Removal {
 impl Upkeep {
     /// Has an LV removed, however often that must be tried.
     pub fn remove(&self, lv: LvName, doomed: bool) {
+        self.add(lv, None, doomed);
+    }
+
+    /// Has a copy removed that may be mounted.
+    pub fn discard(&self, lv: LvName, premounted: Option<Premounted>) {
+        self.add(lv, premounted, false);
+    }
+
+    fn add(&self, lv: LvName, premounted: Option<Premounted>, doomed: bool) {
         let mut removals = lock(&self.removals);
         if let Some(there) = removals.waiting.iter_mut().find(|r| r.lv == lv) {
             there.doomed |= doomed;
+            there.premounted = there.premounted.take().or(premounted);
             return;
         }
         removals.waiting.push(Removal {
             lv,
+            premounted,
             doomed,
             due: Instant::now(),
             pause: RETRY.0,
@@ -214,6 +227,7 @@ impl Engine {
     }
 
     fn remove_lv(&self, removal: &mut Removal) -> Result<(), StoreError> {
+        removal.premounted = None;
         if !removal.doomed {
             self.store.change_tags(&removal.lv, &[tag(DOOMED)], &[])?;
             removal.doomed = true;
@@ -278,8 +292,8 @@ impl Engine {
                 lock(&volume.now).phase = Phase::Ready(copy);
                 reach("refresh", 4);
                 match old {
-                    Phase::Ready(copy) => self.discard(copy.lv),
-                    Phase::Stale(Some(lv)) => self.discard(lv),
+                    Phase::Ready(copy) => self.discard(copy.lv, copy.premounted),
+                    Phase::Stale(Some(lv)) => self.discard(lv, None),
                     _ => {}
                 }
                 Ok(())
