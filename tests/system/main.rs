@@ -6,12 +6,14 @@
 
 mod harness;
 mod mounts;
+mod reflink;
+mod store;
 mod support;
 mod vm;
 
 fn main() {
     harness::main(
-        [mounts::tests(), vm::tests()]
+        [mounts::tests(), reflink::tests(), vm::tests()]
             .into_iter()
             .flatten()
             .collect(),

@@ -4,14 +4,19 @@ use std::path::{Path, PathBuf};
 
 use super::command::{outcome, run};
 
-/// A blank XFS on a loop device, mounted below a directory of its own.
+/// A blank XFS, or another file system, on a loop device, mounted below a directory of its own.
 pub struct ReflinkFs {
     dir: tempfile::TempDir,
 }
 
 impl ReflinkFs {
-    /// One of so many MiB (300 at least, says mkfs.xfs); the image is sparse.
+    /// An XFS of so many MiB (300 at least, says mkfs.xfs); the image is sparse.
     pub fn new(mib: u64) -> Self {
+        Self::of("xfs", mib)
+    }
+
+    /// One that `mkfs.TYPE` makes as it pleases.
+    pub fn of(fs_type: &str, mib: u64) -> Self {
         let dir = super::temp_dir();
         let image = dir.path().join("image");
         std::fs::File::create(&image)
@@ -20,10 +25,7 @@ impl ReflinkFs {
             .unwrap();
         let fs = Self { dir };
         std::fs::create_dir(fs.path()).unwrap();
-        run(
-            "mkfs.xfs",
-            [Path::new("-q"), "-m".as_ref(), "reflink=1".as_ref(), &image],
-        );
+        run(format!("mkfs.{fs_type}"), [Path::new("-q"), &image]);
         // mount(8) has the kernel free the loop device with its last use.
         run(
             "mount",

@@ -1,0 +1,378 @@
+//! The reflink store, on XFS and on btrfs, on this machine's own kernel.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lvm_cache_friend::cache::names::{LvName, Tag};
+use lvm_cache_friend::cache::record::Role;
+use lvm_cache_friend::cache::spec::FsType;
+use lvm_cache_friend::cache::units::Bytes;
+use lvm_cache_friend::fs::{Content, is_clean, probe};
+use lvm_cache_friend::mount::Mounted;
+use lvm_cache_friend::storage::reflink::{self, ReflinkStore};
+use lvm_cache_friend::storage::{NewLv, Store, StoreError};
+
+use crate::harness::{Test, Tier, test, this_binary};
+use crate::store::{self, Ground};
+use crate::support::command::run;
+use crate::support::reflink::ReflinkFs;
+use crate::support::wait_until;
+
+/// All of them.
+pub fn tests() -> Vec<Test> {
+    let mut tests = store::tests(Tier::Reflink, "reflink_xfs", || Box::new(Disk::new("xfs")));
+    tests.extend(store::tests(Tier::Reflink, "reflink_btrfs", || {
+        Box::new(Disk::new("btrfs"))
+    }));
+    let own: [(&str, fn()); 6] = [
+        ("prepared_once", prepared_once),
+        ("not_everywhere", not_everywhere),
+        ("left_over", left_over),
+        ("frozen", frozen),
+        ("killed", killed),
+        ("names_of_files", names_of_files),
+    ];
+    tests.extend(own.map(|(name, body)| test(Tier::Reflink, format!("reflink::{name}"), body)));
+    tests.push(test(Tier::Part, "reflink::churn", churn));
+    tests
+}
+
+/// A prepared directory on a file system of its own.
+struct Disk(ReflinkFs);
+
+impl Disk {
+    fn new(fs: &str) -> Self {
+        let disk = Self(ReflinkFs::of(fs, 2048));
+        reflink::init(&disk.dir(), BASE).unwrap();
+        disk
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.0.path().join("store")
+    }
+
+    fn open(&self) -> ReflinkStore {
+        ReflinkStore::open(&self.dir()).unwrap()
+    }
+}
+
+const BASE: Bytes = Bytes::mib(320);
+
+impl Ground for Disk {
+    fn open(&self) -> Arc<dyn Store> {
+        Arc::new(Disk::open(self))
+    }
+
+    fn others(&self) -> Box<dyn Fn() -> String + '_> {
+        let dir = self.dir();
+        for (file, text) in [
+            ("image", "a file"),
+            (
+                "friend-foreign/image",
+                "a directory like ours, without tags",
+            ),
+            ("friend-half/image", "one whose tags are not ours"),
+            ("friend-half/tags.json", "{\"tags\": 7}"),
+            (".hidden/file", ""),
+            ("lost~new/image", ""),
+            ("empty/sub/file", ""),
+        ] {
+            let path = dir.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        std::os::unix::fs::symlink("/etc", dir.join("friend-link")).unwrap();
+        Box::new(move || {
+            let script = r#"cd "$1" && find image friend-foreign friend-half friend-link .hidden lost~new empty \
+                -printf '%p %y %m %u %s %l %T@ %C@\n' | sort && cat image friend-foreign/* friend-half/*"#;
+            run("/bin/sh", ["-ec", script, "sh", dir.to_str().unwrap()])
+        })
+    }
+}
+
+fn new(name: &str, tags: &[&str]) -> NewLv {
+    NewLv {
+        name: name.parse().unwrap(),
+        tags: tags.iter().map(|tag| tag.parse().unwrap()).collect(),
+        active: false,
+    }
+}
+
+fn lv(name: &str) -> LvName {
+    name.parse().unwrap()
+}
+
+fn prepared_once() {
+    for fs in ["xfs", "btrfs"] {
+        let disk = Disk::new(fs);
+        let store = disk.open();
+        let listing = store.list().unwrap();
+        let [base] = &listing.lvs[..] else {
+            panic!("{listing:?}");
+        };
+        assert_eq!(Role::from_tags(&base.tags), Role::Base);
+        assert_eq!((base.size, base.device), (BASE, None));
+        for private in [
+            disk.dir(),
+            disk.dir().join(base.name.as_str()),
+            disk.dir().join(base.name.as_str()).join("image"),
+            disk.dir().join(base.name.as_str()).join("tags.json"),
+        ] {
+            let stat = fs::metadata(&private).unwrap();
+            assert_eq!((stat.uid(), stat.permissions().mode() & 0o77), (0, 0));
+        }
+        // Of 300 MiB and more, none is taken but what the file system wrote.
+        let usage = store.usage().unwrap()[&base.name];
+        assert!(usage.mapped.0 < 80 << 20, "{usage:?}");
+
+        let again = reflink::init(&disk.dir(), Bytes(Bytes::GIB)).unwrap();
+        assert_eq!(again.list().unwrap().lvs, listing.lvs);
+
+        let device = store.activate(&base.name).unwrap();
+        assert_eq!(probe(&device).unwrap(), Content::Fs(FsType::Xfs));
+        assert!(is_clean(&device, FsType::Xfs).unwrap());
+        drop(Mounted::device(&device, FsType::Xfs).unwrap());
+        let direct = format!(
+            "/sys/block/{}/loop/dio",
+            device.file_name().unwrap().to_str().unwrap()
+        );
+        assert_eq!(fs::read_to_string(direct).unwrap().trim(), "1");
+    }
+}
+
+fn not_everywhere() {
+    let unusable = |result: Result<ReflinkStore, StoreError>, says: &str| match result {
+        Err(StoreError::Unusable(text)) => assert!(text.contains(says), "{text}"),
+        other => panic!("{other:?}, not unusable"),
+    };
+    let ext4 = ReflinkFs::of("ext4", 512);
+    unusable(reflink::init(&ext4.path().join("store"), BASE), "XFS");
+    let xfs = ReflinkFs::new(512);
+    unusable(
+        ReflinkStore::open(&xfs.path().join("none")),
+        "init --reflink",
+    );
+    unusable(ReflinkStore::open(&xfs.path()), "init --reflink");
+    for (mode, owner) in [(0o777, 0), (0o770, 0), (0o700, 1000)] {
+        let dir = xfs.path().join(format!("{mode}-{owner}"));
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).unwrap();
+        std::os::unix::fs::chown(&dir, Some(owner), None).unwrap();
+        unusable(reflink::init(&dir, BASE), "others");
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    }
+    // Too little room for a base leaves nothing of one.
+    let dir = xfs.path().join("store");
+    assert!(reflink::init(&dir, Bytes::mib(1)).is_err());
+    assert!(
+        ReflinkStore::open(&dir)
+            .unwrap()
+            .list()
+            .unwrap()
+            .lvs
+            .is_empty()
+    );
+}
+
+fn left_over() {
+    let disk = Disk::new("xfs");
+    let (dir, store) = (disk.dir(), disk.open());
+    store.create(&new("one", &["a"]), BASE).unwrap();
+    store.create(&new("two", &["a"]), BASE).unwrap();
+    let highest = store.list().unwrap().lvs.iter().map(|lv| lv.seq).max();
+    // As crashes leave them.
+    for place in ["~new", "~old.7"] {
+        fs::create_dir(dir.join(place)).unwrap();
+        fs::write(dir.join(place).join("image"), "half").unwrap();
+    }
+    fs::write(dir.join("one/tags.json~"), "{\"seq\": 1, ").unwrap();
+    for spoilt in ["", "x", "0"] {
+        fs::write(dir.join("~seq"), spoilt).unwrap();
+        let before = store.list().unwrap();
+        let store = disk.open();
+        assert_eq!(store.list().unwrap().lvs, before.lvs);
+        assert!(!dir.join("~new").exists() && !dir.join("~old.7").exists());
+        store
+            .change_tags(&lv("one"), &new("x", &["b"]).tags, &[])
+            .unwrap();
+        store.create(&new("three", &[]), BASE).unwrap();
+        let made = store.list().unwrap().lvs;
+        let made = made.iter().find(|lv| lv.name.as_str() == "three").unwrap();
+        assert!(Some(made.seq) > highest);
+        store.remove(&lv("three")).unwrap();
+    }
+    // Also while the store is open.
+    fs::remove_file(dir.join("~seq")).unwrap();
+    store.create(&new("four", &[]), BASE).unwrap();
+    let made = store.list().unwrap().lvs;
+    assert!(made.iter().map(|lv| lv.seq).max() > highest);
+    // What is not ours by its first letters is not ours.
+    assert_eq!(
+        fs::read_dir(&dir).unwrap().count(),
+        6,
+        "base, one, two, four, ~seq, ~lock"
+    );
+}
+
+mod ioctl {
+    nix::ioctl_readwrite!(freeze, b'X', 119, libc::c_int);
+    nix::ioctl_readwrite!(thaw, b'X', 120, libc::c_int);
+}
+
+fn frozen() {
+    let disk = Disk::new("xfs");
+    let store = disk.open();
+    let base = store.list().unwrap().lvs[0].name.clone();
+    let active = NewLv {
+        active: true,
+        ..new("one", &[])
+    };
+    let device = store.snapshot(&base, &active).unwrap().unwrap();
+    let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&mounted.root());
+    let freeze = || {
+        // SAFETY: FIFREEZE looks at no argument.
+        unsafe { ioctl::freeze(fd, &mut 0) }.unwrap();
+    };
+    let thaw = || {
+        // SAFETY: FITHAW looks at no argument.
+        unsafe { ioctl::thaw(fd, &mut 0) }
+    };
+    // Not frozen is EINVAL, which this looks for below.
+    assert_eq!(thaw(), Err(nix::Error::EINVAL));
+    freeze();
+    assert_eq!(thaw(), Ok(0));
+
+    freeze();
+    disk.open();
+    assert_eq!(thaw(), Err(nix::Error::EINVAL), "opening the store thaws");
+    freeze();
+    store.snapshot(&lv("one"), &new("two", &[])).unwrap();
+    assert_eq!(thaw(), Err(nix::Error::EINVAL), "a snapshot thaws");
+    store.snapshot(&lv("one"), &new("three", &[])).unwrap();
+    assert_eq!(thaw(), Err(nix::Error::EINVAL));
+    assert!(store.snapshot(&lv("one"), &new("two", &[])).is_err());
+    assert_eq!(thaw(), Err(nix::Error::EINVAL), "and so does a failed one");
+}
+
+/// What [`killed`] kills: makes, tags and removes, for ever.
+fn churn() {
+    let store = ReflinkStore::open(Path::new(&std::env::var_os("STORE").unwrap())).unwrap();
+    let mut number = 0;
+    loop {
+        number += 1;
+        let name = format!("churn-{}-{number}", std::process::id());
+        let made = NewLv {
+            active: number % 3 == 0,
+            ..new(&name, &FIRST)
+        };
+        store.snapshot(&lv("origin"), &made).unwrap();
+        let (add, del) = (new("x", &SECOND).tags, new("x", &FIRST).tags);
+        store.change_tags(&lv(&name), &add, &del).unwrap();
+        if number % 2 == 0 {
+            store.remove(&lv(&name)).unwrap();
+        }
+    }
+}
+
+const FIRST: [&str; 4] = ["friend:snapshot", "friend:making", "a", "b"];
+const SECOND: [&str; 3] = ["friend:cache:x", "friend:cache:y", "c"];
+
+fn killed() {
+    let disk = Disk::new("xfs");
+    let store = disk.open();
+    let base = store.list().unwrap().lvs[0].name.clone();
+    let origin = NewLv {
+        active: true,
+        ..new("origin", &[])
+    };
+    let device = store.snapshot(&base, &origin).unwrap().unwrap();
+    let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
+    let inside = format!(
+        "/proc/self/fd/{}/file",
+        std::os::fd::AsRawFd::as_raw_fd(&mounted.root())
+    );
+    let mut seen = 0;
+    let mut last = 0;
+    for round in 0..40_u64 {
+        let mut child = Command::new(this_binary())
+            .args(["guest-one", "part::reflink::churn"])
+            .env("STORE", disk.dir())
+            .spawn()
+            .unwrap();
+        // Once it is at work, each time elsewhere.
+        let at_work = format!("churn-{}-1", child.id());
+        wait_until(|| disk.dir().join(&at_work).exists());
+        std::thread::sleep(Duration::from_micros(round * 7_919 % 60_000));
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+
+        let store = disk.open();
+        // Would wait for ever if it were still frozen.
+        fs::write(&inside, round.to_string()).unwrap();
+        let names = fs::read_dir(disk.dir()).unwrap();
+        for name in names {
+            let name = name.unwrap().file_name();
+            assert!(
+                name != "~new" && !name.to_string_lossy().starts_with("~old"),
+                "{name:?}"
+            );
+        }
+        let lvs = store.list().unwrap().lvs;
+        let numbers: BTreeSet<_> = lvs.iter().map(|lv| lv.seq).collect();
+        assert_eq!(numbers.len(), lvs.len());
+        for lv in lvs {
+            if !lv.name.as_str().starts_with("churn") {
+                continue;
+            }
+            seen += 1;
+            assert!(lv.seq > last, "{lv:?}, after {last}");
+            let mut tags: Vec<_> = lv.tags.iter().map(Tag::as_str).collect();
+            tags.sort_unstable();
+            let whole = [&FIRST[..], &SECOND].map(|tags| {
+                let mut tags = tags.to_vec();
+                tags.sort_unstable();
+                tags
+            });
+            assert!(whole.contains(&tags), "{lv:?}");
+            assert_eq!((lv.size, lv.origin), (BASE, Some(self::lv("origin"))));
+            let device = store.activate(&lv.name).unwrap();
+            drop(Mounted::device(&device, FsType::Xfs).unwrap());
+            store.remove(&lv.name).unwrap();
+        }
+        last = numbers.last().copied().unwrap();
+    }
+    assert!(seen >= 40, "only {seen} volumes were seen");
+}
+
+fn names_of_files() {
+    let disk = Disk::new("xfs");
+    let store = disk.open();
+    let names = [
+        "image",
+        "tags.json",
+        "...",
+        ".x",
+        "new",
+        "seq",
+        "lost+found",
+        "_-+.",
+        "0",
+    ];
+    for name in names {
+        store.create(&new(name, &[name]), BASE).unwrap();
+    }
+    let listed = disk.open().list().unwrap().lvs;
+    for name in names {
+        let found = listed.iter().find(|lv| lv.name.as_str() == name).unwrap();
+        assert_eq!(found.tags, new(name, &[name]).tags);
+        store.remove(&lv(name)).unwrap();
+    }
+    assert_eq!(store.list().unwrap().lvs.len(), 1);
+}
