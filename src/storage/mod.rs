@@ -55,6 +55,9 @@ pub struct Capacity {
     pub data_percent: f64,
     /// Share of the pool's own metadata in use, 0 to 100; 0 where there is none.
     pub metadata_percent: f64,
+    /// Share in use of what describes the volumes, names and tags, where that has
+    /// a fixed size (a volume group's metadata area), 0 to 100; 0 where it has not.
+    pub group_percent: f64,
 }
 
 /// How much of the pool one volume takes.

@@ -1,0 +1,200 @@
+//! A configuration directory of our own for LVM (`LVM_SYSTEM_DIR`).
+//!
+//! It differs from the host's in what makes commands slow and in how they
+//! report, never in what they see or lock:
+//!
+//! - `global/use_aio=0`: taking down its AIO context costs each command tens of
+//!   milliseconds, and the setting is not honoured on a command line.
+//! - `backup/archive=0`: otherwise each commit leaves a file in the archive for
+//!   a month, and a cache makes thousands.
+//! - JSON, with a command log and times in seconds; there is no option for the log.
+//!
+//! LVM reads `lvm.conf`, a file for each host tag, and `lvmlocal.conf`, which
+//! wins. The directory holds symbolic links to the host's files, so that a change
+//! of theirs is seen by the running shell, and an `lvmlocal.conf` with our lines
+//! behind the host's. Devices file, profiles, backups and caches are found
+//! relative to the directory where nothing else is configured (lib/config/config.c
+//! and lib/device/dev-cache.c in lvm2), so those are links to the host's too;
+//! the locking directory does not depend on it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::path::{Path, PathBuf};
+
+use super::super::StoreError;
+use super::{io_error, runner};
+use crate::exec;
+
+/// Where LVM looks without `LVM_SYSTEM_DIR`.
+const SYSTEM_DIR: &str = "/etc/lvm";
+
+/// What LVM looks for relative to its configuration directory.
+const LINKS: [&str; 6] = [
+    "lvm.conf", "devices", "profile", "backup", "cache", "archive",
+];
+
+/// Ours, behind the host's lvmlocal.conf; where a setting is there twice LVM takes
+/// the later one.
+const OVERRIDES: &str = r#"
+global/use_aio=0
+backup/archive=0
+log/report_command_log=1
+log/command_log_selection="log_context=shell || log_type=error || log_type=warn"
+report/output_format="json"
+report/time_format="%s"
+"#;
+
+/// What we need to know of the host's configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct HostConfig {
+    /// Where LVM writes a group's description at each commit.
+    pub(super) backup_dir: PathBuf,
+    /// Whether it does.
+    pub(super) backup: bool,
+    /// Data or metadata usage, in percent, above which LVM refuses to make thin
+    /// volumes; 100: only when full.
+    pub(super) threshold: f64,
+}
+
+/// The host's configuration directory: what every LVM tool started like us uses.
+pub(super) fn host_system_dir() -> PathBuf {
+    std::env::var_os("LVM_SYSTEM_DIR").map_or_else(|| SYSTEM_DIR.into(), PathBuf::from)
+}
+
+impl HostConfig {
+    /// Asks LVM.
+    pub(super) fn read(host: &Path) -> Result<Self, StoreError> {
+        let args = [
+            "lvmconfig",
+            "--typeconfig=full",
+            "backup/backup_dir",
+            "backup/backup",
+            "activation/thin_pool_autoextend_threshold",
+        ];
+        let output = exec::run_with_env("lvm", args, &runner::environment(host))?;
+        let text = String::from_utf8_lossy(&output);
+        Self::parse(&text).ok_or_else(|| {
+            StoreError::Failed(format!(
+                "lvmconfig printed what it does not document: {text}"
+            ))
+        })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let value = |key: &str| {
+            text.lines()
+                .find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='))
+        };
+        Some(Self {
+            backup_dir: value("backup_dir")?.trim_matches('"').into(),
+            backup: value("backup")? != "0",
+            threshold: value("thin_pool_autoextend_threshold")?.parse().ok()?,
+        })
+    }
+}
+
+/// Makes the directory, or brings it up to date, below `runtime_dir`.
+///
+/// A daemon that is starting and a command that lists may do so at once.
+pub(super) fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreError> {
+    let dir = runtime_dir.join("lvm");
+    let context = |what: &Path| {
+        let what = what.display().to_string();
+        move |error| io_error(what, error)
+    };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&dir)
+        .map_err(context(&dir))?;
+    let tag_files = fs::read_dir(host)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name())
+        .filter(|name| {
+            let name = name.to_string_lossy();
+            name.starts_with("lvm_") && name.ends_with(".conf")
+        });
+    for name in LINKS.into_iter().map(Into::into).chain(tag_files) {
+        let link = dir.join(&name);
+        ensure_link(&host.join(&name), &link).map_err(context(&link))?;
+    }
+    let local = dir.join("lvmlocal.conf");
+    let mut text = match fs::read(host.join("lvmlocal.conf")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => read.map_err(context(&host.join("lvmlocal.conf")))?,
+    };
+    text.extend_from_slice(OVERRIDES.as_bytes());
+    ensure_content(&local, &text).map_err(context(&local))?;
+    Ok(dir)
+}
+
+fn ensure_link(target: &Path, link: &Path) -> io::Result<()> {
+    if fs::read_link(link).is_ok_and(|is| is == target) {
+        return Ok(());
+    }
+    let new = beside(link);
+    symlink(target, &new)?;
+    fs::rename(&new, link)
+}
+
+/// Leaves a file alone that has the content already: a running shell reads its
+/// configuration again when the file's times change.
+fn ensure_content(path: &Path, content: &[u8]) -> io::Result<()> {
+    if fs::read(path).is_ok_and(|is| is == content) {
+        return Ok(());
+    }
+    let new = beside(path);
+    fs::File::create(&new)?.write_all(content)?;
+    fs::rename(&new, path)
+}
+
+/// A name that nobody else uses, in the same directory.
+fn beside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or(OsStr::new("")).to_string_lossy();
+    let number = getrandom::u64().unwrap_or_else(|_| std::process::id().into());
+    path.with_file_name(format!(".{name}.{number:x}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_configuration() {
+        let text = "backup_dir=\"/etc/lvm/backup\"\nbackup=1\nthin_pool_autoextend_threshold=100\n";
+        let want = HostConfig {
+            backup_dir: "/etc/lvm/backup".into(),
+            backup: true,
+            threshold: 100.0,
+        };
+        assert_eq!(HostConfig::parse(text), Some(want));
+        assert_eq!(HostConfig::parse("backup=1\n"), None);
+    }
+
+    #[test]
+    fn links_and_our_lines_behind_the_hosts() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (host, runtime) = (temporary.path().join("etc"), temporary.path().join("run"));
+        fs::create_dir(&host).unwrap();
+        fs::write(host.join("lvmlocal.conf"), "local { }\n").unwrap();
+        fs::write(host.join("lvm_tag.conf"), "").unwrap();
+        let dir = prepare(&host, &runtime).unwrap();
+        let local = || fs::read_to_string(dir.join("lvmlocal.conf")).unwrap();
+        assert_eq!(local(), format!("local {{ }}\n{OVERRIDES}"));
+        for name in ["lvm.conf", "lvm_tag.conf", "backup", "devices"] {
+            assert_eq!(fs::read_link(dir.join(name)).unwrap(), host.join(name));
+        }
+
+        let written = || fs::metadata(dir.join("lvmlocal.conf")).unwrap().modified();
+        let before = written().unwrap();
+        assert_eq!(prepare(&host, &runtime).unwrap(), dir);
+        assert_eq!(written().unwrap(), before);
+        fs::write(host.join("lvmlocal.conf"), "").unwrap();
+        prepare(&host, &runtime).unwrap();
+        assert_eq!(local(), OVERRIDES);
+    }
+}

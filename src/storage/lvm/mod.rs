@@ -1,0 +1,415 @@
+//! A thin pool in a volume group, spoken to through LVM's own tools.
+//!
+//! [`LvmStore`] turns each call into one LVM command, which one thread (`owner`)
+//! runs in one long-lived `lvm` shell (`runner`, `process`) with a configuration
+//! directory of our own (`config`). What LVM says to people is passed on, never
+//! read: success is a return code, and what a failure was is told by a fresh
+//! listing (`report`).
+//!
+//! What never happens: a command that names no group; one that acts on a volume
+//! outside the pool; an entry that comes up at boot (every volume keeps LVM's
+//! activation-skip flag).
+//!
+//! # Over a crash
+//! Each call that changes something is one LVM command, and one commit of
+//! LVM's metadata, text that is written beside the old one and then switched to:
+//! a volume is there with all its tags or not at all. A thin volume takes a
+//! second commit: the first holds it and a message for the pool, the second, when
+//! the pool was told, only clears the message. After a crash between the two the
+//! volume is listed, with its tags, and LVM sends the message before it next
+//! makes or activates anything in the pool; that is the whole recovery, and there
+//! is no code for it here.
+//!
+//! `kill -9` of the daemon does not even interrupt LVM: it is sent SIGTERM, which
+//! it blocks while it holds the group's lock, and it ends after its command.
+
+mod command;
+mod config;
+mod init;
+mod owner;
+mod process;
+mod report;
+mod runner;
+mod usage;
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use init::{Say, ensure_loop, init, init_loop};
+pub use owner::Bounds;
+
+use self::command::{Command, VgName};
+use self::config::HostConfig;
+use self::owner::{Owner, Urgency};
+use self::report::{LV_COLUMNS, PoolUse};
+use self::runner::{Answer, Failure, Runner};
+use self::usage::PoolDevices;
+use super::{Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use crate::cache::names::{LvName, Tag};
+use crate::cache::units::Bytes;
+use crate::exec::{self, ExecError};
+
+/// What LVM adds to a group's description for a thin volume, beside its name and
+/// tags, in bytes; measured (about 450), and some to spare.
+const LV_TEXT: usize = 700;
+
+/// A thin pool, opened.
+#[derive(Debug)]
+pub struct LvmStore {
+    vg: VgName,
+    pool: LvName,
+    host: HostConfig,
+    system_dir: PathBuf,
+    owner: Owner,
+}
+
+impl LvmStore {
+    /// Opens the thin pool `pool` of the group `vg`, and activates the pool where
+    /// nobody did yet. `runtime_dir` is where LVM's configuration for us is kept.
+    ///
+    /// # Errors
+    /// [`StoreError::Unusable`], with what to do about it.
+    pub fn open(vg: &str, pool: &str, runtime_dir: &Path) -> Result<Self, StoreError> {
+        Self::open_with(vg, pool, runtime_dir, Bounds::default())
+    }
+
+    /// [`LvmStore::open`] with other bounds for how long things may take.
+    ///
+    /// # Errors
+    /// As [`LvmStore::open`].
+    pub fn open_with(
+        vg: &str,
+        pool: &str,
+        runtime_dir: &Path,
+        bounds: Bounds,
+    ) -> Result<Self, StoreError> {
+        let vg = parse_name("volume group", vg)?;
+        let pool = parse_name("thin pool", pool)?;
+        let lvm = tool("lvm", "lvm2")?;
+        // LVM runs it before it activates a pool.
+        tool("thin_check", "thin-provisioning-tools")?;
+        let host_dir = config::host_system_dir();
+        let host = HostConfig::read(&host_dir)?;
+        if !host.backup {
+            tracing::warn!(
+                "backup/backup=0 in LVM's configuration: what is changed by hand with LVM's tools is not noticed"
+            );
+        }
+        let system_dir = config::prepare(&host_dir, runtime_dir)?;
+        let runner = Runner::new(lvm, system_dir.clone());
+        let store = Self {
+            owner: Owner::start(runner, bounds).map_err(|e| io_error("a thread".into(), e))?,
+            vg,
+            pool,
+            host,
+            system_dir,
+        };
+        store.state()?;
+        PoolDevices::new(&store.vg, &store.pool).release_leftover(&store.system_dir)?;
+        Ok(store)
+    }
+
+    /// The block device of an active volume.
+    fn device(&self, lv: &LvName) -> PathBuf {
+        PathBuf::from(format!("/dev/{}/{lv}", self.vg))
+    }
+
+    fn run(&self, command: Command, urgency: Urgency) -> Result<Answer, StoreError> {
+        let text = command.to_string();
+        self.owner
+            .run(command, urgency)
+            .map_err(|failure| match failure {
+                Failure::Late(after) => StoreError::Timeout {
+                    store: self.to_string(),
+                    seconds: after.as_secs(),
+                },
+                Failure::Broken(reason) => StoreError::Failed(format!("`{text}`: {reason}")),
+            })
+    }
+
+    fn query(&self) -> Result<State, StoreError> {
+        let query = Command::query("lvs", LV_COLUMNS)
+            .only_pool_and_volumes(&self.pool)
+            .vg(&self.vg);
+        let answer = self.run(query, Urgency::Request)?;
+        if !answer.success {
+            return Err(self.unusable(&answer.reason()));
+        }
+        let mut state = State {
+            lvs: Vec::new(),
+            pool: PoolUse::default(),
+        };
+        let mut pool = None;
+        for row in answer.document.lvs() {
+            if row.pool_lv == self.pool.as_str() {
+                match row.thin_volume() {
+                    Some(lv) => state.lvs.push(lv),
+                    None => tracing::debug!(?row, "not a volume that we know how to read"),
+                }
+            } else if row.lv_name == self.pool.as_str() {
+                pool = Some(row);
+            }
+        }
+        let pool = pool.ok_or_else(|| self.unusable("there is no such logical volume"))?;
+        if !pool.is_thin_pool() {
+            return Err(self.unusable("it is not a thin pool"));
+        }
+        state.pool = pool
+            .pool_use()
+            .ok_or_else(|| self.unusable("LVM shows no sizes of it"))?;
+        Ok(state)
+    }
+
+    /// A fresh listing, of an active pool: an inactive one does not tell how full
+    /// it is. It comes up at boot by itself, and goes with nobody's leave but an
+    /// administrator's.
+    fn state(&self) -> Result<State, StoreError> {
+        let state = self.query()?;
+        if state.pool.active {
+            return Ok(state);
+        }
+        let activate = Command::new("lvchange")
+            .word("--activate=y")
+            .lv(&self.vg, &self.pool);
+        let answer = self.run(activate, Urgency::Request)?;
+        let state = self.query()?;
+        if state.pool.active {
+            Ok(state)
+        } else {
+            Err(self.unusable(&format!("it cannot be activated: {}", answer.reason())))
+        }
+    }
+
+    fn unusable(&self, reason: &str) -> StoreError {
+        let (vg, pool) = (&self.vg, &self.pool);
+        StoreError::Unusable(format!(
+            "thin pool {vg}/{pool} cannot be used: {reason}. `lvm-cache-friend init --vg {vg} --pool {pool} --size SIZE` prepares it; `lvs {vg}` shows what is there"
+        ))
+    }
+
+    /// Makes a volume by `command`, and says what was wrong where that failed.
+    fn make(
+        &self,
+        command: Command,
+        new: &NewLv,
+        origin: Option<&LvName>,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        let command = command
+            .name("--name", &new.name)
+            .tags("--addtag", &new.tags)
+            // The flag keeps it from coming up at boot; to activate it once it
+            // has to be ignored.
+            .word("--setactivationskip=y");
+        let command = if new.active {
+            command.word("--ignoreactivationskip").word("--activate=y")
+        } else {
+            command.word("--activate=n")
+        };
+        let command = match origin {
+            Some(origin) => command.word("--snapshot").lv(&self.vg, origin),
+            None => command.name("--thinpool", &self.pool).vg(&self.vg),
+        };
+        let answer = self.run(command, Urgency::Request)?;
+        if !answer.success {
+            let state = self.state()?;
+            match state.find(&new.name) {
+                // The first of two attempts made it: names are never used twice.
+                Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => {}
+                Some(_) => return Err(StoreError::Exists(new.name.clone())),
+                None => {
+                    if let Some(origin) = origin.filter(|origin| state.find(origin).is_none()) {
+                        return Err(StoreError::NotFound(origin.clone()));
+                    }
+                    return Err(self.refused(&state, &new.tags, &answer));
+                }
+            }
+            if new.active {
+                return self.activate(&new.name).map(Some);
+            }
+        }
+        Ok(new.active.then(|| self.device(&new.name)))
+    }
+
+    /// Why LVM refused to make or grow something whose tags are `tags`.
+    fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
+        let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
+        let store = self.to_string();
+        match state.pool.exhausted(&store, self.host.threshold, text) {
+            Some(detail) => StoreError::Full { store, detail },
+            None => StoreError::Failed(answer.reason()),
+        }
+    }
+
+    /// What went wrong with a command on a volume that ought to be there.
+    fn failed_on(&self, lv: &LvName, answer: &Answer, busy: bool) -> StoreError {
+        match self.state() {
+            Err(error) => error,
+            Ok(state) => match state.find(lv) {
+                None => StoreError::NotFound(lv.clone()),
+                Some(lv) if busy && lv.open => StoreError::Busy(lv.name.clone()),
+                Some(_) => StoreError::Failed(format!("{lv}: {}", answer.reason())),
+            },
+        }
+    }
+}
+
+impl std::fmt::Display for LvmStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.vg, self.pool)
+    }
+}
+
+impl Store for LvmStore {
+    fn name(&self) -> &str {
+        self.vg.as_str()
+    }
+
+    fn list(&self) -> Result<Listing, StoreError> {
+        let state = self.state()?;
+        Ok(Listing {
+            lvs: state.lvs,
+            capacity: state.pool.capacity,
+        })
+    }
+
+    fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError> {
+        let pool = PoolDevices::new(&self.vg, &self.pool);
+        let of_id = pool.usage(&self.system_dir)?;
+        let listing = self.list()?;
+        Ok(listing
+            .lvs
+            .into_iter()
+            .filter_map(|lv| Some((lv.name, *of_id.get(&lv.seq)?)))
+            .collect())
+    }
+
+    fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
+        self.make(Command::new("lvcreate"), new, Some(origin))
+    }
+
+    fn create(&self, new: &NewLv, size: Bytes) -> Result<Option<PathBuf>, StoreError> {
+        let command = Command::new("lvcreate").bytes("--virtualsize", size);
+        self.make(command, new, None)
+    }
+
+    fn change_tags(&self, lv: &LvName, add: &[Tag], del: &[Tag]) -> Result<(), StoreError> {
+        if add.is_empty() && del.is_empty() {
+            return Ok(());
+        }
+        let command = Command::new("lvchange")
+            .tags("--addtag", add)
+            .tags("--deltag", del)
+            .only_in(&self.pool)
+            .lv(&self.vg, lv);
+        let answer = self.run(command, Urgency::Request)?;
+        if answer.success {
+            Ok(())
+        } else {
+            Err(self.failed_on(lv, &answer, false))
+        }
+    }
+
+    fn remove(&self, lv: &LvName) -> Result<(), StoreError> {
+        let command = Command::new("lvremove")
+            .only_in(&self.pool)
+            .lv(&self.vg, lv);
+        let answer = self.run(command, Urgency::Removal)?;
+        if answer.success {
+            return Ok(());
+        }
+        match self.failed_on(lv, &answer, true) {
+            StoreError::NotFound(_) => Ok(()),
+            error => Err(error),
+        }
+    }
+
+    fn grow(&self, lv: &LvName, size: Bytes) -> Result<(), StoreError> {
+        let command = Command::new("lvextend")
+            .bytes("--size", size)
+            .lv(&self.vg, lv);
+        let answer = self.run(command, Urgency::Request)?;
+        if answer.success {
+            return Ok(());
+        }
+        let state = self.state()?;
+        match state.find(lv) {
+            None => Err(StoreError::NotFound(lv.clone())),
+            // LVM takes it for an error that there is nothing to do.
+            Some(lv) if lv.size >= size => Ok(()),
+            Some(_) => Err(self.refused(&state, &[], &answer)),
+        }
+    }
+
+    fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError> {
+        let command = Command::new("lvchange")
+            .word("--activate=y")
+            .word("--ignoreactivationskip")
+            .lv(&self.vg, lv);
+        let answer = self.run(command, Urgency::Request)?;
+        let device = self.device(lv);
+        if answer.success && device.exists() {
+            Ok(device)
+        } else {
+            Err(self.failed_on(lv, &answer, false))
+        }
+    }
+
+    fn deactivate(&self, lv: &LvName) -> Result<(), StoreError> {
+        let command = Command::new("lvchange")
+            .word("--activate=n")
+            .lv(&self.vg, lv);
+        let answer = self.run(command, Urgency::Request)?;
+        if answer.success {
+            Ok(())
+        } else {
+            Err(self.failed_on(lv, &answer, true))
+        }
+    }
+
+    fn watch(&self) -> Watch {
+        Watch {
+            dir: self.host.backup_dir.clone(),
+            file: Some(self.vg.to_string()),
+        }
+    }
+}
+
+/// A listing, with more about the pool.
+#[derive(Debug)]
+struct State {
+    lvs: Vec<Lv>,
+    pool: PoolUse,
+}
+
+impl State {
+    fn find(&self, name: &LvName) -> Option<&Lv> {
+        self.lvs.iter().find(|lv| lv.name == *name)
+    }
+}
+
+fn same_tags(one: &[Tag], other: &[Tag]) -> bool {
+    let sorted = |tags: &[Tag]| {
+        let mut tags = tags.to_vec();
+        tags.sort();
+        tags.dedup();
+        tags
+    };
+    sorted(one) == sorted(other)
+}
+
+fn parse_name(what: &str, text: &str) -> Result<LvName, StoreError> {
+    text.parse()
+        .map_err(|_| StoreError::Unusable(format!("{text:?} cannot be the name of a {what}: use letters, digits and . _ + -, not starting with -, at most 127 bytes")))
+}
+
+/// Where a tool is, or what to install.
+fn tool(name: &str, package: &str) -> Result<PathBuf, StoreError> {
+    exec::find_tool(name).map_err(|error: ExecError| {
+        StoreError::Unusable(format!("{error}; install the package {package}"))
+    })
+}
+
+fn io_error(what: String, source: io::Error) -> StoreError {
+    StoreError::Io { what, source }
+}

@@ -1,0 +1,324 @@
+//! Runs LVM's commands in a long-lived `lvm` shell, or, what does not fit into
+//! it, as a process of their own.
+//!
+//! Why the shell: see `benches/lvm_shell.rs`, which measures both.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::command::Command;
+use super::process::{Channel, Process, Progress};
+use super::report::{self, Document};
+
+/// How long a command that was told to stop may take to say so. One that waits
+/// for a lock answers at once; one that holds the lock goes on to its end.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How often in a row the shell may die before commands are run as processes:
+/// then it is not chance, and LVM may have been built without a shell.
+const DEATHS: u32 = 3;
+
+/// What the shell writes its answers to, as lvm(8) documents it.
+const REPORT_FD: &str = "LVM_REPORT_FD";
+
+/// What LVM answered.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// Whether it did what it was asked.
+    pub(super) success: bool,
+    /// Its report and messages.
+    pub(super) document: Document,
+    /// What it wrote to standard error beside.
+    complaints: String,
+    /// `lvm` died once before it answered. What it was asked may have been done
+    /// by then, so that this answer may be "exists already".
+    pub(super) again: bool,
+}
+
+/// LVM gave no answer.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Not within the time; whether it was done is not known.
+    Late(Duration),
+    /// For another reason.
+    Broken(String),
+}
+
+impl Answer {
+    /// LVM's own words about what went wrong.
+    pub(super) fn reason(&self) -> String {
+        let errors = self.document.errors();
+        match (errors.as_str(), self.complaints.trim()) {
+            ("", "") => "no reason given".to_owned(),
+            ("", complaints) => complaints.to_owned(),
+            _ => errors,
+        }
+    }
+}
+
+/// Owns the child.
+#[derive(Debug)]
+pub(super) struct Runner {
+    program: PathBuf,
+    system_dir: PathBuf,
+    shell: Option<Process>,
+    /// How often in a row the shell died without an answer.
+    deaths: u32,
+    /// A child that SIGKILL did not end: it is in the kernel, behind a device
+    /// that does not answer. Nothing more is started until it is gone, else
+    /// each request would leave one more behind.
+    stuck: Option<Process>,
+}
+
+impl Runner {
+    /// How long ending a child takes at most.
+    pub(super) const LONGEST_END: Duration = Duration::from_secs(10);
+
+    /// Will run `program` (lvm) with `system_dir` for its configuration.
+    pub(super) fn new(program: PathBuf, system_dir: PathBuf) -> Self {
+        Self {
+            program,
+            system_dir,
+            shell: None,
+            deaths: 0,
+            stuck: None,
+        }
+    }
+
+    /// Runs a command to its end, but not longer than `bound`.
+    ///
+    /// When `lvm` dies over it, it is run once more: a query harms nobody, what
+    /// sets a state sets it twice, and of what makes something [`Answer::again`] tells.
+    pub(super) fn run(&mut self, command: &Command, bound: Duration) -> Result<Answer, Failure> {
+        if let Some(stuck) = self.stuck.take() {
+            if !stuck.is_dead() {
+                let id = stuck.id();
+                self.stuck = Some(stuck);
+                return Err(Failure::Broken(format!(
+                    "an lvm command (process {id}) is stuck in the kernel: look at its disk"
+                )));
+            }
+            let _ = stuck.reap();
+        }
+        let start = Instant::now();
+        let deadline = start + bound;
+        let mut again = false;
+        loop {
+            let answer = match command.line() {
+                Some(line) if self.deaths < DEATHS => self.ask_shell(&line, deadline),
+                _ => self.run_alone(command, deadline),
+            };
+            match answer {
+                Ok(Some(mut answer)) => {
+                    answer.again = again;
+                    tracing::debug!(
+                        %command,
+                        ms = start.elapsed().as_millis(),
+                        success = answer.success,
+                        again,
+                        errors = answer.document.errors(),
+                        warnings = answer.document.warnings(),
+                        complaints = answer.complaints,
+                        "lvm"
+                    );
+                    return Ok(answer);
+                }
+                Ok(None) if again => {
+                    return Err(Failure::Broken(format!("lvm died over `{command}`, twice")));
+                }
+                Ok(None) => {
+                    tracing::warn!(%command, "lvm died over a command, which is run again");
+                    again = true;
+                }
+                Err(Failure::Late(_)) => {
+                    tracing::warn!(%command, "lvm did not answer in time");
+                    return Err(Failure::Late(start.elapsed()));
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Ends the child.
+    pub(super) fn close(&mut self) {
+        if let Some(shell) = self.shell.take() {
+            // It reads the end of its input and goes.
+            self.stuck = shell.end(Instant::now() + GRACE);
+        }
+    }
+
+    /// `None`: the shell died before it answered.
+    fn ask_shell(&mut self, line: &str, deadline: Instant) -> Result<Option<Answer>, Failure> {
+        let mut shell = match self.shell.take() {
+            Some(shell) if !shell.is_dead() => shell,
+            other => {
+                if let Some(dead) = other {
+                    // Between two commands: no fault of theirs.
+                    tracing::debug!(status = ?dead.reap(), "the lvm shell had ended");
+                }
+                self.spawn(&[] as &[&str], true)?
+            }
+        };
+        shell.complaints.clear();
+        shell.output.clear();
+        if shell.write(line.as_bytes()).is_err() {
+            self.bury(shell);
+            return Ok(None);
+        }
+        match self.wait(shell, deadline, report::is_whole)? {
+            Ended::Complete(mut shell) => {
+                let answer = parse(&mut shell, None);
+                match answer {
+                    Ok(_) => {
+                        self.deaths = 0;
+                        self.shell = Some(shell);
+                    }
+                    // What comes next from it cannot be told from what came late.
+                    Err(_) => self.stuck = shell.kill(),
+                }
+                answer.map(Some)
+            }
+            Ended::Dead(shell) => {
+                self.bury(shell);
+                Ok(None)
+            }
+        }
+    }
+
+    /// `None`: it was killed before it answered.
+    fn run_alone(
+        &mut self,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<Option<Answer>, Failure> {
+        let process = self.spawn(command.words(), false)?;
+        let mut process = match self.wait(process, deadline, |_| false)? {
+            Ended::Complete(process) | Ended::Dead(process) => process,
+        };
+        let output = parse_parts(&mut process);
+        let status = process
+            .reap()
+            .map_err(|error| Failure::Broken(format!("lvm cannot be waited for: {error}")))?;
+        match status.code() {
+            None => Ok(None),
+            Some(code) => answer(output, Some(code == 0)).map(Some),
+        }
+    }
+
+    /// Waits for an answer or the child's end. A child that is late is told to
+    /// stop, then killed; one that answers "failed" only then is late too.
+    fn wait(
+        &mut self,
+        mut process: Process,
+        deadline: Instant,
+        complete: fn(&[u8]) -> bool,
+    ) -> Result<Ended, Failure> {
+        let late = || Err(Failure::Late(Duration::ZERO));
+        let broken = |error| Failure::Broken(format!("lvm cannot be read from: {error}"));
+        match process.read(deadline, complete).map_err(broken)? {
+            Progress::Complete => return Ok(Ended::Complete(process)),
+            Progress::Dead => return Ok(Ended::Dead(process)),
+            Progress::Late => process.terminate(),
+        }
+        match process
+            .read(Instant::now() + GRACE, complete)
+            .map_err(broken)?
+        {
+            Progress::Complete => {
+                let done = Document::parse(&process.output)
+                    .is_ok_and(|document| document.succeeded() == Some(true));
+                if done {
+                    return Ok(Ended::Complete(process));
+                }
+                self.shell = Some(process);
+                late()
+            }
+            Progress::Dead => {
+                let _ = process.reap();
+                late()
+            }
+            Progress::Late => {
+                self.stuck = process.kill();
+                late()
+            }
+        }
+    }
+
+    fn spawn(&self, args: &[impl AsRef<OsStr>], input: bool) -> Result<Process, Failure> {
+        Process::spawn(
+            &self.program,
+            args,
+            &environment(&self.system_dir),
+            Channel::Variable(REPORT_FD),
+            input,
+        )
+        .map_err(|error| Failure::Broken(format!("{}: {error}", self.program.display())))
+    }
+
+    fn bury(&mut self, shell: Process) {
+        self.deaths += 1;
+        let complaints = String::from_utf8_lossy(&shell.complaints).into_owned();
+        let status = shell.reap();
+        tracing::warn!(?status, complaints, "the lvm shell died");
+        if self.deaths == DEATHS {
+            tracing::warn!("the lvm shell keeps dying: commands are run as processes from now on");
+        }
+    }
+}
+
+/// How a wait ended, other than late.
+enum Ended {
+    Complete(Process),
+    Dead(Process),
+}
+
+/// All that LVM gets from our environment.
+pub(super) fn environment(system_dir: &Path) -> Vec<(&'static str, &OsStr)> {
+    let mut env: Vec<(&'static str, &OsStr)> = vec![
+        ("LC_ALL", OsStr::new("C")),
+        ("PATH", OsStr::new("/usr/sbin:/usr/bin:/sbin:/bin")),
+        // The shell keeps a history in $HOME after each command.
+        ("HOME", OsStr::new("/dev/null")),
+        ("LVM_SYSTEM_DIR", system_dir.as_os_str()),
+        // It would complain about the descriptor for its report.
+        ("LVM_SUPPRESS_FD_WARNINGS", OsStr::new("1")),
+    ];
+    if std::env::var_os("DM_DISABLE_UDEV").is_some() {
+        // Where no udev runs, device nodes are LVM's to make.
+        env.push(("DM_DISABLE_UDEV", OsStr::new("1")));
+    }
+    env
+}
+
+fn parse(process: &mut Process, success: Option<bool>) -> Result<Answer, Failure> {
+    let output = parse_parts(process);
+    answer(output, success)
+}
+
+fn parse_parts(process: &mut Process) -> (Vec<u8>, String) {
+    let complaints = String::from_utf8_lossy(&process.complaints).into_owned();
+    (std::mem::take(&mut process.output), complaints)
+}
+
+fn answer(
+    (output, complaints): (Vec<u8>, String),
+    success: Option<bool>,
+) -> Result<Answer, Failure> {
+    let nonsense = |what: &str| {
+        Failure::Broken(format!(
+            "lvm's answer is not what it documents ({what}): {}",
+            complaints.trim()
+        ))
+    };
+    let document = Document::parse(&output).map_err(|error| nonsense(&error.to_string()))?;
+    let success = success
+        .or_else(|| document.succeeded())
+        .ok_or_else(|| nonsense("no return code in its log"))?;
+    Ok(Answer {
+        success,
+        document,
+        complaints,
+        again: false,
+    })
+}

@@ -1,0 +1,226 @@
+//! What each thin volume takes, active or not, from the pool's own metadata.
+//!
+//! device-mapper keeps a copy-on-write copy of a pool's metadata on request, for
+//! programs to read while the pool works on (Documentation/admin-guide/
+//! device-mapper/thin-provisioning.rst in Linux); thin_ls of
+//! thin-provisioning-tools reads it. There is one such copy a pool, and as long
+//! as it is held the pool's metadata grows with each change.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::super::{StoreError, Usage};
+use super::process::{Channel, Process, Progress};
+use super::{io_error, runner, tool};
+use crate::cache::names::LvName;
+use crate::cache::units::Bytes;
+
+/// How long thin_ls may read. It visits each mapping of each volume: some
+/// seconds for a pool of some hundred gigabytes in use.
+const READING: Duration = Duration::from_secs(120);
+
+/// How long device-mapper may take for a message.
+const MESSAGE: Duration = Duration::from_secs(15);
+
+/// The device-mapper devices of a thin pool.
+#[derive(Debug)]
+pub(super) struct PoolDevices {
+    /// Its name, before LVM's suffixes.
+    name: String,
+    /// Holds the pool's metadata.
+    metadata: PathBuf,
+}
+
+impl PoolDevices {
+    pub(super) fn new(vg: &LvName, pool: &LvName) -> Self {
+        // lvm2's dm_build_dm_name: parts are joined by -, and - in them is doubled.
+        let doubled = |name: &LvName| name.as_str().replace('-', "--");
+        let name = format!("{}-{}", doubled(vg), doubled(pool));
+        Self {
+            metadata: PathBuf::from(format!("/dev/mapper/{name}_tmeta")),
+            name,
+        }
+    }
+
+    /// The device that takes messages. LVM gives the pool a device below its own
+    /// as soon as a volume of it is active.
+    fn pool(&self) -> String {
+        let below = format!("{}-tpool", self.name);
+        if Path::new("/dev/mapper").join(&below).exists() {
+            below
+        } else {
+            self.name.clone()
+        }
+    }
+
+    /// What each volume takes, by its thin device id.
+    pub(super) fn usage(&self, system_dir: &Path) -> Result<HashMap<u64, Usage>, StoreError> {
+        let _lock = lock(system_dir, FlockArg::LockExclusive)?;
+        self.release()?;
+        self.message("reserve_metadata_snap")?;
+        let usage = self.thin_ls();
+        self.release()?;
+        usage
+    }
+
+    /// Releases a copy of the metadata that a killed process left reserved.
+    pub(super) fn release_leftover(&self, system_dir: &Path) -> Result<(), StoreError> {
+        match lock(system_dir, FlockArg::LockExclusiveNonblock) {
+            Ok(_lock) => self.release(),
+            // Not left over: another process is reading it.
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn release(&self) -> Result<(), StoreError> {
+        let status = run("dmsetup", &["status", "--noflush", &self.pool()], MESSAGE)?;
+        if holds_metadata(&status) {
+            self.message("release_metadata_snap")?;
+        }
+        Ok(())
+    }
+
+    fn message(&self, message: &str) -> Result<(), StoreError> {
+        run("dmsetup", &["message", &self.pool(), "0", message], MESSAGE).map(drop)
+    }
+
+    fn thin_ls(&self) -> Result<HashMap<u64, Usage>, StoreError> {
+        let metadata = self.metadata.to_string_lossy();
+        let args = [
+            "--metadata-snap",
+            "--no-headers",
+            "--format",
+            "DEV,MAPPED_BYTES,EXCLUSIVE_BYTES",
+            &metadata,
+        ];
+        let text = run("thin_ls", &args, READING)?;
+        parse(&text).ok_or_else(|| {
+            StoreError::Failed(format!("thin_ls printed what it does not document: {text}"))
+        })
+    }
+}
+
+/// Only one process at a time reads the metadata; the lock goes with it.
+fn lock(system_dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
+    let path = system_dir.join("usage.lock");
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(|error| io_error(path.display().to_string(), error))?;
+    Flock::lock(file, how)
+        .map_err(|(_, errno): (_, Errno)| io_error(path.display().to_string(), errno.into()))
+}
+
+fn run(name: &str, args: &[&str], bound: Duration) -> Result<String, StoreError> {
+    let program = tool(name, "thin-provisioning-tools and dmsetup")?;
+    let start = Instant::now();
+    let shown = || format!("{} {}", program.display(), args.join(" "));
+    let failed = |error| io_error(shown(), error);
+    let mut process = Process::spawn(
+        &program,
+        args,
+        &runner::environment(Path::new("")),
+        Channel::Stdout,
+        false,
+    )
+    .map_err(failed)?;
+    match process.read(start + bound, |_| false).map_err(failed)? {
+        Progress::Dead | Progress::Complete => {}
+        Progress::Late => {
+            process.kill();
+            return Err(StoreError::Timeout {
+                store: shown(),
+                seconds: bound.as_secs(),
+            });
+        }
+    }
+    let output = std::mem::take(&mut process.output);
+    let complaints = std::mem::take(&mut process.complaints);
+    let status = process.reap().map_err(failed)?;
+    if status.success() {
+        Ok(String::from_utf8_lossy(&output).into_owned())
+    } else {
+        let complaints = String::from_utf8_lossy(&complaints);
+        Err(StoreError::Failed(format!(
+            "{}: {status}: {}",
+            shown(),
+            complaints.trim()
+        )))
+    }
+}
+
+/// Whether a pool's status line names a held metadata root (`-`: none):
+/// `START LENGTH thin-pool TRANSACTION METADATA DATA ROOT …`.
+fn holds_metadata(status: &str) -> bool {
+    status
+        .split_ascii_whitespace()
+        .nth(6)
+        .is_some_and(|root| root.parse::<u64>().is_ok())
+}
+
+fn parse(text: &str) -> Option<HashMap<u64, Usage>> {
+    text.lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| {
+            let mut fields = line
+                .split_ascii_whitespace()
+                .map(|field| field.parse().ok());
+            let mut field = || fields.next().flatten();
+            let usage = |mapped, exclusive| Usage {
+                mapped: Bytes(mapped),
+                exclusive: Bytes(exclusive),
+            };
+            Some((field()?, usage(field()?, field()?)))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_thin_ls_prints() {
+        let text = "1       0       0 \n4 7405568 65536 \n";
+        let usage = |mapped, exclusive| Usage {
+            mapped: Bytes(mapped),
+            exclusive: Bytes(exclusive),
+        };
+        let want = HashMap::from([(1, usage(0, 0)), (4, usage(7_405_568, 65_536))]);
+        assert_eq!(parse(text), Some(want));
+        assert_eq!(parse(""), Some(HashMap::new()));
+        assert_eq!(parse("no current metadata snap\n"), None);
+    }
+
+    #[test]
+    fn a_held_copy_shows_in_the_status() {
+        for (status, held) in [
+            (
+                "0 2097152 thin-pool 6 220/2048 113/16384 - rw discard_passdown error_if_no_space - 512 \n",
+                false,
+            ),
+            (
+                "0 2097152 thin-pool 6 218/2048 113/16384 77 rw discard_passdown error_if_no_space - 512 \n",
+                true,
+            ),
+            ("0 2097152 thin-pool Fail", false),
+        ] {
+            assert_eq!(holds_metadata(status), held, "{status}");
+        }
+    }
+
+    #[test]
+    fn device_names() {
+        let name = |text: &str| text.parse::<LvName>().unwrap();
+        let devices = PoolDevices::new(&name("a-b"), &name("friend-pool"));
+        assert_eq!(devices.name, "a--b-friend--pool");
+        let metadata = Path::new("/dev/mapper/a--b-friend--pool_tmeta");
+        assert_eq!(devices.metadata, metadata);
+    }
+}
