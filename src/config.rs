@@ -12,6 +12,8 @@ use serde::{Deserialize, Deserializer, de};
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
 use crate::logging::LogLevel;
+use crate::storage::lvm::{self, LvmStore};
+use crate::storage::reflink::ReflinkStore;
 use crate::storage::{Store, StoreError};
 
 /// Where the file is looked for.
@@ -156,19 +158,6 @@ pub enum ConfigError {
         /// The line, what is wrong there, and what is accepted.
         problem: String,
     },
-    /// It names another store than the one asked for.
-    #[error(
-        "{}: it names another store already ({found}); to start over with {wanted}, move this file away first",
-        .path.display()
-    )]
-    Differs {
-        /// The file.
-        path: PathBuf,
-        /// The store that it names.
-        found: Box<StoreConfig>,
-        /// The store that was asked for.
-        wanted: Box<StoreConfig>,
-    },
 }
 
 impl StoreConfig {
@@ -177,7 +166,16 @@ impl StoreConfig {
     /// # Errors
     /// When it is not there, or its tools are not.
     pub fn open(&self) -> Result<Arc<dyn Store>, StoreError> {
-        todo!()
+        Ok(match self {
+            Self::Lvm(lvm) => {
+                if let Some(file) = &lvm.loop_file {
+                    lvm::ensure_loop(file)?;
+                }
+                let (vg, pool) = (lvm.vg.as_str(), lvm.pool.as_str());
+                Arc::new(LvmStore::open(vg, pool, Path::new(RUN_DIR))?)
+            }
+            Self::Reflink(reflink) => Arc::new(ReflinkStore::open(&reflink.dir)?),
+        })
     }
 }
 
@@ -271,20 +269,14 @@ impl Settings {
     }
 }
 
-/// Whether `file` already names `store`: `false` when there is no such file.
+/// The settings in `file`; `None` when there is no such file.
 ///
 /// # Errors
-/// [`ConfigError::Differs`] when it names another, or what reading it says.
-pub fn names_store(file: &Path, store: &StoreConfig) -> Result<bool, ConfigError> {
+/// When it is there and cannot be used.
+pub fn existing(file: &Path) -> Result<Option<Settings>, ConfigError> {
     match Settings::load(file) {
-        Ok(settings) if settings.store == *store => Ok(true),
-        Ok(settings) => Err(ConfigError::Differs {
-            path: file.to_owned(),
-            found: Box::new(settings.store),
-            wanted: Box::new(store.clone()),
-        }),
-        Err(ConfigError::Missing(_)) => Ok(false),
-        Err(error) => Err(error),
+        Err(ConfigError::Missing(_)) => Ok(None),
+        loaded => loaded.map(Some),
     }
 }
 
@@ -462,16 +454,11 @@ mod tests {
         .enumerate()
         {
             let file = dir.path().join(format!("sub{n}/config.toml"));
-            assert!(!names_store(&file, store).expect("no file yet"));
+            assert_eq!(existing(&file).expect("no file yet"), None);
             write(&file, store).expect("written");
-            assert!(names_store(&file, store).expect("readable"));
-            let settings = Settings::load(&file).expect("readable");
+            let settings = existing(&file).expect("readable").expect("a file");
             assert_eq!(settings.store, *store);
             assert_eq!(settings.premounted, 32);
-            assert!(matches!(
-                names_store(&file, &reflink("/elsewhere")),
-                Err(ConfigError::Differs { .. })
-            ));
             assert_eq!(
                 fs::read_dir(file.parent().expect("it has one"))
                     .expect("readable")

@@ -55,7 +55,8 @@ pub fn lock_store(store: &StoreConfig) -> Result<Lock, SocketError> {
             let file = format!("{}-{}.lock", lvm.vg, lvm.pool);
             Lock::file(&Path::new(RUN_DIR).join(file))
         }
-        StoreConfig::Reflink(reflink) => Lock::existing(&reflink.dir),
+        // A name that no image can have, as the store's own files beside it.
+        StoreConfig::Reflink(reflink) => Lock::file(&reflink.dir.join("~daemon")),
     }
 }
 

@@ -234,9 +234,13 @@ fn fill(
     file_system::make(&device, fs).map_err(|e| Failure::Failed(e.to_string()))?;
     let mounted = Mounted::device(&device, fs)
         .map_err(|e| Failure::Failed(format!("mounting {}: {e}", device.display())))?;
+    let dress = |owner, mode| {
+        file_system::dress(mounted.root(), owner, mode).map_err(failed("the root directory"))
+    };
+    // No lost+found: before the copy, which gives the root its times.
+    dress(None, None)?;
     copy(dir, &mounted, content, interrupt)?;
-    file_system::dress(mounted.root(), spec.owner, spec.mode)
-        .map_err(failed("the root directory"))?;
+    dress(spec.owner, spec.mode)?;
     mounted.sync().map_err(failed("writing to the store"))?;
     drop(mounted);
     if mount::in_use(&device).map_err(failed(device.display()))?
@@ -254,6 +258,15 @@ fn fill(
         .filter(|tag| tag.as_str() != SNAPSHOT)
         .collect();
     store.change_tags(name, &add, &[tag(MAKING)])?;
+    let there = store.list()?.lvs.into_iter().find(|lv| lv.name == *name);
+    if !matches!(
+        there.map(|lv| Role::from_tags(&lv.tags)),
+        Some(Role::Entry { .. })
+    ) {
+        return Err(Failure::Failed(format!(
+            "{name}: it was removed meanwhile, by somebody else or by a daemon that took it for left over"
+        )));
+    }
     making.done = true;
     drop(held);
     // Entries are inactive; this one is whole whether or not that comes true now.

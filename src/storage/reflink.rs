@@ -552,6 +552,7 @@ impl Store for ReflinkStore {
                 data_size: Bytes(stat.blocks() * stat.fragment_size()),
                 data_percent: used as f64 * 100.0 / stat.blocks().max(1) as f64,
                 metadata_percent: 0.0,
+                group_percent: 0.0,
             },
         })
     }
