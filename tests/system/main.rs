@@ -4,8 +4,10 @@
 //! What needs device-mapper or cgroup2 runs in a guest (`tests/vm/run`), which the tests of one
 //! group share and which boots when the first of them asks.
 
+mod cli;
 mod harness;
 mod mounts;
+mod raw;
 mod reflink;
 mod store;
 mod support;
@@ -13,9 +15,15 @@ mod vm;
 
 fn main() {
     harness::main(
-        [mounts::tests(), reflink::tests(), vm::tests()]
-            .into_iter()
-            .flatten()
-            .collect(),
+        [
+            cli::tests(),
+            mounts::tests(),
+            raw::tests(),
+            reflink::tests(),
+            vm::tests(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
     );
 }

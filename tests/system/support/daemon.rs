@@ -52,23 +52,36 @@ impl Daemon {
 
     /// The same with a socket, and with variables in its environment (failpoints, log level).
     pub fn start_with(config: &Path, socket: &Path, environment: &[(&str, &str)]) -> Self {
-        let mut daemon = Self::spawn(config, socket, environment);
+        Self::spawn(config, socket, environment).serving()
+    }
+
+    /// Runs `command`, which becomes the daemon, and waits until it answers on the default socket.
+    pub fn start_as(command: Command) -> Self {
+        Self::spawn_as(command, Path::new(SOCKET)).serving()
+    }
+
+    fn serving(mut self) -> Self {
         super::wait_until(|| {
-            if let Some(status) = daemon.child.try_wait().unwrap() {
+            if let Some(status) = self.child.try_wait().unwrap() {
                 panic!("the daemon ended instead of serving: {status}");
             }
-            matches!(daemon.plugin.try_call("Plugin.Activate", b""), Ok((200, _)))
+            matches!(self.plugin.try_call("Plugin.Activate", b""), Ok((200, _)))
         });
-        daemon
+        self
     }
 
     /// Starts `serve` and does not wait: for one that is to die on the way up.
     pub fn spawn(config: &Path, socket: &Path, environment: &[(&str, &str)]) -> Self {
+        let mut command = command(config, &["serve"]);
+        command.envs(environment.iter().copied());
+        Self::spawn_as(command, socket)
+    }
+
+    fn spawn_as(mut command: Command, socket: &Path) -> Self {
         let dir = super::temp_dir();
         let log = dir.path().join("log");
         let file = File::create(&log).unwrap();
-        let child = command(config, &["serve"])
-            .envs(environment.iter().copied())
+        let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone().unwrap())
             .stderr(file)

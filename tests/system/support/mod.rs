@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod disks;
 pub mod lvm;
 pub mod reflink;
+pub mod site;
 pub mod vm;
 
 /// The program under test.

@@ -1,0 +1,187 @@
+//! What an administrator has after `init`: a store, a configuration, and the
+//! daemon's default paths below `/run`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use lvm_cache_friend::mount::{self, MountPoint};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::command::{Outcome, outcome_of, run, succeed};
+use super::daemon::{Daemon, Plugin, SOCKET};
+use super::lvm::TestVg;
+use super::reflink::ReflinkFs;
+use super::{PROGRAM, temp_dir};
+
+/// Where volumes are mounted if nothing else is configured.
+pub const MOUNT_DIR: &str = "/run/lvm-cache-friend/mnt";
+
+/// Which store a site has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Image files on an XFS of its own.
+    Reflink,
+    /// A thin pool in the guest's group.
+    Lvm,
+}
+
+enum Disk {
+    Reflink(ReflinkFs),
+    Lvm(TestVg),
+}
+
+/// A store with its configuration.
+pub struct Site {
+    pub kind: Kind,
+    pub config: PathBuf,
+    pub dir: TempDir,
+    disk: Disk,
+}
+
+impl Site {
+    /// Storage that nothing has prepared yet.
+    pub fn bare(kind: Kind) -> Self {
+        let dir = temp_dir();
+        Self {
+            kind,
+            config: dir.path().join("config.toml"),
+            dir,
+            disk: match kind {
+                Kind::Reflink => Disk::Reflink(ReflinkFs::new(8 << 10)),
+                Kind::Lvm => Disk::Lvm(TestVg::fresh()),
+            },
+        }
+    }
+
+    /// A store after `init`.
+    pub fn new(kind: Kind) -> Self {
+        let site = Self::bare(kind);
+        site.init();
+        site
+    }
+
+    /// Runs `init` for this kind of store and returns what it says.
+    #[track_caller]
+    pub fn init(&self) -> String {
+        let store = self.store();
+        let mut arguments = vec!["init", "--base-size", "1G"];
+        match self.kind {
+            Kind::Reflink => arguments.extend(["--reflink", &store]),
+            Kind::Lvm => arguments.extend(["--vg", &store, "--size", "5G"]),
+        }
+        self.done(&arguments)
+    }
+
+    /// The group's name, or the directory.
+    pub fn store(&self) -> String {
+        match &self.disk {
+            Disk::Reflink(fs) => fs.path().join("caches").to_str().unwrap().to_owned(),
+            Disk::Lvm(_) => TestVg::NAME.to_owned(),
+        }
+    }
+
+    /// Adds settings above the table that `init` wrote.
+    pub fn configure(&self, settings: &str) {
+        let text = fs::read_to_string(&self.config).unwrap();
+        fs::write(&self.config, format!("{settings}{text}")).unwrap();
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.arg("--config").arg(&self.config).args(arguments);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end, well or not.
+    #[track_caller]
+    pub fn outcome(&self, arguments: &[&str]) -> Outcome {
+        outcome_of(&mut self.command(arguments))
+    }
+
+    /// Runs the program to success and returns what it wrote.
+    #[track_caller]
+    pub fn done(&self, arguments: &[&str]) -> String {
+        succeed(&mut self.command(arguments))
+    }
+
+    /// What `list --json` says.
+    #[track_caller]
+    pub fn list(&self) -> Vec<Value> {
+        serde_json::from_str(&self.done(&["list", "--json"])).unwrap()
+    }
+
+    /// The names of all LVs with their tags, or of all images, whoever's.
+    pub fn everything(&self) -> String {
+        match self.kind {
+            Kind::Reflink => run(
+                "find",
+                [
+                    &self.store(),
+                    "-mindepth",
+                    "1",
+                    "!",
+                    "-name",
+                    "~daemon",
+                    "-printf",
+                    "%P\n",
+                ],
+            ),
+            Kind::Lvm => run(
+                "lvs",
+                ["--noheadings", "-o", "lv_name,lv_tags", &self.store()],
+            ),
+        }
+    }
+
+    /// Starts the daemon and waits until it serves.
+    pub fn serve(&self) -> Daemon {
+        Daemon::start_with(&self.config, Path::new(SOCKET), &[("RUST_LOG", "debug")])
+    }
+}
+
+/// What is mounted at `place`, as this namespace sees it.
+pub fn mounts_at(place: impl AsRef<Path>) -> Vec<MountPoint> {
+    let mut mounts = mount::table().unwrap();
+    mounts.retain(|mount| mount.at == place.as_ref());
+    mounts
+}
+
+impl Plugin {
+    /// Makes a volume.
+    #[track_caller]
+    pub fn create(&self, name: &str, options: &Value) {
+        self.ok(
+            "VolumeDriver.Create",
+            &json!({"Name": name, "Opts": options}),
+        );
+    }
+
+    /// Mounts a volume and returns where.
+    #[track_caller]
+    pub fn mount(&self, name: &str, id: &str) -> PathBuf {
+        let answer = self.ok("VolumeDriver.Mount", &json!({"Name": name, "ID": id}));
+        PathBuf::from(answer["Mountpoint"].as_str().unwrap())
+    }
+
+    #[track_caller]
+    pub fn unmount(&self, name: &str, id: &str) {
+        self.ok("VolumeDriver.Unmount", &json!({"Name": name, "ID": id}));
+    }
+
+    #[track_caller]
+    pub fn remove(&self, name: &str) {
+        self.ok("VolumeDriver.Remove", &json!({"Name": name}));
+    }
+
+    /// The names that List gives.
+    #[track_caller]
+    pub fn names(&self) -> Vec<String> {
+        let answer = self.ok("VolumeDriver.List", &json!({}));
+        let volumes = answer["Volumes"].as_array().unwrap();
+        let name = |volume: &Value| volume["Name"].as_str().unwrap().to_owned();
+        volumes.iter().map(name).collect()
+    }
+}
