@@ -291,11 +291,11 @@ fn make_group(device: &Path, file: &Path, say: Say<'_>) -> Result<LvName, StoreE
         "pvs".into(),
         "--reportformat=json".into(),
         "--options=vg_name".into(),
-        // A device that is no physical volume yet is no error with this.
+        // A device that is no physical volume yet is no error with this, as long as
+        // it is not named as an argument, too.
         "--all".into(),
         // Nor one that the host's devices file does not list yet.
         format!("--devices={}", device.display()),
-        device.display().to_string(),
     ])?;
     if let Some(row) = found.groups().find(|row| !row.vg_name.is_empty()) {
         return row.vg_name.parse().map_err(|error| {
