@@ -39,7 +39,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statvfs::{Statvfs, statvfs};
 use rustix::fs::{CWD, IFlags, Mode, OFlags, RenameFlags};
 use serde::{Deserialize, Serialize};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use self::loops::Loop;
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
@@ -179,7 +179,8 @@ impl ReflinkStore {
     }
 
     /// Removes what a crash left, thaws what it left frozen, and sees that the
-    /// next number is higher than any.
+    /// next number is higher than any. Nobody is told of a change where there
+    /// was none.
     fn recover(&self, turn: &Turn<'_>) -> Result<(), StoreError> {
         let what = failed("clearing away in", &self.dir);
         for entry in fs::read_dir(&self.dir).map_err(&what)? {
@@ -187,22 +188,30 @@ impl ReflinkStore {
             let name = entry.file_name();
             if name == NEW || name.to_string_lossy().starts_with(OLD) {
                 remove_tree(&entry.path())?;
+            } else if let Some(lv) = name.to_str().and_then(|name| name.parse().ok())
+                && self.record(&lv)?.is_none()
+            {
+                warn!(path = %entry.path().display(), "not a volume, or one whose {TAGS} is damaged: left alone");
             }
         }
         let loops = loops::all(IMAGE).map_err(failed("looking for loop devices in", "/sys"))?;
         let mut last = 0;
         for (name, record) in self.records()? {
             last = last.max(record.seq);
-            let Ok(image) = fs::metadata(self.image(&name)) else {
-                continue;
-            };
-            if let Some(device) = loops.iter().find(|device| device.backs(&image))
-                && let Some(mounted) = self.mounted(device)?
-            {
-                thaw(mounted.root());
+            let device = fs::metadata(self.image(&name))
+                .ok()
+                .and_then(|image| loops.iter().find(|device| device.backs(&image)));
+            match device.map(|device| self.mounted(device)) {
+                Some(Ok(Some(mounted))) => thaw(mounted.root()),
+                // One that has shut down, say: no reason to keep the others waiting.
+                Some(Err(error)) => warn!(lv = %name, %error, "whether it is frozen is not known"),
+                _ => {}
             }
         }
-        self.commit(turn, last.max(self.noted_seq()))
+        if last > self.noted_seq() {
+            self.commit(turn, last)?;
+        }
+        Ok(())
     }
 
     fn lv_dir(&self, lv: &LvName) -> PathBuf {
@@ -271,7 +280,7 @@ impl ReflinkStore {
         match serde_json::from_slice::<Record>(&text) {
             Ok(record) => Ok(Some(record)),
             Err(error) => {
-                warn!(path = %path.display(), %error, "not a record of ours: left alone");
+                debug!(path = %path.display(), %error, "not a record of ours");
                 Ok(None)
             }
         }

@@ -175,7 +175,7 @@ mod ioctl {
 }
 
 /// Makes the file system stop at once, as an I/O error in its log does.
-fn shut_down_now(mounted: &Mounted) {
+pub fn shut_down_now(mounted: &Mounted) {
     let mut without_flushing_the_log = 2;
     // SAFETY: the ioctl reads one 32-bit flag.
     unsafe {

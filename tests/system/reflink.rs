@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -13,12 +14,13 @@ use lvm_cache_friend::cache::names::{LvName, Tag};
 use lvm_cache_friend::cache::record::Role;
 use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::cache::units::Bytes;
-use lvm_cache_friend::fs::{Content, is_clean, probe};
+use lvm_cache_friend::fs::{Content, is_clean, make, probe};
 use lvm_cache_friend::mount::Mounted;
 use lvm_cache_friend::storage::reflink::{self, ReflinkStore};
 use lvm_cache_friend::storage::{NewLv, Store, StoreError};
 
 use crate::harness::{Test, Tier, test, this_binary};
+use crate::mounts::shut_down_now;
 use crate::store::{self, Ground};
 use crate::support::command::run;
 use crate::support::reflink::ReflinkFs;
@@ -48,7 +50,7 @@ struct Disk(ReflinkFs);
 
 impl Disk {
     fn new(fs: &str) -> Self {
-        let disk = Self(ReflinkFs::of(fs, 2048));
+        let disk = Self(ReflinkFs::of(fs, 1024));
         reflink::init(&disk.dir(), BASE).unwrap();
         disk
     }
@@ -101,6 +103,13 @@ fn new(name: &str, tags: &[&str]) -> NewLv {
         name: name.parse().unwrap(),
         tags: tags.iter().map(|tag| tag.parse().unwrap()).collect(),
         active: false,
+    }
+}
+
+fn active(name: &str) -> NewLv {
+    NewLv {
+        active: true,
+        ..new(name, &[])
     }
 }
 
@@ -167,17 +176,15 @@ fn not_everywhere() {
         unusable(reflink::init(&dir, BASE), "others");
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
-    // Too little room for a base leaves nothing of one.
+    // Too small a base leaves nothing of one.
     let dir = xfs.path().join("store");
     assert!(reflink::init(&dir, Bytes::mib(1)).is_err());
-    assert!(
-        ReflinkStore::open(&dir)
-            .unwrap()
-            .list()
-            .unwrap()
-            .lvs
-            .is_empty()
-    );
+    let left: Vec<_> = fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["~lock"]);
+    unusable(ReflinkStore::open(&dir), "init --reflink");
 }
 
 fn left_over() {
@@ -228,37 +235,46 @@ mod ioctl {
 fn frozen() {
     let disk = Disk::new("xfs");
     let store = disk.open();
-    let base = store.list().unwrap().lvs[0].name.clone();
-    let active = NewLv {
-        active: true,
-        ..new("one", &[])
-    };
-    let device = store.snapshot(&base, &active).unwrap().unwrap();
-    let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&mounted.root());
-    let freeze = || {
-        // SAFETY: FIFREEZE looks at no argument.
-        unsafe { ioctl::freeze(fd, &mut 0) }.unwrap();
-    };
-    let thaw = || {
-        // SAFETY: FITHAW looks at no argument.
-        unsafe { ioctl::thaw(fd, &mut 0) }
-    };
-    // Not frozen is EINVAL, which this looks for below.
-    assert_eq!(thaw(), Err(nix::Error::EINVAL));
-    freeze();
-    assert_eq!(thaw(), Ok(0));
+    for fs in [FsType::Xfs, FsType::Ext4] {
+        let device = store.create(&active("one"), BASE).unwrap().unwrap();
+        make(&device, fs).unwrap();
+        let mounted = Mounted::device(&device, fs).unwrap();
+        let fd = mounted.root().as_raw_fd();
+        let freeze = || {
+            // SAFETY: FIFREEZE looks at no argument.
+            unsafe { ioctl::freeze(fd, &mut 0) }.unwrap();
+        };
+        let thaw = || {
+            // SAFETY: FITHAW looks at no argument.
+            unsafe { ioctl::thaw(fd, &mut 0) }
+        };
+        let not_frozen = Err(nix::Error::EINVAL);
+        assert_eq!(thaw(), not_frozen);
+        freeze();
+        assert_eq!(thaw(), Ok(0));
 
-    freeze();
-    disk.open();
-    assert_eq!(thaw(), Err(nix::Error::EINVAL), "opening the store thaws");
-    freeze();
-    store.snapshot(&lv("one"), &new("two", &[])).unwrap();
-    assert_eq!(thaw(), Err(nix::Error::EINVAL), "a snapshot thaws");
-    store.snapshot(&lv("one"), &new("three", &[])).unwrap();
-    assert_eq!(thaw(), Err(nix::Error::EINVAL));
-    assert!(store.snapshot(&lv("one"), &new("two", &[])).is_err());
-    assert_eq!(thaw(), Err(nix::Error::EINVAL), "and so does a failed one");
+        freeze();
+        disk.open();
+        assert_eq!(thaw(), not_frozen, "opening the store thaws");
+        freeze();
+        store.snapshot(&lv("one"), &new("two", &[])).unwrap();
+        assert_eq!(thaw(), not_frozen, "a snapshot thaws");
+        store.snapshot(&lv("one"), &new("three", &[])).unwrap();
+        assert_eq!(thaw(), not_frozen);
+        assert!(store.snapshot(&lv("one"), &new("two", &[])).is_err());
+        assert_eq!(thaw(), not_frozen, "and so does a failed one");
+
+        // One that has shut down keeps nobody from the others.
+        shut_down_now(&mounted);
+        store.snapshot(&lv("two"), &new("four", &[])).unwrap();
+        assert!(store.snapshot(&lv("one"), &new("five", &[])).is_err());
+        assert_eq!(disk.open().list().unwrap().lvs.len(), 5);
+        drop(mounted);
+        for name in ["one", "two", "three", "four"] {
+            wait_until(|| !matches!(store.remove(&lv(name)), Err(StoreError::Busy(_))));
+        }
+        assert_eq!(store.list().unwrap().lvs.len(), 1);
+    }
 }
 
 /// What [`killed`] kills: makes, tags and removes, for ever.
@@ -288,16 +304,9 @@ fn killed() {
     let disk = Disk::new("xfs");
     let store = disk.open();
     let base = store.list().unwrap().lvs[0].name.clone();
-    let origin = NewLv {
-        active: true,
-        ..new("origin", &[])
-    };
-    let device = store.snapshot(&base, &origin).unwrap().unwrap();
+    let device = store.snapshot(&base, &active("origin")).unwrap().unwrap();
     let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
-    let inside = format!(
-        "/proc/self/fd/{}/file",
-        std::os::fd::AsRawFd::as_raw_fd(&mounted.root())
-    );
+    let inside = format!("/proc/self/fd/{}/file", mounted.root().as_raw_fd());
     let mut seen = 0;
     let mut last = 0;
     for round in 0..40_u64 {

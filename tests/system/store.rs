@@ -33,7 +33,7 @@ pub trait Ground: Send + Sync {
 type Promise = fn(&dyn Ground);
 
 /// All of them, for one kind of store: over what `ground` makes, which must have
-/// room for 1 GiB of data.
+/// room for 512 MiB of data.
 pub fn tests(tier: Tier, store: &str, ground: fn() -> Box<dyn Ground>) -> Vec<Test> {
     let promises: [(&str, Promise); 19] = [
         ("created", created),
