@@ -553,44 +553,54 @@ impl Engine {
             Phase::Leased(lease) => self.end(&volume, lease),
             other => other,
         };
-        let lv = match phase {
-            Phase::Ready(copy) => Some(copy.lv),
-            Phase::Stale(lv) => lv,
+        let current = match &phase {
+            Phase::Ready(copy) => Some(&copy.lv),
+            Phase::Stale(lv) => lv.as_ref(),
             Phase::Making | Phase::Changing | Phase::Leased(_) => None,
         };
-        match self.remove_lvs(&volume, lv.as_ref()) {
+        match self.remove_lvs(&volume, current) {
             Ok(()) => {
-                lock(&volume.now).removed = true;
+                let mut now = lock(&volume.now);
+                now.phase = Phase::Stale(None);
+                now.removed = true;
+                drop(now);
                 self.drop_volume(&volume);
                 info!(volume = %name, "removed");
                 Ok(())
             }
             Err(error) => {
-                lock(&volume.now).phase = Phase::Stale(lv);
+                lock(&volume.now).phase = phase;
                 Err(error)
             }
         }
     }
 
-    /// Commits that a volume is no more, before anybody is told so.
-    fn remove_lvs(&self, volume: &Volume, lv: Option<&LvName>) -> Result<(), EngineError> {
+    /// Commits that a volume is no more, before anybody is told so: no LV bears its
+    /// name any longer. The store says which do, copies that were replaced and wait
+    /// for their removal among them; the current one goes last.
+    fn remove_lvs(&self, volume: &Volume, current: Option<&LvName>) -> Result<(), EngineError> {
         reach("remove", 1);
+        let name = tag(&format!("{VOLUME}{}", volume.name));
         let settling = lock(&volume.now).settling.clone();
-        for lv in settling {
-            if !may_publish(&volume.spec) {
-                self.doom(&lv)?;
+        let mut lvs = self.store.list()?.lvs;
+        lvs.retain(|lv| lv.tags.contains(&name));
+        lvs.sort_by_key(|lv| Some(&lv.name) == current);
+        for lv in lvs {
+            if !settling.contains(&lv.name) || !may_publish(&volume.spec) {
+                self.mark_doomed(&lv.name)?;
                 continue;
             }
             // What the lease wrote is still to be published, under no volume's name.
-            lock(&self.state).gone.insert(lv.clone(), Instant::now());
-            let name = tag(&format!("{VOLUME}{}", volume.name));
-            match self.store.change_tags(&lv, &[self.lease_tag()], &[name]) {
+            lock(&self.state)
+                .gone
+                .insert(lv.name.clone(), Instant::now());
+            match self
+                .store
+                .change_tags(&lv.name, &[self.lease_tag()], std::slice::from_ref(&name))
+            {
                 Err(StoreError::NotFound(_)) => {}
                 other => other?,
             }
-        }
-        if let Some(lv) = lv {
-            self.doom(lv)?;
         }
         reach("remove", 2);
         Ok(())

@@ -301,20 +301,25 @@ impl Engine {
         }
     }
 
-    /// Commits that an LV is to be removed, and has it removed.
+    /// Commits that an LV is to be removed, and has it removed; where the first
+    /// fails, the second is tried all the same.
     pub(super) fn doom(&self, lv: &LvName) -> Result<(), StoreError> {
-        self.forget(lv);
-        match self.store.change_tags(lv, &[tag(DOOMED)], &[]) {
-            Ok(()) => {
-                self.upkeep.remove(lv.clone(), true);
-                Ok(())
-            }
-            Err(StoreError::NotFound(_)) => Ok(()),
-            Err(error) => {
-                self.upkeep.remove(lv.clone(), false);
-                Err(error)
-            }
+        let marked = self.mark_doomed(lv);
+        if marked.is_err() {
+            self.discard(lv.clone(), None);
         }
+        marked
+    }
+
+    /// Commits that an LV is to be removed, and only then has it removed.
+    pub(super) fn mark_doomed(&self, lv: &LvName) -> Result<(), StoreError> {
+        match self.store.change_tags(lv, &[tag(DOOMED)], &[]) {
+            Ok(()) => self.upkeep.remove(lv.clone(), true),
+            Err(StoreError::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        self.forget(lv);
+        Ok(())
     }
 
     /// [`Engine::doom`], behind the caller's back: for copies that another one of
