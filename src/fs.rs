@@ -188,6 +188,29 @@ pub fn is_clean(device: &Path, fs: FsType) -> io::Result<bool> {
     }
 }
 
+/// Whether the file system on the unmounted `device` is whole, as its own checker
+/// says. That reads all of its metadata, and writes nothing.
+///
+/// # Errors
+/// When the checker is missing or could not do its work.
+pub fn is_whole(device: &Path, fs: FsType) -> Result<bool, ExecError> {
+    // xfs_repair(8): with -n, 1 says that corruption was found. e2fsck(8): 4 says
+    // that errors were left as they are, and may come with other bits.
+    let (tool, options, found): (_, &[&str], fn(i32) -> bool) = match fs {
+        FsType::Xfs => ("xfs_repair", &["-n"], |code| code == 1),
+        FsType::Ext4 => ("e2fsck", &["-f", "-n"], |code| code & 4 != 0),
+    };
+    let arguments = options
+        .iter()
+        .map(AsRef::as_ref)
+        .chain([device.as_os_str()]);
+    match exec::run(tool, arguments) {
+        Ok(_) => Ok(true),
+        Err(ExecError::Failed { status, .. }) if status.code().is_some_and(found) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Sectors (512 bytes) written to a block device since it appeared.
 ///
 /// # Errors

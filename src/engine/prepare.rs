@@ -11,7 +11,7 @@ use tracing::{error, warn};
 use super::volume::{OpenFs, Premounted, Prepared, Restored, Slot, Source, Volume};
 use super::{Engine, EngineError, io_error, lock, tag, unix_now};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, MAKING, volume_tags};
+use crate::cache::record::{DOOMED, MAKING, SNAPSHOT, volume_tags};
 use crate::cache::select::{Choice, Index};
 use crate::cache::spec::{OnMiss, Spec};
 use crate::cache::units::Bytes;
@@ -272,13 +272,62 @@ impl Engine {
     /// Gives up the entry that a copy was made from, if that is what failed.
     /// `false`: the fault is not an entry's.
     pub(super) fn give_up_damaged(&self, source: &Source, error: &OpenError) -> bool {
-        let OpenError::Damaged(what) = error else {
-            return false;
-        };
         let (Restored::Exact | Restored::Fallback, Some(entry)) = (source.how, &source.lv) else {
             return false;
         };
-        error!(%entry, fault = what, "an entry is damaged: it is given up, and the next best used");
+        match error {
+            OpenError::Damaged(what) => self.give_up(entry, what),
+            // Damage has many faces, EIO among them, which a full pool has too.
+            OpenError::Other(EngineError::Io { .. }) => self.give_up_if_damaged(entry),
+            OpenError::Other(_) => false,
+        }
+    }
+
+    /// Gives up an entry, if that is what it is, whose file system its checker
+    /// finds damaged. `false`: it is whole, or that cannot be told now.
+    pub(super) fn give_up_if_damaged(&self, entry: &LvName) -> bool {
+        if lock(&self.state)
+            .index
+            .entries()
+            .iter()
+            .all(|e| e.lv != *entry)
+        {
+            return false;
+        }
+        match self.is_whole(entry) {
+            Ok(true) => false,
+            Ok(false) => self.give_up(entry, "its file system's checker finds errors"),
+            Err(error) => {
+                warn!(%entry, %error, "it cannot be told whether this entry is damaged");
+                false
+            }
+        }
+    }
+
+    /// Has an entry's file system checked, on a copy that nobody wrote to.
+    fn is_whole(&self, entry: &LvName) -> Result<bool, EngineError> {
+        let copy = NewLv {
+            name: fresh_lv_name()?,
+            tags: vec![tag(SNAPSHOT), tag(MAKING)],
+            active: true,
+        };
+        let device = self.store.snapshot(entry, &copy)?;
+        let whole = (|| {
+            let device = device.map_or_else(|| self.store.activate(&copy.name), Ok)?;
+            match crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))? {
+                Content::Fs(fs) => {
+                    let whole = crate::fs::is_whole(&device, fs);
+                    Ok(whole.map_err(StoreError::from)?)
+                }
+                Content::Blank | Content::Unknown => Ok(false),
+            }
+        })();
+        self.discard(copy.name, None);
+        whole
+    }
+
+    fn give_up(&self, entry: &LvName, fault: &str) -> bool {
+        error!(%entry, fault, "an entry is damaged: it is given up, and the next best used");
         if let Err(error) = self.doom(entry) {
             warn!(%entry, %error, "a damaged entry could not be marked");
         }

@@ -171,6 +171,7 @@ impl Engine {
         let lv = ended.lv.clone();
         let device = ended.device.clone();
         let mark = ended.mark.clone();
+        let cut_short = ended.cut_short;
         let Some((end, bytes)) = self.close(ended) else {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
             return;
@@ -181,6 +182,13 @@ impl Engine {
             None => self.publish(volume, &lv, &story.source),
         };
         reach("publish", 3);
+        // Damage that only shows in use would meet every job after this one, too.
+        if !end.clean
+            && !cut_short
+            && let Some(entry) = &story.source.lv
+        {
+            self.give_up_if_damaged(entry);
+        }
         story.tell(volume, published, bytes);
         self.replace(volume, &lv, device, &mark);
         lock(&volume.now)
