@@ -5,6 +5,9 @@
 //! group share and which boots when the first of them asks.
 
 mod cli;
+mod crash;
+mod damage;
+mod full;
 mod harness;
 mod mounts;
 mod raw;
@@ -17,6 +20,9 @@ fn main() {
     harness::main(
         [
             cli::tests(),
+            crash::tests(),
+            damage::tests(),
+            full::tests(),
             mounts::tests(),
             raw::tests(),
             reflink::tests(),

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,6 +17,9 @@ use super::command::{Outcome, outcome_of, succeed};
 
 /// Where `serve` listens if nothing else is configured.
 pub const SOCKET: &str = "/run/lvm-cache-friend/plugin.sock";
+
+/// By when a failpoint must be reached. Far beyond what it takes: this tells one that nothing reaches.
+const REACHED: Duration = Duration::from_secs(90);
 
 /// `lvm-cache-friend --config CONFIG ARGUMENTS…`, to success; what it wrote.
 #[track_caller]
@@ -115,6 +118,22 @@ impl Daemon {
     /// Waits until it has ended by itself.
     pub fn wait(&mut self) -> ExitStatus {
         self.child.wait().unwrap()
+    }
+
+    /// Waits until it has died of SIGKILL: at the failpoint that it was given, if nobody else sent it.
+    pub fn died(mut self) {
+        let since = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(
+                since.elapsed() < REACHED,
+                "the daemon lives: its failpoint was not reached"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        assert_eq!(status.signal(), Some(9), "the daemon ended by itself");
     }
 
     /// SIGTERM, and a clean end.

@@ -4,7 +4,9 @@
 
 #![allow(dead_code)]
 
+pub mod census;
 pub mod command;
+pub mod content;
 pub mod daemon;
 pub mod disks;
 pub mod lvm;

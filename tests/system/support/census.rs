@@ -1,0 +1,385 @@
+//! What there is in a store and around it, counted with its own tools and not with ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use lvm_cache_friend::cache::spec::FsType;
+use lvm_cache_friend::fs::{Content as Formatted, probe};
+use serde_json::Value;
+
+use super::command::{outcome, run};
+use super::content::{self, Content};
+use super::site::{Kind, MOUNT_DIR, Site};
+
+/// By when all that was under way must be done. Far beyond what it takes: this tells a daemon that never settles from a slow one.
+const SETTLED: Duration = Duration::from_secs(90);
+
+/// Everything that a store holds and has brought up.
+#[derive(Debug, Default)]
+pub struct Census {
+    /// Each LV (or image) with its tags.
+    pub lvs: BTreeMap<String, BTreeSet<String>>,
+    /// Those with a device.
+    pub active: BTreeSet<String>,
+    /// What belongs to none of them: files, devices.
+    pub strays: Vec<String>,
+}
+
+/// A volume as it should be.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    pub name: &'a str,
+    pub mounted: bool,
+}
+
+impl<'a> Known<'a> {
+    pub fn idle(name: &'a str) -> Self {
+        Self {
+            name,
+            mounted: false,
+        }
+    }
+
+    pub fn mounted(name: &'a str) -> Self {
+        Self {
+            name,
+            mounted: true,
+        }
+    }
+}
+
+impl Census {
+    /// What there is now in a group, or a directory.
+    pub fn of(kind: Kind, store: &str) -> Self {
+        match kind {
+            Kind::Lvm => thin_pool(store),
+            Kind::Reflink => images(Path::new(store)),
+        }
+    }
+
+    /// Those that can be restored from.
+    pub fn entries(&self) -> BTreeSet<String> {
+        let is_entry =
+            |tags: &BTreeSet<String>| tags.iter().any(|tag| tag.starts_with("friend:cache:"));
+        self.lvs
+            .iter()
+            .filter(|(_, tags)| is_entry(tags))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    /// Those with a tag.
+    pub fn with_tag(&self, tag: &str) -> Vec<&str> {
+        self.lvs
+            .iter()
+            .filter(|(_, tags)| tags.contains(tag))
+            .map(|(name, _)| name.as_str())
+            .collect()
+    }
+
+    /// What is there beside one base, entries at rest, and one LV for each of these volumes.
+    fn complaints(&self, volumes: &[Known<'_>]) -> Vec<String> {
+        let mut complaints = self.strays.clone();
+        let mut bases = 0;
+        let mut found: BTreeMap<&str, usize> = BTreeMap::new();
+        let entries = self.entries();
+        for (name, tags) in &self.lvs {
+            let active = self.active.contains(name);
+            let shown = || {
+                let tags: Vec<_> = tags.iter().map(String::as_str).collect();
+                format!("{name} {}", tags.join(" "))
+            };
+            let volume = tags
+                .iter()
+                .find_map(|tag| tag.strip_prefix("friend:volume:"));
+            let doomed = tags.contains("friend:doomed");
+            let leased = tags.iter().any(|tag| tag.starts_with("friend:lease:"));
+            let known = volumes
+                .iter()
+                .find(|known| Some(known.name) == volume && (known.mounted || !leased));
+            match known {
+                _ if doomed => complaints.push(shown()),
+                Some(known) => *found.entry(known.name).or_default() += 1,
+                None if volume.is_some() || leased => complaints.push(shown()),
+                None if active => complaints.push(format!("active: {}", shown())),
+                None if tags.contains("friend:default") => bases += 1,
+                None if entries.contains(name) => {}
+                None => complaints.push(shown()),
+            }
+        }
+        if bases != 1 {
+            complaints.push(format!("{bases} bases"));
+        }
+        for known in volumes {
+            match found.get(known.name).copied().unwrap_or(0) {
+                1 => {}
+                n => complaints.push(format!("{n} LVs of volume {}", known.name)),
+            }
+        }
+        let mounts = mounts();
+        let dirs: BTreeSet<PathBuf> = fs::read_dir(MOUNT_DIR)
+            .into_iter()
+            .flatten()
+            .map(|dir| dir.unwrap().path())
+            .collect();
+        let expected: BTreeSet<_> = volumes
+            .iter()
+            .filter(|known| known.mounted)
+            .map(|known| Path::new(MOUNT_DIR).join(known.name))
+            .collect();
+        if mounts != expected {
+            complaints.push(format!("mounted: {mounts:?}"));
+        }
+        if dirs != expected {
+            complaints.push(format!("mountpoints: {dirs:?}"));
+        }
+        complaints
+    }
+}
+
+impl Site {
+    /// What there is now.
+    pub fn census(&self) -> Census {
+        Census::of(self.kind, &self.store())
+    }
+
+    /// See [`settled`].
+    #[track_caller]
+    pub fn settled(&self, volumes: &[Known<'_>]) -> Census {
+        settled(self.kind, &self.store(), volumes)
+    }
+
+    /// See [`content_of`].
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn content(&self, entry: &str) -> Result<Content, String> {
+        content_of(self.kind, &self.store(), entry)
+    }
+}
+
+/// Waits until there is nothing but one base, entries at rest, and one LV for each of these volumes: no lease that is not settled,
+/// nothing half-made, replaced or doomed, no device, mount or directory that nobody needs.
+#[track_caller]
+pub fn settled(kind: Kind, store: &str, volumes: &[Known<'_>]) -> Census {
+    let since = Instant::now();
+    loop {
+        let census = Census::of(kind, store);
+        let complaints = census.complaints(volumes);
+        if complaints.is_empty() {
+            return census;
+        }
+        assert!(
+            since.elapsed() < SETTLED,
+            "left over, with {volumes:?}:\n{}",
+            complaints.join("\n")
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The content of an entry, which must mount from a device that cannot be written to: with no recovery.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn content_of(kind: Kind, store: &str, entry: &str) -> Result<Content, String> {
+    let device = ReadOnly::new(kind, store, entry);
+    let at = tempfile::tempdir().unwrap();
+    let options = match probe(&device.path).unwrap() {
+        Formatted::Fs(FsType::Xfs) => "ro,nouuid",
+        Formatted::Fs(FsType::Ext4) => "ro",
+        other => return Err(format!("{other:?}")),
+    };
+    let mounted = outcome(
+        "mount",
+        [
+            "-o".as_ref(),
+            options.as_ref(),
+            device.path.as_os_str(),
+            at.path().as_os_str(),
+        ],
+    );
+    if mounted.status != 0 {
+        return Err(mounted.stderr);
+    }
+    let content = content::try_read(at.path());
+    run("umount", [at.path()]);
+    content
+}
+
+/// A device with what an entry holds, that cannot be written to.
+struct ReadOnly {
+    kind: Kind,
+    path: PathBuf,
+}
+
+impl ReadOnly {
+    fn new(kind: Kind, store: &str, entry: &str) -> Self {
+        let path = match kind {
+            Kind::Lvm => {
+                let lv = format!("{store}/{entry}");
+                run("lvchange", ["-q", "-K", "-ay", &lv]);
+                let path = Path::new("/dev").join(lv);
+                run("blockdev", ["--setro".as_ref(), path.as_os_str()]);
+                path
+            }
+            Kind::Reflink => {
+                // A copy, so that the daemon does not see the device.
+                let store = Path::new(store);
+                let copy = store.with_file_name("copy");
+                run(
+                    "cp",
+                    [
+                        "--reflink=always".as_ref(),
+                        store.join(entry).join("image").as_os_str(),
+                        copy.as_os_str(),
+                    ],
+                );
+                run(
+                    "losetup",
+                    [
+                        "--read-only".as_ref(),
+                        "--find".as_ref(),
+                        "--show".as_ref(),
+                        copy.as_os_str(),
+                    ],
+                )
+                .trim()
+                .into()
+            }
+        };
+        Self { kind, path }
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        match self.kind {
+            Kind::Lvm => outcome(
+                "lvchange",
+                ["-q".as_ref(), "-an".as_ref(), self.path.as_os_str()],
+            ),
+            Kind::Reflink => outcome("losetup", ["--detach".as_ref(), self.path.as_os_str()]),
+        };
+    }
+}
+
+/// Where volumes are mounted.
+pub fn mounts() -> BTreeSet<PathBuf> {
+    lvm_cache_friend::mount::table()
+        .unwrap()
+        .into_iter()
+        .map(|mount| mount.at)
+        .filter(|at| at.parent() == Some(Path::new(MOUNT_DIR)))
+        .collect()
+}
+
+/// A second mount of a volume's file system, as a mount namespace somewhere may have one.
+pub struct Held {
+    at: tempfile::TempDir,
+}
+
+impl Held {
+    pub fn new(site: &Site, mount: &Path) -> Self {
+        let at = tempfile::tempdir_in(site.dir.path()).unwrap();
+        run(
+            "mount",
+            ["--bind".as_ref(), mount.as_os_str(), at.path().as_os_str()],
+        );
+        Self { at }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        outcome("umount", [self.at.path()]);
+    }
+}
+
+fn thin_pool(vg: &str) -> Census {
+    let report = run(
+        "lvs",
+        [
+            "--reportformat",
+            "json",
+            "-o",
+            "lv_name,lv_tags,pool_lv",
+            vg,
+        ],
+    );
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let mut census = Census::default();
+    let mut pool = String::new();
+    for row in report["report"][0]["lv"].as_array().unwrap() {
+        let field = |name: &str| row[name].as_str().unwrap().to_owned();
+        if field("pool_lv").is_empty() {
+            pool = field("lv_name");
+            continue;
+        }
+        let tags = field("lv_tags");
+        let tags = tags
+            .split(',')
+            .filter(|tag| !tag.is_empty())
+            .map(str::to_owned);
+        census.lvs.insert(field("lv_name"), tags.collect());
+    }
+    let pool = format!("{vg}-{}", pool.replace('-', "--"));
+    for device in run("dmsetup", ["ls"]).lines() {
+        let name = device.split_whitespace().next().unwrap();
+        let lv = name.strip_prefix(&format!("{vg}-"));
+        match lv.map(|lv| lv.replace("--", "-")) {
+            Some(lv) if census.lvs.contains_key(&lv) => {
+                census.active.insert(lv);
+            }
+            Some(_) if !name.starts_with(&pool) => census.strays.push(format!("device {name}")),
+            _ => {}
+        }
+    }
+    census
+}
+
+fn images(store: &Path) -> Census {
+    let mut census = Census::default();
+    for entry in fs::read_dir(store).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        // A volume may go while it is looked at.
+        let place = store.join(&name);
+        let record = fs::read_to_string(place.join("tags.json")).unwrap_or_default();
+        if let Ok(record) = serde_json::from_str::<Value>(&record) {
+            let tags = record["tags"].as_array().unwrap().iter();
+            let tags = tags.map(|tag| tag.as_str().unwrap().to_owned());
+            census.lvs.insert(name, tags.collect());
+            for file in fs::read_dir(place).into_iter().flatten() {
+                let file = file.unwrap().path();
+                if !file.ends_with("image") && !file.ends_with("tags.json") {
+                    census.strays.push(file.display().to_string());
+                }
+            }
+        } else if !["~seq", "~lock", "~daemon"].contains(&name.as_str()) {
+            census.strays.push(place.display().to_string());
+        }
+    }
+    for line in run(
+        "losetup",
+        ["--list", "--noheadings", "--output", "NAME,BACK-FILE"],
+    )
+    .lines()
+    {
+        let (device, file) = line.trim().split_once(char::is_whitespace).unwrap();
+        let Ok(below) = Path::new(file.trim()).strip_prefix(store) else {
+            continue;
+        };
+        match below
+            .to_str()
+            .and_then(|below| below.strip_suffix("/image"))
+        {
+            Some(lv) if census.lvs.contains_key(lv) => {
+                census.active.insert(lv.to_owned());
+            }
+            _ => census.strays.push(format!("{device} of {file}")),
+        }
+    }
+    census
+}
