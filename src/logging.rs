@@ -4,6 +4,7 @@
 use clap::ValueEnum;
 use nix::sys::stat::fstat;
 use serde::Deserialize;
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -58,7 +59,16 @@ pub fn start(level: LogLevel) -> Result<(), String> {
         && let Ok(journal) = tracing_journald::layer()
     {
         registry
-            .with(journal.with_syslog_identifier("lvm-cache-friend".into()))
+            .with(
+                journal
+                    .with_syslog_identifier("lvm-cache-friend".into())
+                    // As everybody else's levels are named; its own are one higher.
+                    .with_priority_mappings(PriorityMappings {
+                        info: Priority::Informational,
+                        debug: Priority::Debug,
+                        ..PriorityMappings::new()
+                    }),
+            )
             .init();
     } else {
         let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
