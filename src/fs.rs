@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Gid, Mode, Uid};
 use rustix::io::Errno;
@@ -220,6 +220,18 @@ pub fn sectors_written(device: (u32, u32)) -> io::Result<u64> {
     // written, ms; …: Documentation/block/stat.rst.
     let stat = sys_block(device, "stat")?;
     number(stat.split_whitespace().nth(6).unwrap_or_default())
+}
+
+/// The path of a block device's node: devtmpfs has one of the kernel's own name for each.
+///
+/// # Errors
+/// When there is no such device.
+pub fn device_node(device: (u32, u32)) -> io::Result<PathBuf> {
+    sys_block(device, "uevent")?
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))
+        .map(|name| Path::new("/dev").join(name))
+        .ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 fn sys_block((major, minor): (u32, u32), attribute: &str) -> io::Result<String> {
@@ -478,13 +490,8 @@ mod ext4 {
     /// the file system has is looked up first. The kernel keeps its superblock
     /// in the device's page cache, where reading the device finds it.
     pub fn grow(root: BorrowedFd<'_>, device: (u32, u32), bytes: u64) -> io::Result<()> {
-        let uevent = sys_block(device, "uevent")?;
-        let name = uevent
-            .lines()
-            .find_map(|line| line.strip_prefix("DEVNAME="))
-            .ok_or(Errno::NODEV)?;
         let mut head = [0; 4096];
-        File::open(Path::new("/dev").join(name))?.read_exact_at(&mut head, 0)?;
+        File::open(device_node(device)?)?.read_exact_at(&mut head, 0)?;
         let superblock = Superblock::parse(&head).ok_or(Errno::UCLEAN)?;
         let wanted = bytes / superblock.block;
         if wanted > superblock.blocks {

@@ -21,7 +21,7 @@ mod start;
 mod upkeep;
 mod volume;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -149,6 +149,8 @@ struct State {
     born: HashMap<LvName, (Instant, Entry)>,
     /// LVs that we gave up, and when: a listing begun before has them still.
     gone: HashMap<LvName, Instant>,
+    /// Entries found damaged while somebody else had them active: not used until nobody has.
+    unready: HashSet<LvName>,
     /// LVs that are not clearly ours, and were reported.
     reported: HashMap<LvName, String>,
     stopping: bool,

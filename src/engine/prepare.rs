@@ -326,12 +326,29 @@ impl Engine {
         whole
     }
 
+    /// Has a damaged entry removed, unless somebody works on it: entries of ours are never active.
     fn give_up(&self, entry: &LvName, fault: &str) -> bool {
+        if self.is_active(entry) {
+            warn!(%entry, fault, "an entry that somebody has active is damaged, or not finished: it is not used");
+            lock(&self.state).unready.insert(entry.clone());
+            self.forget(entry);
+            return true;
+        }
         error!(%entry, fault, "an entry is damaged: it is given up, and the next best used");
         if let Err(error) = self.doom(entry) {
             warn!(%entry, %error, "a damaged entry could not be marked");
         }
         true
+    }
+
+    /// Whether an LV is active, or may be.
+    fn is_active(&self, lv: &LvName) -> bool {
+        self.store.list().map_or(true, |listing| {
+            listing
+                .lvs
+                .iter()
+                .any(|listed| listed.name == *lv && listed.device.is_some())
+        })
     }
 
     /// Forgets an entry or base that is gone.

@@ -54,7 +54,7 @@ struct End {
     /// Everything was written, and the file system is whole.
     clean: bool,
     changed: bool,
-    /// What it was restored from has all the save tags already.
+    /// See [`Source::saved`].
     saved: bool,
 }
 

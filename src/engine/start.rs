@@ -267,7 +267,10 @@ impl Engine {
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
         let mut mounts = self.own_mounts()?;
-        let listing = self.store.list()?;
+        let mut listing = self.store.list()?;
+        if self.hold_back(&mut listing) {
+            self.upkeep.list();
+        }
         let by_device = |m: &MountPoint| (m.fs != "tmpfs").then_some(m.device);
         let devices = mounts
             .iter()

@@ -14,14 +14,19 @@ use tracing::{debug, info, warn};
 use super::volume::{Phase, Premounted, Volume};
 use super::{Engine, EngineError, lock, start, tag};
 use crate::cache::names::LvName;
-use crate::cache::record::DOOMED;
+use crate::cache::record::{DOOMED, Role};
 use crate::cache::select::{Entry, Index};
 use crate::failpoint::reach;
+use crate::fs::Content;
 use crate::storage::{Listing, StoreError, Watch};
 
 /// Changes often come in bursts (LVM commits a snapshot twice), and a listing
 /// costs a command: one a second at most.
 const BETWEEN_LISTINGS: Duration = Duration::from_secs(1);
+
+/// How often an entry is looked at that is blank yet: nothing tells when somebody has made a file
+/// system on it.
+const UNREADY: Duration = Duration::from_secs(2);
 
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
@@ -94,7 +99,7 @@ impl Upkeep {
         self.more.notify_one();
     }
 
-    fn list(&self) {
+    pub fn list(&self) {
         lock(&self.todo).list = true;
         self.more.notify_one();
     }
@@ -106,17 +111,25 @@ impl Upkeep {
         self.more_removals.notify_one();
     }
 
-    /// The next thing to do, or `None` when that is to stop.
-    fn next(&self) -> Option<Todo> {
+    /// The next thing to do, or `None` when that is to stop. After `patience` that is to list.
+    fn next(&self, patience: Option<Duration>) -> Option<Todo> {
         let todo = lock(&self.todo);
-        let mut todo = self
-            .more
-            .wait_while(todo, |todo| !(todo.list || todo.recheck || todo.stop))
-            .unwrap_or_else(PoisonError::into_inner);
+        let idle = |todo: &mut Todo| !(todo.list || todo.recheck || todo.stop);
+        let mut todo = match patience {
+            None => self.more.wait_while(todo, idle),
+            Some(patience) => self
+                .more
+                .wait_timeout_while(todo, patience, idle)
+                .map(|(todo, _)| todo)
+                .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0)),
+        }
+        .unwrap_or_else(PoisonError::into_inner);
         if todo.stop {
             return None;
         }
-        Some(mem::take(&mut *todo))
+        let mut todo = mem::take(&mut *todo);
+        todo.list |= !todo.recheck;
+        Some(todo)
     }
 
     /// The next removal that is due, or `None` when it is time to stop.
@@ -203,9 +216,10 @@ impl Engine {
     }
 
     fn upkeep_thread(self: &Arc<Self>) {
-        while let Some(todo) = self.upkeep.next() {
+        let mut unready = false;
+        while let Some(todo) = self.upkeep.next(unready.then_some(UNREADY)) {
             if todo.list {
-                self.relist();
+                unready = self.relist();
             }
             self.refresh_waiting();
             if todo.list {
@@ -305,13 +319,49 @@ impl Engine {
         }
     }
 
-    /// Reads the store and takes over what others changed.
-    fn relist(self: &Arc<Self>) {
+    /// Reads the store and takes over what others changed. Gives whether that is to be done again
+    /// soon, whatever happens.
+    fn relist(self: &Arc<Self>) -> bool {
         let asked = Instant::now();
         match self.store.list() {
-            Ok(listing) => self.take_over(&listing, asked),
-            Err(error) => warn!(%error, "the store cannot be read: what is known stays"),
+            Ok(mut listing) => {
+                let unready = self.hold_back(&mut listing);
+                self.take_over(&listing, asked);
+                unready
+            }
+            Err(error) => {
+                warn!(%error, "the store cannot be read: what is known stays");
+                false
+            }
         }
+    }
+
+    /// Takes entries out of a listing that somebody is still making, with tools of his own: active,
+    /// as entries of ours never are, and blank, or seen to be damaged. Gives whether one is blank.
+    pub(super) fn hold_back(&self, listing: &mut Listing) -> bool {
+        let damaged = lock(&self.state).unready.clone();
+        let mut active = HashSet::new();
+        let mut blank = false;
+        listing.lvs.retain(|lv| {
+            let Some(device) = lv.device else {
+                return true;
+            };
+            if !matches!(Role::from_tags(&lv.tags), Role::Entry { .. }) {
+                return true;
+            }
+            active.insert(lv.name.clone());
+            let is_blank = crate::fs::device_node(device)
+                .and_then(|node| crate::fs::probe(&node))
+                .is_ok_and(|content| content == Content::Blank);
+            if is_blank {
+                debug!(lv = %lv.name, "an entry that somebody has active is blank yet");
+                blank = true;
+            }
+            !is_blank && !damaged.contains(&lv.name)
+        });
+        let settled = |lv: &LvName| damaged.contains(lv) && !active.contains(lv);
+        lock(&self.state).unready.retain(|lv| !settled(lv));
+        blank
     }
 
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {

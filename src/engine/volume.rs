@@ -143,7 +143,9 @@ pub(super) struct Source {
     pub created: Option<u64>,
     /// The criterion that matched, as it was written.
     pub criterion: Option<String>,
-    /// The entry has all the save tags, in the scope, already.
+    /// Unchanged, it would be published in vain: it is an entry with all the save tags, in the
+    /// scope, or there is nothing in it, and published later than what a job beside it wrote it
+    /// would be taken instead.
     pub saved: bool,
 }
 
@@ -154,7 +156,7 @@ impl Source {
             lv: None,
             created: None,
             criterion: None,
-            saved: false,
+            saved: matches!(how, Restored::Base | Restored::Empty),
         }
     }
 }

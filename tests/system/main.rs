@@ -9,7 +9,11 @@ mod crash;
 mod damage;
 mod full;
 mod harness;
+mod lvm;
 mod mounts;
+mod podman;
+mod powercut;
+mod quickstart;
 mod raw;
 mod reflink;
 mod store;
@@ -23,7 +27,11 @@ fn main() {
             crash::tests(),
             damage::tests(),
             full::tests(),
+            lvm::tests(),
             mounts::tests(),
+            podman::tests(),
+            powercut::tests(),
+            quickstart::tests(),
             raw::tests(),
             reflink::tests(),
             vm::tests(),

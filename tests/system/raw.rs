@@ -11,14 +11,12 @@ use std::thread;
 use std::time::Duration;
 
 use lvm_cache_friend::plugin::MAX_WORK;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
-use crate::support::command::{outcome, run};
+use crate::support::command::outcome;
 use crate::support::daemon::{Daemon, Plugin, SOCKET};
-use crate::support::site::{Kind, MOUNT_DIR, Site, mounts_at};
+use crate::support::site::{Kind, MOUNT_DIR, Site, Stuck, mounts_at};
 use crate::support::{PROGRAM, wait_until};
 
 const ENDPOINTS: [&str; 9] = [
@@ -467,44 +465,6 @@ fn hang_up(kind: Kind) {
     let at = plugin.mount("v1", "x");
     fs::write(at.join("file"), "x").unwrap();
     plugin.unmount("v1", "x");
-}
-
-/// Makes the store hang until it is dropped.
-struct Stuck<'a> {
-    site: &'a Site,
-    stopped: Vec<Pid>,
-}
-
-impl<'a> Stuck<'a> {
-    fn new(site: &'a Site, daemon: &Daemon) -> Self {
-        let mut stopped = Vec::new();
-        match site.kind {
-            Kind::Reflink => {
-                run("fsfreeze", ["--freeze", &site.store()]);
-            }
-            Kind::Lvm => {
-                let children = run("pgrep", ["-P", &daemon.pid().to_string()]);
-                for pid in children.split_whitespace() {
-                    let pid = Pid::from_raw(pid.parse().unwrap());
-                    kill(pid, Signal::SIGSTOP).unwrap();
-                    stopped.push(pid);
-                }
-                assert!(!stopped.is_empty(), "no lvm process runs");
-            }
-        }
-        Self { site, stopped }
-    }
-}
-
-impl Drop for Stuck<'_> {
-    fn drop(&mut self) {
-        if self.site.kind == Kind::Reflink {
-            outcome("fsfreeze", ["--unfreeze", &self.site.store()]);
-        }
-        for pid in &self.stopped {
-            let _ = kill(*pid, Signal::SIGCONT);
-        }
-    }
 }
 
 fn stuck(kind: Kind) {

@@ -7,6 +7,9 @@
 //!   milliseconds, and the setting is not honoured on a command line.
 //! - `backup/archive=0`: otherwise each commit leaves a file in the archive for
 //!   a month, and a cache makes thousands.
+//! - `activation/thin_pool_autoextend_threshold`: LVM makes no volume in a pool
+//!   that is fuller, so that a job is refused before its writes fail. Enlarging
+//!   pools is dmeventd's work, with the host's own configuration.
 //! - JSON, with a command log and times in seconds; there is no option for the log.
 //!
 //! LVM reads `lvm.conf`, a file for each host tag, and `lvmlocal.conf`, which
@@ -35,11 +38,15 @@ const LINKS: [&str; 6] = [
     "lvm.conf", "devices", "profile", "backup", "cache", "archive",
 ];
 
+/// Usage of a pool, in percent, above which LVM refuses to make volumes for us.
+pub(super) const LIMIT: f64 = 95.0;
+
 /// Ours, behind the host's lvmlocal.conf; where a setting is there twice LVM takes
 /// the later one.
 const OVERRIDES: &str = r#"
 global/use_aio=0
 backup/archive=0
+activation/thin_pool_autoextend_threshold=95
 log/report_command_log=1
 log/command_log_selection="log_context=shell || log_type=error || log_type=warn"
 report/output_format="json"
@@ -53,9 +60,8 @@ pub(super) struct HostConfig {
     pub(super) backup_dir: PathBuf,
     /// Whether it does.
     pub(super) backup: bool,
-    /// Data or metadata usage, in percent, above which LVM refuses to make thin
-    /// volumes; 100: only when full.
-    pub(super) threshold: f64,
+    /// Where LVM's lock files are.
+    pub(super) locking_dir: PathBuf,
 }
 
 /// The host's configuration directory: what every LVM tool started like us uses.
@@ -71,7 +77,7 @@ impl HostConfig {
             "--typeconfig=full",
             "backup/backup_dir",
             "backup/backup",
-            "activation/thin_pool_autoextend_threshold",
+            "global/locking_dir",
         ];
         let output = exec::run_with_env("lvm", args, &runner::environment(host))?;
         let text = String::from_utf8_lossy(&output);
@@ -90,7 +96,7 @@ impl HostConfig {
         Some(Self {
             backup_dir: value("backup_dir")?.trim_matches('"').into(),
             backup: value("backup")? != "0",
-            threshold: value("thin_pool_autoextend_threshold")?.parse().ok()?,
+            locking_dir: value("locking_dir")?.trim_matches('"').into(),
         })
     }
 }
@@ -165,11 +171,11 @@ mod tests {
 
     #[test]
     fn host_configuration() {
-        let text = "backup_dir=\"/etc/lvm/backup\"\nbackup=1\nthin_pool_autoextend_threshold=100\n";
+        let text = "backup_dir=\"/etc/lvm/backup\"\nbackup=1\nlocking_dir=\"/run/lock/lvm\"\n";
         let want = HostConfig {
             backup_dir: "/etc/lvm/backup".into(),
             backup: true,
-            threshold: 100.0,
+            locking_dir: "/run/lock/lvm".into(),
         };
         assert_eq!(HostConfig::parse(text), Some(want));
         assert_eq!(HostConfig::parse("backup=1\n"), None);

@@ -4,6 +4,7 @@
 //! moment on: a tag on the pool, a tag on the half-made base, a label in the
 //! first sector of a loop device's file. What lacks its mark is left as it is.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -110,18 +111,14 @@ pub fn ensure_loop(file: &Path) -> Result<PathBuf, StoreError> {
     if let Some(device) = first(found) {
         return Ok(device);
     }
+    let attach = |options: &[&str]| {
+        let options = options.iter().map(OsStr::new);
+        exec::run("losetup", options.chain([file.as_os_str()]))
+    };
     // Direct I/O: otherwise each block is in memory twice, in the page cache of
-    // the device and of the file. Where the file system has none, losetup says
-    // so and goes on.
-    let made = exec::run(
-        "losetup",
-        [
-            "--find".as_ref(),
-            "--show".as_ref(),
-            "--direct-io=on".as_ref(),
-            file.as_os_str(),
-        ],
-    )?;
+    // the device and of the file. Not every file system has it.
+    let made = attach(&["--find", "--show", "--direct-io=on"])
+        .or_else(|_| attach(&["--find", "--show"]))?;
     first(made).ok_or_else(|| StoreError::Failed("losetup named no loop device".into()))
 }
 

@@ -25,26 +25,31 @@
 
 mod command;
 mod config;
+mod dm;
 mod init;
 mod owner;
 mod process;
+mod repair;
 mod report;
 mod runner;
-mod usage;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fs::DirBuilder;
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use init::{Say, ensure_loop, init, init_loop};
 pub use owner::Bounds;
 
 use self::command::{Command, VgName};
 use self::config::HostConfig;
+use self::dm::PoolDevices;
 use self::owner::{Owner, Urgency};
+use self::repair::Pool;
 use self::report::{LV_COLUMNS, PoolUse};
 use self::runner::{Answer, Failure, Runner};
-use self::usage::PoolDevices;
 use super::{Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
@@ -62,6 +67,8 @@ pub struct LvmStore {
     host: HostConfig,
     system_dir: PathBuf,
     owner: Owner,
+    /// The pool's volumes, as last listed and since made: see [`LvmStore::is_ours`].
+    known: Mutex<HashSet<LvName>>,
 }
 
 impl LvmStore {
@@ -96,14 +103,22 @@ impl LvmStore {
                 "backup/backup=0 in LVM's configuration: what is changed by hand with LVM's tools is not noticed"
             );
         }
+        // LVM makes it with its first backup there; it is watched from the start on.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&host.backup_dir)
+            .map_err(|e| io_error(format!("making {}", host.backup_dir.display()), e))?;
         let system_dir = config::prepare(&host_dir, runtime_dir)?;
-        let runner = Runner::new(lvm, system_dir.clone());
+        let on = Pool::new(vg.clone(), pool.clone(), &host.locking_dir);
+        let runner = Runner::new(lvm, system_dir.clone(), on);
         let store = Self {
             owner: Owner::start(runner, bounds).map_err(|e| io_error("a thread".into(), e))?,
             vg,
             pool,
             host,
             system_dir,
+            known: Mutex::default(),
         };
         store.state()?;
         PoolDevices::new(&store.vg, &store.pool).release_leftover(&store.system_dir)?;
@@ -158,6 +173,7 @@ impl LvmStore {
         state.pool = pool
             .pool_use()
             .ok_or_else(|| self.unusable("LVM shows no sizes of it"))?;
+        *self.known() = state.lvs.iter().map(|lv| lv.name.clone()).collect();
         Ok(state)
     }
 
@@ -178,6 +194,20 @@ impl LvmStore {
             Ok(state)
         } else {
             Err(self.unusable(&format!("it cannot be activated: {}", answer.reason())))
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashSet<LvName>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees that `lv` is one of the pool's volumes before a command names it: a
+    /// group holds others too, and LVM would do the same to them.
+    fn is_ours(&self, lv: &LvName) -> Result<(), StoreError> {
+        if self.known().contains(lv) || self.state()?.find(lv).is_some() {
+            Ok(())
+        } else {
+            Err(StoreError::NotFound(lv.clone()))
         }
     }
 
@@ -228,15 +258,21 @@ impl LvmStore {
                 return self.activate(&new.name).map(Some);
             }
         }
+        self.known().insert(new.name.clone());
         Ok(new.active.then(|| self.device(&new.name)))
     }
 
     /// Why LVM refused to make or grow something whose tags are `tags`.
     fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
         let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
-        let store = self.to_string();
-        match state.pool.exhausted(&store, self.host.threshold, text) {
-            Some(detail) => StoreError::Full { store, detail },
+        let reason = state
+            .pool
+            .exhausted(&self.vg, &self.pool, config::LIMIT, text);
+        match reason {
+            Some(detail) => StoreError::Full {
+                store: self.vg.to_string(),
+                detail,
+            },
             None => StoreError::Failed(answer.reason()),
         }
     }
@@ -285,6 +321,7 @@ impl Store for LvmStore {
     }
 
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
+        self.is_ours(origin)?;
         self.make(Command::new("lvcreate"), new, Some(origin))
     }
 
@@ -297,10 +334,10 @@ impl Store for LvmStore {
         if add.is_empty() && del.is_empty() {
             return Ok(());
         }
+        self.is_ours(lv)?;
         let command = Command::new("lvchange")
             .tags("--addtag", add)
             .tags("--deltag", del)
-            .only_in(&self.pool)
             .lv(&self.vg, lv);
         let answer = self.run(command, Urgency::Request)?;
         if answer.success {
@@ -311,11 +348,16 @@ impl Store for LvmStore {
     }
 
     fn remove(&self, lv: &LvName) -> Result<(), StoreError> {
+        match self.is_ours(lv) {
+            Err(StoreError::NotFound(_)) => return Ok(()),
+            is_ours => is_ours?,
+        }
         let command = Command::new("lvremove")
             .only_in(&self.pool)
             .lv(&self.vg, lv);
         let answer = self.run(command, Urgency::Removal)?;
         if answer.success {
+            self.known().remove(lv);
             return Ok(());
         }
         match self.failed_on(lv, &answer, true) {
@@ -325,6 +367,7 @@ impl Store for LvmStore {
     }
 
     fn grow(&self, lv: &LvName, size: Bytes) -> Result<(), StoreError> {
+        self.is_ours(lv)?;
         let command = Command::new("lvextend")
             .bytes("--size", size)
             .lv(&self.vg, lv);
@@ -342,6 +385,7 @@ impl Store for LvmStore {
     }
 
     fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError> {
+        self.is_ours(lv)?;
         let command = Command::new("lvchange")
             .word("--activate=y")
             .word("--ignoreactivationskip")
@@ -356,6 +400,7 @@ impl Store for LvmStore {
     }
 
     fn deactivate(&self, lv: &LvName) -> Result<(), StoreError> {
+        self.is_ours(lv)?;
         let command = Command::new("lvchange")
             .word("--activate=n")
             .lv(&self.vg, lv);

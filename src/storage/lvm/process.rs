@@ -1,7 +1,7 @@
 //! One child process, read up to a deadline and never waited for without one.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -172,10 +172,18 @@ impl Process {
     /// in the middle.
     pub(super) fn terminate(&self) {
         self.signal(Signal::TERM);
+        // To one that somebody stopped.
+        self.signal(Signal::CONT);
+    }
+
+    /// Whether it blocks SIGTERM.
+    pub(super) fn blocks_termination(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()));
+        status.is_ok_and(|status| blocks(&status, Signal::TERM))
     }
 
     /// Reaps a dead child.
-    pub(super) fn reap(mut self) -> io::Result<ExitStatus> {
+    pub(super) fn reap(&mut self) -> io::Result<ExitStatus> {
         self.child.wait()
     }
 
@@ -283,6 +291,15 @@ fn in_child(parent: nix::unistd::Pid, inherited: Option<RawFd>) -> io::Result<()
     Ok(())
 }
 
+/// Whether a process with this /proc/PID/status blocks `signal` (proc(5), SigBlk).
+fn blocks(status: &str, signal: Signal) -> bool {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigBlk:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 << (signal.as_raw() - 1) != 0)
+}
+
 fn set_nonblocking(fd: &impl AsFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -307,4 +324,23 @@ fn drain(pipe: &mut Option<impl Read>, into: &mut Vec<u8>, cap: usize) -> io::Re
         }
     }
     Ok(any)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocked_signals() {
+        let of = |mask: &str| format!("Name:\tlvm\nSigPnd:\t0\nSigBlk:\t{mask}\nSigIgn:\t0\n");
+        for (mask, blocked) in [
+            ("0000000000000000", false),
+            ("0000000000004000", true),
+            ("fffffffe7ffbbeff", false),
+            ("fffffffe7ffbfeff", true),
+        ] {
+            assert_eq!(blocks(&of(mask), Signal::TERM), blocked, "{mask}");
+        }
+        assert!(!blocks("", Signal::TERM));
+    }
 }

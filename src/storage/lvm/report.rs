@@ -7,13 +7,13 @@
 use serde::Deserialize;
 
 use super::super::{Capacity, Lv};
-use crate::cache::names::Tag;
+use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 
 /// The columns that [`LvRow`] has, for `lvs -o`.
 pub(super) const LV_COLUMNS: &str = "lv_name,pool_lv,thin_id,lv_time,lv_size,lv_tags,origin,\
 lv_kernel_major,lv_kernel_minor,lv_device_open,lv_layout,lv_when_full,data_percent,\
-metadata_percent,lv_metadata_size,vg_mda_size,vg_mda_free";
+metadata_percent,lv_metadata_size,transaction_id,vg_mda_size,vg_mda_free";
 
 /// lvm2's ECMD_PROCESSED (tools/errors.h): the return code of a command that
 /// did what it was asked, as the shell's log shows it.
@@ -50,21 +50,22 @@ struct LogRow {
 pub(super) struct LvRow {
     pub(super) lv_name: String,
     pub(super) pool_lv: String,
-    thin_id: String,
-    lv_time: String,
-    lv_size: String,
+    pub(super) thin_id: String,
+    pub(super) transaction_id: String,
+    pub(super) lv_time: String,
+    pub(super) lv_size: String,
     pub(super) lv_tags: String,
-    origin: String,
-    lv_kernel_major: String,
-    lv_kernel_minor: String,
-    lv_device_open: String,
-    lv_layout: String,
+    pub(super) origin: String,
+    pub(super) lv_kernel_major: String,
+    pub(super) lv_kernel_minor: String,
+    pub(super) lv_device_open: String,
+    pub(super) lv_layout: String,
     pub(super) lv_when_full: String,
-    data_percent: String,
-    metadata_percent: String,
-    lv_metadata_size: String,
-    vg_mda_size: String,
-    vg_mda_free: String,
+    pub(super) data_percent: String,
+    pub(super) metadata_percent: String,
+    pub(super) lv_metadata_size: String,
+    pub(super) vg_mda_size: String,
+    pub(super) vg_mda_free: String,
 }
 
 /// A row of `vgs`, or of `pvs` about the group that a device is in.
@@ -88,13 +89,20 @@ pub(super) struct PoolUse {
 }
 
 impl PoolUse {
-    /// Why no volume can be made in the pool `name` (`VG/POOL`), and what to do;
-    /// `None` where these numbers are no reason.
+    /// Why no volume can be made in the pool `pool` of `vg`, and what to do; `None`
+    /// where these numbers are no reason.
     ///
-    /// `threshold` is LVM's activation/thin_pool_autoextend_threshold, and `text`
-    /// the number of bytes that the volume adds to the group's description. The
-    /// limits are those of `pool_below_threshold` in lvm2's thin_manip.c.
-    pub(super) fn exhausted(&self, name: &str, threshold: f64, text: usize) -> Option<String> {
+    /// `limit` is the usage in percent above which LVM refuses (see
+    /// [`super::config`]), and `text` the number of bytes that the volume adds to
+    /// the group's description. The other limits are those of
+    /// `pool_below_threshold` in lvm2's thin_manip.c.
+    pub(super) fn exhausted(
+        &self,
+        vg: &LvName,
+        pool: &LvName,
+        limit: f64,
+        text: usize,
+    ) -> Option<String> {
         let Capacity {
             data_size,
             data_percent,
@@ -102,20 +110,19 @@ impl PoolUse {
             group_percent,
         } = self.capacity;
         let metadata_size = self.metadata_size;
-        let (vg, _) = name.split_once('/').unwrap_or((name, ""));
-        let full = |percent| percent > threshold || percent >= 100.0;
-        let metadata_free = (4 * Bytes::MIB) as f64 * 100.0 / metadata_size.0.max(1) as f64;
-        if full(data_percent) {
+        let free = (4 * Bytes::MIB) as f64 * 100.0 / metadata_size.0.max(1) as f64;
+        let metadata_limit = limit.min(100.0 - free.min(25.0));
+        if data_percent > limit {
             Some(format!(
-                "{data_percent} % of its {data_size} are in use; remove entries, or `lvextend --size +SIZE {name}`"
+                "{data_percent} % of the {data_size} of thin pool {pool} are in use, and new volumes are made up to {limit} %; remove entries, or `lvextend --size +SIZE {vg}/{pool}`"
             ))
-        } else if full(metadata_percent) || metadata_percent >= 100.0 - metadata_free.min(25.0) {
+        } else if metadata_percent >= metadata_limit {
             Some(format!(
-                "{metadata_percent} % of its metadata's {metadata_size} are in use; remove entries, or `lvextend --poolmetadatasize +SIZE {name}`"
+                "{metadata_percent} % of the {metadata_size} for metadata of thin pool {pool} are in use, and new volumes are made up to {metadata_limit:.0} %; remove entries, or `lvextend --poolmetadatasize +SIZE {vg}/{pool}`"
             ))
         } else if self.group_free.0 < text as u64 {
             Some(format!(
-                "{group_percent:.1} % of what the group's metadata area holds are in use, and it cannot be enlarged; remove entries, or `vgextend --metadatasize SIZE {vg} DEVICE` and `pvchange --metadataignore y` the others"
+                "{group_percent:.1} % of the group's metadata area are in use, which cannot be enlarged; remove entries, or `vgextend --metadatasize SIZE {vg} DEVICE` and `pvchange --metadataignore y` the other devices"
             ))
         } else {
             None
@@ -248,5 +255,56 @@ fn percent(text: &str) -> Option<f64> {
         Some(0.0)
     } else {
         text.parse().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_a_pool() {
+        let pool = |data: f64, metadata: f64, metadata_mib: u64, group_free: u64| PoolUse {
+            capacity: Capacity {
+                data_size: Bytes::mib(300),
+                data_percent: data,
+                metadata_percent: metadata,
+                group_percent: 98.76,
+            },
+            metadata_size: Bytes::mib(metadata_mib),
+            group_free: Bytes(group_free),
+            active: true,
+        };
+        for (of, said) in [
+            (pool(95.0, 74.9, 8, 10_000), None),
+            (
+                pool(95.1, 10.0, 8, 10_000),
+                Some("95.1 % of the 300 MiB of thin pool pool are in use"),
+            ),
+            // A quarter of it, or 4 MiB, have to be free.
+            (
+                pool(10.0, 75.0, 8, 10_000),
+                Some("75 % of the 8 MiB for metadata of thin pool pool are in use"),
+            ),
+            (pool(10.0, 75.0, 64, 10_000), None),
+            (pool(10.0, 93.75, 64, 10_000), Some("93.75 % of the 64 MiB")),
+            (pool(10.0, 94.9, 1024, 10_000), None),
+            (pool(10.0, 95.0, 1024, 10_000), Some("95 % of the 1 GiB")),
+            (
+                pool(10.0, 10.0, 8, 999),
+                Some("98.8 % of the group's metadata area"),
+            ),
+            (pool(10.0, 10.0, 8, 1000), None),
+        ] {
+            let name = |text: &str| text.parse().unwrap();
+            let found = of.exhausted(&name("vg"), &name("pool"), 95.0, 1000);
+            match said {
+                None => assert_eq!(found, None),
+                Some(said) => assert!(
+                    found.as_ref().is_some_and(|it| it.starts_with(said)),
+                    "{found:?}, not {said}"
+                ),
+            }
+        }
     }
 }

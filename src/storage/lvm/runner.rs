@@ -5,19 +5,26 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::command::Command;
 use super::process::{Channel, Process, Progress};
+use super::repair::Pool;
 use super::report::{self, Document};
 
 /// How long a command that was told to stop may take to say so. One that waits
 /// for a lock answers at once; one that holds the lock goes on to its end.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How often in a row the shell may die before commands are run as processes:
-/// then it is not chance, and LVM may have been built without a shell.
+/// How often the shell may die without ever having answered: then it is not
+/// chance, LVM was built without a shell, and commands are run as processes.
 const DEATHS: u32 = 3;
+
+/// All of a process's command log. With rows left out at its end LVM 2.03.16
+/// writes a comma too many, and what it writes is no JSON; in the shell's log
+/// (see `config`) the last row is never left out.
+const WHOLE_LOG: &str = "--config=log/command_log_selection=\"all\"";
 
 /// What the shell writes its answers to, as lvm(8) documents it.
 const REPORT_FD: &str = "LVM_REPORT_FD";
@@ -62,12 +69,19 @@ impl Answer {
 pub(super) struct Runner {
     program: PathBuf,
     system_dir: PathBuf,
+    pool: Arc<Pool>,
+    /// A command may have been killed in the middle, this daemon's or one of an
+    /// earlier life: see [`super::repair`].
+    doubtful: bool,
     shell: Option<Process>,
-    /// How often in a row the shell died without an answer.
+    /// How often the shell died without an answer, until it first gave one.
     deaths: u32,
-    /// A child that SIGKILL did not end: it is in the kernel, behind a device
-    /// that does not answer. Nothing more is started until it is gone, else
-    /// each request would leave one more behind.
+    answered: bool,
+    /// A child that did not stop when it was told to: it has begun to change
+    /// something, and waits for a device that does not answer. It is not
+    /// killed: what it would leave, a suspended pool above all, makes LVM's next
+    /// command lose track of the pool for good. And nothing else is started until
+    /// it is gone: the group is locked by it.
     stuck: Option<Process>,
 }
 
@@ -76,12 +90,15 @@ impl Runner {
     pub(super) const LONGEST_END: Duration = Duration::from_secs(10);
 
     /// Will run `program` (lvm) with `system_dir` for its configuration.
-    pub(super) fn new(program: PathBuf, system_dir: PathBuf) -> Self {
+    pub(super) fn new(program: PathBuf, system_dir: PathBuf, pool: Pool) -> Self {
         Self {
             program,
             system_dir,
+            pool: Arc::new(pool),
+            doubtful: true,
             shell: None,
             deaths: 0,
+            answered: false,
             stuck: None,
         }
     }
@@ -91,37 +108,16 @@ impl Runner {
     /// When `lvm` dies over it, it is run once more: a query harms nobody, what
     /// sets a state sets it twice, and of what makes something [`Answer::again`] tells.
     pub(super) fn run(&mut self, command: &Command, bound: Duration) -> Result<Answer, Failure> {
-        if let Some(stuck) = self.stuck.take() {
-            if !stuck.is_dead() {
-                let id = stuck.id();
-                self.stuck = Some(stuck);
-                return Err(Failure::Broken(format!(
-                    "an lvm command (process {id}) is stuck in the kernel: look at its disk"
-                )));
-            }
-            let _ = stuck.reap();
-        }
         let start = Instant::now();
         let deadline = start + bound;
         let mut again = false;
         loop {
-            let answer = match command.line() {
-                Some(line) if self.deaths < DEATHS => self.ask_shell(&line, deadline),
-                _ => self.run_alone(command, deadline),
-            };
+            let answer = self
+                .repair(deadline)
+                .and_then(|()| self.attempt(command, again, deadline));
             match answer {
                 Ok(Some(mut answer)) => {
                     answer.again = again;
-                    tracing::debug!(
-                        %command,
-                        ms = start.elapsed().as_millis(),
-                        success = answer.success,
-                        again,
-                        errors = answer.document.errors(),
-                        warnings = answer.document.warnings(),
-                        complaints = answer.complaints,
-                        "lvm"
-                    );
                     return Ok(answer);
                 }
                 Ok(None) if again => {
@@ -140,6 +136,64 @@ impl Runner {
         }
     }
 
+    /// Runs a command for [`super::repair`], as a process of its own: in the shell
+    /// `--nolocking` does not keep it from locking as the command before did.
+    pub(super) fn run_once(
+        &mut self,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<Answer, Failure> {
+        self.attempt(command, true, deadline)?
+            .ok_or_else(|| Failure::Broken(format!("lvm died over `{command}`")))
+    }
+
+    fn repair(&mut self, deadline: Instant) -> Result<(), Failure> {
+        if let Some(mut stuck) = self.stuck.take() {
+            if !stuck.is_dead() {
+                let id = stuck.id();
+                self.stuck = Some(stuck);
+                return Err(Failure::Broken(format!(
+                    "an earlier lvm command (process {id}) still waits for the pool's devices: look at the disks below them"
+                )));
+            }
+            let _ = stuck.reap();
+            self.doubtful = true;
+        }
+        if self.doubtful {
+            let pool = Arc::clone(&self.pool);
+            pool.repair(self, deadline)?;
+            self.doubtful = false;
+        }
+        Ok(())
+    }
+
+    /// `alone`: not in the shell. `None`: `lvm` died before it answered.
+    fn attempt(
+        &mut self,
+        command: &Command,
+        alone: bool,
+        deadline: Instant,
+    ) -> Result<Option<Answer>, Failure> {
+        let start = Instant::now();
+        let answer = match command.line() {
+            Some(line) if self.deaths < DEATHS && !alone => self.ask_shell(&line, deadline)?,
+            _ => self.run_alone(command, deadline)?,
+        };
+        match &answer {
+            Some(answer) => tracing::debug!(
+                %command,
+                ms = start.elapsed().as_millis(),
+                success = answer.success,
+                errors = answer.document.errors(),
+                warnings = answer.document.warnings(),
+                complaints = answer.complaints,
+                "lvm"
+            ),
+            None => self.doubtful = true,
+        }
+        Ok(answer)
+    }
+
     /// Ends the child.
     pub(super) fn close(&mut self) {
         if let Some(shell) = self.shell.take() {
@@ -153,7 +207,7 @@ impl Runner {
         let mut shell = match self.shell.take() {
             Some(shell) if !shell.is_dead() => shell,
             other => {
-                if let Some(dead) = other {
+                if let Some(mut dead) = other {
                     // Between two commands: no fault of theirs.
                     tracing::debug!(status = ?dead.reap(), "the lvm shell had ended");
                 }
@@ -167,15 +221,15 @@ impl Runner {
             return Ok(None);
         }
         match self.wait(shell, deadline, report::is_whole)? {
-            Ended::Complete(mut shell) => {
-                let answer = parse(&mut shell, None);
+            Ended::Complete(shell) => {
+                let answer = parse(&shell, None);
                 match answer {
                     Ok(_) => {
-                        self.deaths = 0;
+                        self.answered = true;
                         self.shell = Some(shell);
                     }
                     // What comes next from it cannot be told from what came late.
-                    Err(_) => self.stuck = shell.kill(),
+                    Err(_) => self.stuck = shell.end(Instant::now() + GRACE),
                 }
                 answer.map(Some)
             }
@@ -192,22 +246,24 @@ impl Runner {
         command: &Command,
         deadline: Instant,
     ) -> Result<Option<Answer>, Failure> {
-        let process = self.spawn(command.words(), false)?;
+        let mut words = command.words().to_vec();
+        words.push(WHOLE_LOG.to_owned());
+        let process = self.spawn(&words, false)?;
         let mut process = match self.wait(process, deadline, |_| false)? {
             Ended::Complete(process) | Ended::Dead(process) => process,
         };
-        let output = parse_parts(&mut process);
         let status = process
             .reap()
             .map_err(|error| Failure::Broken(format!("lvm cannot be waited for: {error}")))?;
         match status.code() {
             None => Ok(None),
-            Some(code) => answer(output, Some(code == 0)).map(Some),
+            Some(code) => parse(&process, Some(code == 0)).map(Some),
         }
     }
 
     /// Waits for an answer or the child's end. A child that is late is told to
-    /// stop, then killed; one that answers "failed" only then is late too.
+    /// stop. One that answers "failed" only then is late too; one that does not
+    /// even stop is killed, unless it has begun to change something.
     fn wait(
         &mut self,
         mut process: Process,
@@ -238,8 +294,13 @@ impl Runner {
                 let _ = process.reap();
                 late()
             }
+            Progress::Late if process.blocks_termination() => {
+                self.stuck = Some(process);
+                late()
+            }
             Progress::Late => {
                 self.stuck = process.kill();
+                self.doubtful = true;
                 late()
             }
         }
@@ -256,13 +317,15 @@ impl Runner {
         .map_err(|error| Failure::Broken(format!("{}: {error}", self.program.display())))
     }
 
-    fn bury(&mut self, shell: Process) {
-        self.deaths += 1;
+    fn bury(&mut self, mut shell: Process) {
         let complaints = String::from_utf8_lossy(&shell.complaints).into_owned();
         let status = shell.reap();
         tracing::warn!(?status, complaints, "the lvm shell died");
-        if self.deaths == DEATHS {
-            tracing::warn!("the lvm shell keeps dying: commands are run as processes from now on");
+        if !self.answered {
+            self.deaths += 1;
+            if self.deaths == DEATHS {
+                tracing::warn!("the lvm shell never answers: commands are run as processes");
+            }
         }
     }
 }
@@ -291,27 +354,17 @@ pub(super) fn environment(system_dir: &Path) -> Vec<(&'static str, &OsStr)> {
     env
 }
 
-fn parse(process: &mut Process, success: Option<bool>) -> Result<Answer, Failure> {
-    let output = parse_parts(process);
-    answer(output, success)
-}
-
-fn parse_parts(process: &mut Process) -> (Vec<u8>, String) {
+/// Takes what a child wrote; `success` is what its exit status says.
+fn parse(process: &Process, success: Option<bool>) -> Result<Answer, Failure> {
     let complaints = String::from_utf8_lossy(&process.complaints).into_owned();
-    (std::mem::take(&mut process.output), complaints)
-}
-
-fn answer(
-    (output, complaints): (Vec<u8>, String),
-    success: Option<bool>,
-) -> Result<Answer, Failure> {
     let nonsense = |what: &str| {
         Failure::Broken(format!(
             "lvm's answer is not what it documents ({what}): {}",
             complaints.trim()
         ))
     };
-    let document = Document::parse(&output).map_err(|error| nonsense(&error.to_string()))?;
+    let document =
+        Document::parse(&process.output).map_err(|error| nonsense(&error.to_string()))?;
     let success = success
         .or_else(|| document.succeeded())
         .ok_or_else(|| nonsense("no return code in its log"))?;

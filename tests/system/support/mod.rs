@@ -10,6 +10,7 @@ pub mod content;
 pub mod daemon;
 pub mod disks;
 pub mod lvm;
+pub mod podman;
 pub mod reflink;
 pub mod site;
 pub mod vm;

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use lvm_cache_friend::mount::{self, MountPoint};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::command::{Outcome, outcome_of, run, succeed};
+use super::command::{Outcome, outcome, outcome_of, run, succeed};
 use super::daemon::{Daemon, Plugin, SOCKET};
 use super::lvm::TestVg;
 use super::reflink::ReflinkFs;
@@ -136,6 +138,15 @@ impl Site {
         }
     }
 
+    /// Has the store refuse every change, until what this gives is dropped.
+    pub fn broken(&self) -> Broken<'_> {
+        match self.kind {
+            Kind::Reflink => run("chattr", ["+i", &self.store()]),
+            Kind::Lvm => run("vgrename", ["--quiet", TestVg::NAME, "away"]),
+        };
+        Broken(self)
+    }
+
     /// Starts the daemon and waits until it serves.
     pub fn serve(&self) -> Daemon {
         Daemon::start_with(&self.config, Path::new(SOCKET), &[("RUST_LOG", "debug")])
@@ -147,6 +158,56 @@ pub fn mounts_at(place: impl AsRef<Path>) -> Vec<MountPoint> {
     let mut mounts = mount::table().unwrap();
     mounts.retain(|mount| mount.at == place.as_ref());
     mounts
+}
+
+/// See [`Site::broken`].
+pub struct Broken<'a>(&'a Site);
+
+impl Drop for Broken<'_> {
+    fn drop(&mut self) {
+        match self.0.kind {
+            Kind::Reflink => outcome("chattr", ["-i", &self.0.store()]),
+            Kind::Lvm => outcome("vgrename", ["--quiet", "away", TestVg::NAME]),
+        };
+    }
+}
+
+/// Makes the store hang until it is dropped.
+pub struct Stuck<'a> {
+    site: &'a Site,
+    stopped: Vec<Pid>,
+}
+
+impl<'a> Stuck<'a> {
+    pub fn new(site: &'a Site, daemon: &Daemon) -> Self {
+        let mut stopped = Vec::new();
+        match site.kind {
+            Kind::Reflink => {
+                run("fsfreeze", ["--freeze", &site.store()]);
+            }
+            Kind::Lvm => {
+                let children = run("pgrep", ["-P", &daemon.pid().to_string()]);
+                for pid in children.split_whitespace() {
+                    let pid = Pid::from_raw(pid.parse().unwrap());
+                    kill(pid, Signal::SIGSTOP).unwrap();
+                    stopped.push(pid);
+                }
+                assert!(!stopped.is_empty(), "no lvm process runs");
+            }
+        }
+        Self { site, stopped }
+    }
+}
+
+impl Drop for Stuck<'_> {
+    fn drop(&mut self) {
+        if self.site.kind == Kind::Reflink {
+            outcome("fsfreeze", ["--unfreeze", &self.site.store()]);
+        }
+        for pid in &self.stopped {
+            let _ = kill(*pid, Signal::SIGCONT);
+        }
+    }
 }
 
 impl Plugin {

@@ -1,5 +1,6 @@
-//! What each thin volume takes, active or not, from the pool's own metadata.
+//! The pool's device-mapper devices: what LVM has no command for.
 //!
+//! What each thin volume takes, active or not, is in the pool's own metadata.
 //! device-mapper keeps a copy-on-write copy of a pool's metadata on request, for
 //! programs to read while the pool works on (Documentation/admin-guide/
 //! device-mapper/thin-provisioning.rst in Linux); thin_ls of
@@ -30,7 +31,9 @@ const MESSAGE: Duration = Duration::from_secs(15);
 /// The device-mapper devices of a thin pool.
 #[derive(Debug)]
 pub(super) struct PoolDevices {
-    /// Its name, before LVM's suffixes.
+    /// The group's part of each name.
+    vg: String,
+    /// The pool's name, before LVM's suffixes.
     name: String,
     /// Holds the pool's metadata.
     metadata: PathBuf,
@@ -38,24 +41,46 @@ pub(super) struct PoolDevices {
 
 impl PoolDevices {
     pub(super) fn new(vg: &LvName, pool: &LvName) -> Self {
-        // lvm2's dm_build_dm_name: parts are joined by -, and - in them is doubled.
-        let doubled = |name: &LvName| name.as_str().replace('-', "--");
-        let name = format!("{}-{}", doubled(vg), doubled(pool));
+        let vg = doubled(vg.as_str());
+        let name = format!("{vg}-{}", doubled(pool.as_str()));
         Self {
             metadata: PathBuf::from(format!("/dev/mapper/{name}_tmeta")),
+            vg,
             name,
         }
     }
 
-    /// The device that takes messages. LVM gives the pool a device below its own
-    /// as soon as a volume of it is active.
-    fn pool(&self) -> String {
-        let below = format!("{}-tpool", self.name);
-        if Path::new("/dev/mapper").join(&below).exists() {
-            below
-        } else {
-            self.name.clone()
-        }
+    /// The pool's devices, the lower first. LVM gives it one below its own as soon
+    /// as a volume of it is active; the lowest takes messages.
+    pub(super) fn names(&self) -> [String; 2] {
+        [format!("{}-tpool", self.name), self.name.clone()]
+    }
+
+    /// The device of a volume.
+    pub(super) fn of(&self, lv: &str) -> String {
+        format!("{}-{}", self.vg, doubled(lv))
+    }
+
+    /// The device that takes messages; `None`: the pool is not active.
+    fn lowest(&self) -> Option<String> {
+        let there = |name: &String| Path::new("/dev/mapper").join(name).exists();
+        self.names().into_iter().find(there)
+    }
+
+    /// The pool's transaction id as the kernel has it; `None`: it is not active.
+    pub(super) fn transaction_id(&self) -> Result<Option<u64>, StoreError> {
+        let field = |status: &str| status.split_ascii_whitespace().nth(3)?.parse().ok();
+        Ok(self.status()?.as_deref().and_then(field))
+    }
+
+    /// Lets a suspended device go on.
+    pub(super) fn resume(&self, name: &str) -> Result<(), StoreError> {
+        run("dmsetup", &["resume", name], MESSAGE).map(drop)
+    }
+
+    /// Deletes a volume from the pool, but not from LVM's view of it.
+    pub(super) fn delete(&self, thin_id: &str) -> Result<(), StoreError> {
+        self.message(&format!("delete {thin_id}"))
     }
 
     /// What each volume takes, by its thin device id.
@@ -78,15 +103,27 @@ impl PoolDevices {
     }
 
     fn release(&self) -> Result<(), StoreError> {
-        let status = run("dmsetup", &["status", "--noflush", &self.pool()], MESSAGE)?;
-        if holds_metadata(&status) {
-            self.message("release_metadata_snap")?;
+        match self.status()? {
+            Some(status) if holds_metadata(&status) => self.message("release_metadata_snap"),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// `START LENGTH thin-pool TRANSACTION METADATA DATA HELD-ROOT …`.
+    fn status(&self) -> Result<Option<String>, StoreError> {
+        self.lowest()
+            .map(|name| run("dmsetup", &["status", "--noflush", &name], MESSAGE))
+            .transpose()
     }
 
     fn message(&self, message: &str) -> Result<(), StoreError> {
-        run("dmsetup", &["message", &self.pool(), "0", message], MESSAGE).map(drop)
+        let Some(pool) = self.lowest() else {
+            let name = &self.name;
+            return Err(StoreError::Failed(format!(
+                "{name}: the pool is not active"
+            )));
+        };
+        run("dmsetup", &["message", &pool, "0", message], MESSAGE).map(drop)
     }
 
     fn thin_ls(&self) -> Result<HashMap<u64, Usage>, StoreError> {
@@ -155,8 +192,12 @@ fn run(name: &str, args: &[&str], bound: Duration) -> Result<String, StoreError>
     }
 }
 
-/// Whether a pool's status line names a held metadata root (`-`: none):
-/// `START LENGTH thin-pool TRANSACTION METADATA DATA ROOT …`.
+/// lvm2's dm_build_dm_name: parts are joined by -, and - in them is doubled.
+fn doubled(name: &str) -> String {
+    name.replace('-', "--")
+}
+
+/// Whether a pool's status line names a held metadata root (`-`: none).
 fn holds_metadata(status: &str) -> bool {
     status
         .split_ascii_whitespace()
@@ -222,5 +263,6 @@ mod tests {
         assert_eq!(devices.name, "a--b-friend--pool");
         let metadata = Path::new("/dev/mapper/a--b-friend--pool_tmeta");
         assert_eq!(devices.metadata, metadata);
+        assert_eq!(devices.of("friend-x"), "a--b-friend--x");
     }
 }

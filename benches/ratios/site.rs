@@ -1,0 +1,300 @@
+//! A daemon on a pool of its own, and a client that measures.
+
+use std::fs;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use lvm_cache_friend::plugin::client;
+use serde_json::{Value, json};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lvm-cache-friend");
+
+/// What `init` calls the pool.
+pub const POOL: &str = "friend-pool";
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How long a daemon must have done nothing to count as idle.
+const QUIET: Duration = Duration::from_millis(300);
+
+/// A volume group on a disk of its own, prepared by `init`, with its daemon.
+pub struct Site {
+    pub vg: String,
+    dir: PathBuf,
+    daemon: Option<Child>,
+}
+
+/// An entry, as `list --json` shows it.
+pub struct Listed {
+    pub name: String,
+    pub size: u64,
+}
+
+impl Site {
+    /// Everything on `disk` is overwritten.
+    pub fn new(vg: &str, disk: &str, size: &str, base_size: &str) -> Self {
+        let dir = Path::new("/run/bench").join(vg);
+        fs::create_dir_all(&dir).unwrap();
+        // Room for thousands of volumes; a group of `init --loop` has it too.
+        run("vgcreate", &["--quiet", "--metadatasize", "16m", vg, disk]);
+        let site = Self {
+            vg: vg.to_owned(),
+            dir,
+            daemon: None,
+        };
+        site.program(&["init", "--vg", vg, "--size", size, "--base-size", base_size]);
+        let config = site.config();
+        let written = fs::read_to_string(&config).unwrap();
+        let settings = format!(
+            "socket = {:?}\nmount-dir = {:?}\n",
+            site.socket(),
+            site.dir.join("mnt")
+        );
+        fs::write(&config, settings + &written).unwrap();
+        site
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("plugin.sock")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.join("config.toml")
+    }
+
+    /// Where a volume is mounted while it is.
+    pub fn mountpoint(&self, volume: &str) -> PathBuf {
+        self.dir.join("mnt").join(volume)
+    }
+
+    /// Runs the program on this site's configuration.
+    pub fn program(&self, arguments: &[&str]) -> String {
+        let config = self.config();
+        let arguments = [&["--config", config.to_str().unwrap()], arguments].concat();
+        run(PROGRAM, &arguments)
+    }
+
+    /// Starts the daemon and waits until it serves.
+    pub fn start(&mut self) {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("log"))
+            .unwrap();
+        let daemon = Command::new(PROGRAM)
+            .arg("--config")
+            .arg(self.config())
+            .arg("serve")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.daemon = Some(daemon);
+        let begin = Instant::now();
+        while self.try_call("Plugin.Activate", &json!({})).is_err() {
+            assert!(
+                begin.elapsed() < PATIENCE,
+                "the daemon does not come up: {}",
+                self.log()
+            );
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn stop(&mut self) {
+        let Some(mut daemon) = self.daemon.take() else {
+            return;
+        };
+        let pid = nix::unistd::Pid::from_raw(daemon.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).unwrap();
+        let status = daemon.wait().unwrap();
+        assert!(
+            status.success(),
+            "the daemon ended with {status}: {}",
+            self.log()
+        );
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    fn try_call(&self, endpoint: &str, body: &Value) -> Result<Value, client::ClientError> {
+        client::call(&self.socket(), endpoint, body, PATIENCE)
+    }
+
+    fn call(&self, endpoint: &str, body: &Value) -> Value {
+        match self.try_call(endpoint, body) {
+            Ok(answer) => answer,
+            Err(error) => panic!("{endpoint} {body}: {error}\n{}", self.log()),
+        }
+    }
+
+    /// How long the volume's Create takes.
+    pub fn create(&self, volume: &str, options: &Value) -> Duration {
+        let body = json!({"Name": volume, "Opts": options});
+        let begin = Instant::now();
+        self.call("VolumeDriver.Create", &body);
+        begin.elapsed()
+    }
+
+    /// How long the volume's Mount takes: a connection, the request, the answer.
+    pub fn mount(&self, volume: &str) -> Duration {
+        let body = json!({"Name": volume, "ID": "bench"});
+        let begin = Instant::now();
+        self.call("VolumeDriver.Mount", &body);
+        let took = begin.elapsed();
+        assert!(self.mountpoint(volume).is_dir());
+        took
+    }
+
+    pub fn unmount(&self, volume: &str) {
+        self.call(
+            "VolumeDriver.Unmount",
+            &json!({"Name": volume, "ID": "bench"}),
+        );
+    }
+
+    pub fn remove(&self, volume: &str) {
+        self.call("VolumeDriver.Remove", &json!({"Name": volume}));
+    }
+
+    /// What `inspect` shows of a volume.
+    pub fn status(&self, volume: &str) -> Value {
+        self.call("VolumeDriver.Get", &json!({"Name": volume}))["Volume"]["Status"].take()
+    }
+
+    /// Publishes an entry with the tags `save`, filled by `fill`.
+    pub fn publish(&self, save: &str, fill: impl FnOnce(&Path)) -> Listed {
+        self.create("publisher", &json!({"save": save}));
+        self.mount("publisher");
+        fill(&self.mountpoint("publisher"));
+        self.unmount("publisher");
+        let begin = Instant::now();
+        let name = loop {
+            let status = self.status("publisher");
+            if let Some(name) = status["last_lease"]["published"].as_str() {
+                break name.to_owned();
+            }
+            assert!(begin.elapsed() < PATIENCE, "not published: {status}");
+            sleep(Duration::from_millis(50));
+        };
+        self.quiet();
+        self.remove("publisher");
+        self.quiet();
+        let rows: Vec<Value> = serde_json::from_str(&self.program(&["list", "--json"])).unwrap();
+        let row = rows
+            .iter()
+            .find(|row| row["name"] == name.as_str())
+            .expect("it is listed");
+        Listed {
+            name,
+            size: row["size"].as_u64().unwrap(),
+        }
+    }
+
+    /// The thin device id of an LV, by which device-mapper knows it.
+    pub fn thin_id(&self, lv: &str) -> u64 {
+        let text = run(
+            "lvs",
+            &[
+                "--noheadings",
+                "-o",
+                "thin_id",
+                &format!("{}/{lv}", self.vg),
+            ],
+        );
+        text.trim().parse().unwrap()
+    }
+
+    /// Waits until the daemon has nothing to do any more.
+    pub fn quiet(&self) {
+        let begin = Instant::now();
+        let mut last = (self.switches(), Instant::now());
+        while last.1.elapsed() < QUIET {
+            assert!(
+                begin.elapsed() < PATIENCE,
+                "the daemon does not come to rest: {}",
+                self.log()
+            );
+            sleep(Duration::from_millis(20));
+            let switches = self.switches();
+            if switches != last.0 {
+                last = (switches, Instant::now());
+            }
+        }
+    }
+
+    fn switches(&self) -> u64 {
+        self.daemon_switches() + self.tool().map_or(0, switches)
+    }
+
+    /// Context switches of all the daemon's threads: each time that one of them woke up is at least one.
+    pub fn daemon_switches(&self) -> u64 {
+        switches(self.pid())
+    }
+
+    fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("it runs").id()
+    }
+
+    /// The long-lived `lvm`.
+    fn tool(&self) -> Option<u32> {
+        let children = format!("/proc/{0}/task", self.pid());
+        fs::read_dir(children).unwrap().flatten().find_map(|task| {
+            let children = fs::read_to_string(task.path().join("children")).ok()?;
+            children.split_whitespace().next()?.parse().ok()
+        })
+    }
+
+    /// Resident memory in bytes: of the daemon, and of its `lvm`.
+    pub fn resident(&self) -> (u64, u64) {
+        (resident(self.pid()), self.tool().map_or(0, resident))
+    }
+}
+
+fn switches(pid: u32) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        // A thread may end meanwhile.
+        .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
+        .map(|text| {
+            field(&text, "voluntary_ctxt_switches:") + field(&text, "nonvoluntary_ctxt_switches:")
+        })
+        .sum()
+}
+
+fn resident(pid: u32) -> u64 {
+    fs::read_to_string(format!("/proc/{pid}/status")).map_or(0, |text| field(&text, "VmRSS:") << 10)
+}
+
+fn field(text: &str, name: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(name));
+    value
+        .and_then(|value| value.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+/// Runs a tool to success; what it wrote.
+pub fn run(tool: &str, arguments: &[&str]) -> String {
+    let output = Command::new(tool)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{tool}: {error}"));
+    assert!(
+        output.status.success(),
+        "{tool} {arguments:?}: {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}

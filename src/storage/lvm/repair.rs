@@ -1,0 +1,245 @@
+//! What LVM leaves behind when it is killed in the middle of a command, or the
+//! power goes, and does not clean up by itself.
+//!
+//! A thin snapshot is: a commit with the new volume and a message for the pool; the
+//! origin suspended; two messages to device-mapper, `create_snap` and
+//! `set_transaction_id`; the origin resumed; a commit without the message. In
+//! LVM 2.03.16, killed at each step of it:
+//!
+//! - With the origin suspended, whoever uses that waits for ever; and the next
+//!   `lvcreate` takes the message for sent, so that LVM's transaction id and
+//!   the pool's differ from then on and LVM refuses to make anything. Resuming it
+//!   before any other command avoids both.
+//! - Between the messages, LVM sends `create_snap` again, which fails because the
+//!   volume is there, and refuses all further work ("manual intervention may
+//!   be required"). Deleting the volume from the pool, where nobody can have
+//!   used it yet, lets LVM go on.
+//! - Whenever LVM sends `create_snap` late, it does so without suspending the
+//!   origin, which may be in use by then: what comes of that is no copy of
+//!   anything. So a volume of ours whose message is still due is removed:
+//!   nobody was told that it was made.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::command::Command;
+use super::dm::PoolDevices;
+use super::report::{LV_COLUMNS, LvRow};
+use super::runner::{Failure, Runner};
+use crate::cache::names::LvName;
+use crate::storage::StoreError;
+
+/// The beginning of all tags of ours.
+const OURS: &str = "friend:";
+
+/// How often a lock that another command holds is tried. Only here: LVM's own
+/// waiting is flock(2)'s.
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+/// The pool that a [`Runner`] works on, and where LVM locks its group.
+#[derive(Debug)]
+pub(super) struct Pool {
+    vg: LvName,
+    pool: LvName,
+    devices: PoolDevices,
+    lock_file: PathBuf,
+}
+
+impl Pool {
+    pub(super) fn new(vg: LvName, pool: LvName, locking_dir: &Path) -> Self {
+        Self {
+            devices: PoolDevices::new(&vg, &pool),
+            // _file_lock_resource in lvm2's lib/locking/file_locking.c.
+            lock_file: locking_dir.join(format!("V_{vg}")),
+            vg,
+            pool,
+        }
+    }
+
+    /// Looks for what a killed command left, and puts it right.
+    pub(super) fn repair(&self, runner: &mut Runner, deadline: Instant) -> Result<(), Failure> {
+        if self.find(runner, false, deadline)?.is_none() {
+            return Ok(());
+        }
+        // It may be the work of a command that is still running: with its lock in
+        // our hands there is none.
+        let lock = self.lock(deadline)?;
+        let Some(left) = self.find(runner, true, deadline)? else {
+            return Ok(());
+        };
+        for device in &left.suspended {
+            tracing::warn!(
+                device,
+                "left suspended by a command that was killed: resumed"
+            );
+            self.devices.resume(device).map_err(broken)?;
+        }
+        let Some(unfinished) = left.unfinished else {
+            return Ok(());
+        };
+        let lv = &unfinished.lv_name;
+        tracing::warn!(lv, "half made by a command that was killed");
+        if let Err(failure) = self.devices.delete(&unfinished.thin_id) {
+            // Mostly it is not there: the command did not come so far.
+            tracing::debug!(?failure, lv, "not deleted from the pool");
+        }
+        drop(lock);
+        let ours = unfinished
+            .lv_tags
+            .split(',')
+            .any(|tag| tag.starts_with(OURS));
+        if let (true, Ok(name)) = (ours, lv.parse()) {
+            let remove = Command::new("lvremove")
+                .only_in(&self.pool)
+                .lv(&self.vg, &name);
+            let answer = runner.run_once(&remove, deadline)?;
+            tracing::warn!(
+                lv,
+                success = answer.success,
+                reason = answer.reason(),
+                "removed"
+            );
+        }
+        Ok(())
+    }
+
+    /// `locked`: the group's lock is ours, so LVM must not wait for it.
+    fn find(
+        &self,
+        runner: &mut Runner,
+        locked: bool,
+        deadline: Instant,
+    ) -> Result<Option<Left>, Failure> {
+        let query = Command::query("lvs", LV_COLUMNS).only_pool_and_volumes(&self.pool);
+        let query = if locked {
+            query.word("--nolocking")
+        } else {
+            query
+        };
+        let answer = runner.run_once(&query.vg(&self.vg), deadline)?;
+        let rows: Vec<&LvRow> = answer.document.lvs().collect();
+        let volumes = rows.iter().filter(|row| row.pool_lv == self.pool.as_str());
+        let active = volumes.clone().filter(|row| row.device().is_some());
+        // The pool first: what is above it cannot be resumed while it is suspended.
+        let suspended: Vec<String> = self
+            .devices
+            .names()
+            .into_iter()
+            .chain(active.map(|row| self.devices.of(&row.lv_name)))
+            .filter(|name| is_suspended(name))
+            .collect();
+        let pool = rows.iter().find(|row| row.lv_name == self.pool.as_str());
+        let unfinished = match pool {
+            Some(pool) => {
+                let kernel = self.devices.transaction_id().map_err(broken)?;
+                kernel.and_then(|kernel| unfinished(pool, volumes.copied(), kernel))
+            }
+            None => None,
+        };
+        if suspended.is_empty() && unfinished.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Left {
+            suspended,
+            unfinished: unfinished.cloned(),
+        }))
+    }
+
+    /// Takes LVM's lock on the group, as LVM does (lib/misc/lvm-flock.c): the file
+    /// may be removed by who held it, and then the lock is on nothing.
+    fn lock(&self, deadline: Instant) -> Result<Flock<File>, Failure> {
+        let failed =
+            |error: io::Error| Failure::Broken(format!("{}: {error}", self.lock_file.display()));
+        loop {
+            let file = File::options()
+                .create(true)
+                .append(true)
+                .open(&self.lock_file)
+                .map_err(failed)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => {
+                    let held = lock.metadata().map_err(failed)?;
+                    if fs::metadata(&self.lock_file).is_ok_and(|there| there.ino() == held.ino()) {
+                        return Ok(lock);
+                    }
+                }
+                Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+                Err(_) => return Err(Failure::Late(Duration::ZERO)),
+            }
+        }
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // For map_err.
+fn broken(error: StoreError) -> Failure {
+    Failure::Broken(error.to_string())
+}
+
+/// What a killed command left.
+#[derive(Debug)]
+struct Left {
+    suspended: Vec<String>,
+    unfinished: Option<LvRow>,
+}
+
+/// The volume that LVM has committed and the pool was not told of, or not wholly.
+///
+/// A new volume carries the pool's transaction id from before it; LVM's for the
+/// pool is one more from then on, and so is the kernel's once it was told.
+fn unfinished<'a>(
+    pool: &LvRow,
+    mut volumes: impl Iterator<Item = &'a LvRow>,
+    kernel: u64,
+) -> Option<&'a LvRow> {
+    let due = pool.transaction_id.parse::<u64>().ok()? == kernel + 1;
+    let newest = |row: &&LvRow| row.transaction_id.parse() == Ok(kernel);
+    if due { volumes.find(newest) } else { None }
+}
+
+/// Whether the device-mapper device `name` is suspended; one that is not there is not.
+fn is_suspended(name: &str) -> bool {
+    let Ok(device) = fs::metadata(Path::new("/dev/mapper").join(name)) else {
+        return false;
+    };
+    let (major, minor) = (
+        nix::sys::stat::major(device.rdev()),
+        nix::sys::stat::minor(device.rdev()),
+    );
+    fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/dm/suspended"))
+        .is_ok_and(|text| text.trim() == "1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_unfinished() {
+        let row = |name: &str, transaction_id: u64| LvRow {
+            lv_name: name.into(),
+            transaction_id: transaction_id.to_string(),
+            ..LvRow::default()
+        };
+        let volumes = [row("one", 0), row("two", 1), row("five", 5)];
+        for (pool, kernel, found) in [
+            (2, 1, Some("two")),
+            // All was told.
+            (2, 2, None),
+            // A removal is due: LVM finishes that by itself.
+            (3, 2, None),
+            (6, 5, Some("five")),
+            // Nobody knows.
+            (7, 5, None),
+            (5, 6, None),
+        ] {
+            let found_row = unfinished(&row("pool", pool), volumes.iter(), kernel);
+            assert_eq!(found_row.map(|row| &*row.lv_name), found, "{pool} {kernel}");
+        }
+    }
+}

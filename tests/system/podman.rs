@@ -1,0 +1,163 @@
+//! Real Podman, real containers, the daemon as it is installed: what users do and what Podman does to plugins.
+//!
+//! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
+
+mod caches;
+mod client;
+mod options;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Group, Test, Tier, test};
+use crate::support::daemon::Daemon;
+use crate::support::podman::Podman;
+use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::wait_until;
+
+pub fn tests() -> Vec<Test> {
+    let mut tests = Vec::new();
+    for (tier, kind) in [
+        (Tier::Reflink, Kind::Reflink),
+        (Tier::Guest(Group::Podman), Kind::Lvm),
+    ] {
+        let bodies = [client::BODIES, caches::BODIES, options::BODIES].concat();
+        tests.extend(bodies.into_iter().map(|(name, body)| {
+            test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
+        }));
+    }
+    tests.push(test(
+        Tier::Guest(Group::Podman),
+        "podman::made_by_hand",
+        caches::made_by_hand,
+    ));
+    tests
+}
+
+/// A test by its name, for either store.
+type Body = (&'static str, fn(Kind));
+
+/// A host with the daemon and Podman. Parts are taken down in this order.
+struct Host {
+    podman: Podman,
+    daemon: Option<Daemon>,
+    site: Site,
+}
+
+impl Host {
+    fn new(kind: Kind) -> Self {
+        let site = Site::new(kind);
+        Self {
+            daemon: Some(site.serve()),
+            podman: Podman::new(kind),
+            site,
+        }
+    }
+
+    fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().expect("it is away only in restart")
+    }
+
+    /// Ends the daemon (`kill -9` if `killed`), does something meanwhile, and starts it again.
+    fn restart(&mut self, killed: bool, meanwhile: impl FnOnce(&Podman)) {
+        let daemon = self.daemon.take().expect("it runs");
+        if killed {
+            daemon.kill();
+        } else {
+            daemon.stop();
+        }
+        meanwhile(&self.podman);
+        self.daemon = Some(self.site.serve());
+    }
+
+    /// What the daemon says of a volume: what `podman volume inspect` shows as its Status.
+    #[track_caller]
+    fn status(&self, volume: &str) -> Value {
+        let answer = self
+            .daemon()
+            .plugin()
+            .ok("VolumeDriver.Get", &json!({"Name": volume}));
+        answer["Volume"]["Status"].clone()
+    }
+
+    /// Waits for the end of the lease that a volume's LV had, and returns what became of it.
+    fn settled(&self, volume: &str, lv: &Value) -> Value {
+        let mut last = Value::Null;
+        wait_until(|| {
+            last = self.status(volume)["last_lease"].clone();
+            last["lv"] == *lv
+        });
+        last
+    }
+
+    /// Runs a script in a container with each of `volumes` at `/NAME`; what it wrote, and what became of each lease.
+    #[track_caller]
+    fn job(&self, volumes: &[&str], script: &str) -> (String, Vec<Value>) {
+        let last = |volume: &&str| self.status(volume)["last_lease"].clone();
+        let before: Vec<_> = volumes.iter().map(last).collect();
+        let said = self.podman.sh(volumes, script);
+        let ended = volumes.iter().zip(before).map(|(volume, before)| {
+            let mut ended = Value::Null;
+            wait_until(|| {
+                ended = last(volume);
+                ended != before
+            });
+            ended
+        });
+        (said, ended.collect())
+    }
+
+    /// Publishes an entry whose file `who` says `who`, without Podman, and returns its LV's name.
+    #[track_caller]
+    fn entry(&self, who: &str, tags: &str, scope: &str) -> String {
+        let plugin = self.daemon().plugin();
+        let mut options = json!({"save": tags});
+        if !scope.is_empty() {
+            options["scope"] = scope.into();
+        }
+        plugin.create("publisher", &options);
+        let at = plugin.mount("publisher", "test");
+        fs::write(at.join("who"), who).unwrap();
+        let lv = self.status("publisher")["lv"].clone();
+        plugin.unmount("publisher", "test");
+        let last = self.settled("publisher", &lv);
+        plugin.remove("publisher");
+        last["published"]
+            .as_str()
+            .unwrap_or_else(|| panic!("not published: {last}"))
+            .to_owned()
+    }
+
+    /// The LV of the entry with all of these tags, as `list` has them, and no others.
+    #[track_caller]
+    fn entries_tagged(&self, tags: &[&str]) -> Vec<String> {
+        let mut want: Vec<_> = tags
+            .iter()
+            .map(|tag| format!("friend:cache:{tag}"))
+            .collect();
+        want.sort();
+        self.site
+            .list()
+            .into_iter()
+            .filter(|row| {
+                let mut has: Vec<_> = row["tags"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .filter_map(|tag| tag.as_str())
+                    .filter(|tag| tag.starts_with("friend:cache:"))
+                    .map(str::to_owned)
+                    .collect();
+                has.sort();
+                has == want
+            })
+            .map(|row| row["name"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
+
+fn mountpoint(volume: &str) -> std::path::PathBuf {
+    Path::new(MOUNT_DIR).join(volume)
+}
