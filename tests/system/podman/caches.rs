@@ -229,15 +229,21 @@ fn what_is_published(kind: Kind) {
     }
     host.podman.create("default", &["save=default"]);
     host.podman.create("unsaved", &["restore=linux"]);
-    let volumes = [&values[..], &["default", "unsaved"]].concat();
-    let mut script = "set -- ".to_owned() + &volumes.join(" ");
-    script += "; for volume; do echo x > /$volume/file; done";
+    let written = [&values[..], &["default", "unsaved"]].concat();
+    // A job that wrote nothing has nothing to publish; its entry would hide what another one wrote meanwhile.
+    host.podman.create("untouched", &["save=untouched"]);
+    let volumes = [&written[..], &["untouched"]].concat();
+    let script = format!(
+        "for volume in {}; do echo x > /$volume/file; done",
+        written.join(" ")
+    );
     let (_, ended) = host.job(&volumes, &script);
     for (volume, last) in volumes.iter().zip(ended) {
         let why = match *volume {
             "never" => "publish=never",
             "on-success" => "no success verdict",
             "unsaved" => "no save tags",
+            "untouched" => "nothing changed",
             _ => "",
         };
         let entries = host.entries_tagged(&[volume]);
