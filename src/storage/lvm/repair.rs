@@ -98,13 +98,20 @@ impl Pool {
             let remove = Command::new("lvremove")
                 .only_in(&self.pool)
                 .lv(&self.vg, &name);
-            let answer = runner.run_once(&remove, deadline)?;
-            tracing::warn!(
-                lv,
-                success = answer.success,
-                reason = answer.reason(),
-                "removed"
-            );
+            // LVM was seen to die over it once. What it does then with the message is
+            // as good: a copy of what nobody has in use, as at a start.
+            let removed = runner
+                .run_once(&remove, deadline)
+                .or_else(|_| runner.run_once(&remove, deadline));
+            match removed {
+                Ok(answer) => tracing::warn!(
+                    lv,
+                    success = answer.success,
+                    reason = answer.reason(),
+                    "removed"
+                ),
+                Err(failure) => tracing::warn!(?failure, lv, "left to LVM, which died over it"),
+            }
         }
         Ok(())
     }
