@@ -2,8 +2,8 @@
 //! LVM's asynchronous I/O. The store (src/storage/lvm) rests on the answer.
 //!
 //! Run as root: `cargo bench --bench lvm_shell`, and with device-mapper, in a guest,
-//! `make bench-lvm`. It works on a loop device over a file of its own, with a configuration of
-//! LVM's of its own, and leaves nothing behind. Without device-mapper only metadata is changed
+//! `tests/vm/run -- cargo bench --bench lvm_shell`. It works on a loop device over a file of its
+//! own, with a configuration of LVM's of its own, and leaves nothing behind. Without device-mapper only metadata is changed
 //! (`activation=0`), in groups whose volumes exist as text alone. Times are noisy: take the ratios.
 
 use std::fs::{self, File};

@@ -29,10 +29,10 @@ pub fn tests() -> Vec<Test> {
         let stages: BTreeSet<_> = failpoint::ALL.iter().map(|point| stage(point)).collect();
         for stage in stages {
             let body = move || at_failpoints(kind, stage);
-            tests.push(test(tier, format!("crash::at_{stage}"), body).timeout(400));
+            tests.push(test(tier, format!("crash::at_{stage}"), body).timeout(1200));
         }
         let mut add = |name: &str, body: fn(Kind)| {
-            tests.push(test(tier, format!("crash::{name}"), move || body(kind)).timeout(400));
+            tests.push(test(tier, format!("crash::{name}"), move || body(kind)).timeout(1200));
         };
         add("on_the_way_up", on_the_way_up);
         add("of_a_removed_volume", of_a_removed_volume);

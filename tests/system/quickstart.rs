@@ -13,8 +13,8 @@ use crate::support::{PROGRAM, busybox_image, wait_until};
 pub fn tests() -> Vec<Test> {
     let guest = Tier::Guest(Group::Systemd);
     vec![
-        test(guest, "quickstart::in_a_group", in_a_group).timeout(300),
-        test(guest, "quickstart::in_a_file", in_a_file).timeout(300),
+        test(guest, "quickstart::in_a_group", in_a_group).timeout(900),
+        test(guest, "quickstart::in_a_file", in_a_file).timeout(900),
     ]
 }
 

@@ -74,12 +74,12 @@ pub fn test(tier: Tier, name: impl Into<String>, body: impl Fn() + Send + Sync +
         name: name.into(),
         tier,
         body: Arc::new(body),
-        timeout: Duration::from_secs(180),
+        timeout: Duration::from_secs(600),
     }
 }
 
 impl Test {
-    /// How long it may take in its guest before it is ended; three minutes if nothing is said.
+    /// How long it may take in its guest before it is ended; ten minutes if nothing is said.
     #[allow(dead_code)]
     pub fn timeout(mut self, seconds: u64) -> Self {
         self.timeout = Duration::from_secs(seconds);
