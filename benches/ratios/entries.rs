@@ -12,9 +12,7 @@ use crate::site::{POOL, Site, run};
 /// Publishes one entry with the tag `entries` through the daemon, and copies it until there are `count`.
 pub fn fill(site: &mut Site, count: usize) {
     site.start();
-    let entry = site.publish("entries", |at| {
-        fs::write(at.join("file"), [7; 1 << 20]).unwrap();
-    });
+    let entry = site.publish("entries", crate::one_file);
     let origin = site.thin_id(&entry.name);
     // The pool has a device for messages only while a volume of it is active.
     site.create("holder", &json!({"restore": "entries"}));

@@ -1,5 +1,7 @@
 //! A daemon on a pool of its own, and a client that measures.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 
 use std::path::{Path, PathBuf};
@@ -231,12 +233,24 @@ impl Site {
     }
 
     fn switches(&self) -> u64 {
-        self.daemon_switches() + self.tool().map_or(0, switches)
+        let of = |pid| switches(pid).values().sum::<u64>();
+        of(self.pid()) + self.tool().map_or(0, of)
     }
 
-    /// Context switches of all the daemon's threads: each time that one of them woke up is at least one.
-    pub fn daemon_switches(&self) -> u64 {
-        switches(self.pid())
+    /// How often one of the daemon's threads woke up while `time` passed.
+    pub fn wake_ups(&self, time: Duration) -> u64 {
+        let before = switches(self.pid());
+        sleep(time);
+        let mut after = switches(self.pid());
+        // To end, a thread has to wake up.
+        let ended = before
+            .keys()
+            .filter(|thread| !after.contains_key(*thread))
+            .count() as u64;
+        for (thread, count) in &mut after {
+            *count -= before.get(thread).unwrap_or(&0);
+        }
+        ended + after.values().sum::<u64>()
     }
 
     fn pid(&self) -> u32 {
@@ -258,18 +272,23 @@ impl Site {
     }
 }
 
-fn switches(pid: u32) -> u64 {
+/// Context switches of each thread of a process: one at least each time that it wakes up.
+fn switches(pid: u32) -> BTreeMap<OsString, u64> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
     tasks
         .into_iter()
         .flatten()
         .flatten()
-        // A thread may end meanwhile.
-        .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
-        .map(|text| {
-            field(&text, "voluntary_ctxt_switches:") + field(&text, "nonvoluntary_ctxt_switches:")
+        .filter_map(|task| {
+            // A thread may end meanwhile.
+            let text = fs::read_to_string(task.path().join("status")).ok()?;
+            let kinds = ["voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:"];
+            Some((
+                task.file_name(),
+                kinds.map(|kind| field(&text, kind)).iter().sum(),
+            ))
         })
-        .sum()
+        .collect()
 }
 
 fn resident(pid: u32) -> u64 {
