@@ -35,7 +35,7 @@ fn main() {
         "milliseconds a command, median (least-most); in brackets: how many times less than a process with aio"
     );
     println!(
-        "{:<34}{:>24}{:>24}{:>24}{:>24}",
+        "{:<24}{:>32}{:>32}{:>32}{:>32}",
         "", "process, aio", "process", "shell, aio", "shell"
     );
     if device_mapper {
@@ -184,14 +184,14 @@ impl Bench {
             times.sort_by(f64::total_cmp);
             times[times.len() / 2]
         });
-        let mut line = format!("{name:<34}");
+        let mut line = format!("{name:<24}");
         for (times, median) in times.iter().zip(medians) {
             let (least, most) = (times[0], times[times.len() - 1]);
             let cell = format!(
                 "{median:.1} ({least:.1}-{most:.1}) [{:.1}]",
                 medians[0] / median
             );
-            line.push_str(&format!("{cell:>24}"));
+            line.push_str(&format!("{cell:>32}"));
         }
         println!("{line}");
     }

@@ -15,10 +15,10 @@
 //! LVM's metadata, text that is written beside the old one and then switched to:
 //! a volume is there with all its tags or not at all. A thin volume takes a
 //! second commit: the first holds it and a message for the pool, the second, when
-//! the pool was told, only clears the message. After a crash between the two the
-//! volume is listed, with its tags, and LVM sends the message before it next
-//! makes or activates anything in the pool; that is the whole recovery, and there
-//! is no code for it here.
+//! the pool was told, only clears the message. A crash between the two leaves a
+//! volume that is listed, with its tags, but that the pool does not have; LVM
+//! sends the message late, and not always. `repair` finds such a volume when a
+//! store is opened and after `lvm` died over a command, and removes it.
 //!
 //! `kill -9` of the daemon does not even interrupt LVM: it is sent SIGTERM, which
 //! it blocks while it holds the group's lock, and it ends after its command.

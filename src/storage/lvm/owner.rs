@@ -232,3 +232,50 @@ impl Queue {
         job
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The order in which requests (`r`) and removals (`d`; `D`: overdue) are taken.
+    fn order(waiting: &str) -> String {
+        let long_ago = Instant::now()
+            .checked_sub(REMOVAL_PATIENCE)
+            .expect("the machine is up longer than that");
+        let mut queue = Queue::default();
+        for (id, kind) in (0..).zip(waiting.chars()) {
+            let (answer, _) = mpsc::sync_channel(1);
+            let (urgency, since) = match kind {
+                'r' => (Urgency::Request, Instant::now()),
+                'd' => (Urgency::Removal, Instant::now()),
+                _ => (Urgency::Removal, long_ago),
+            };
+            queue.of(urgency).push_back(Job {
+                id,
+                since,
+                bound: Duration::ZERO,
+                command: Command::new("lvs"),
+                answer,
+            });
+        }
+        let taken = std::iter::from_fn(|| queue.take());
+        let kinds: Vec<char> = waiting.chars().collect();
+        taken.map(|job| kinds[job.id as usize]).collect()
+    }
+
+    #[test]
+    fn no_request_waits_for_two_removals_and_no_removal_for_ever() {
+        for (waiting, taken) in [
+            ("", ""),
+            ("rrr", "rrr"),
+            ("ddd", "ddd"),
+            ("ddrr", "rrdd"),
+            ("DDDrrr", "DrDrDr"),
+            ("DDDDr", "DrDDD"),
+            ("rrD", "Drr"),
+            ("Ddrr", "Drrd"),
+        ] {
+            assert_eq!(order(waiting), taken, "{waiting}");
+        }
+    }
+}
