@@ -205,7 +205,8 @@ impl Xfs {
             Part::Agfl => (0..groups)
                 .map(|group| (group * self.number(84, 4) * block + 3 * sector, sector))
                 .collect(),
-            Part::Log => vec![(self.place(self.number(48, 8)), 256 << 10)],
+            // All of it: what lies before its head is not looked at.
+            Part::Log => vec![(self.place(self.number(48, 8)), self.number(96, 4) * block)],
             Part::Root => vec![(self.place(self.number(56, 8) >> self.number(123, 1)), block)],
         }
     }
