@@ -47,6 +47,35 @@ pub(super) struct Ended {
     pub lasted: Duration,
 }
 
+impl Ended {
+    /// Has everything written, and tells how the lease ended and how many bytes
+    /// were written in it, as far as that shows while it is mounted.
+    fn flush(&self) -> (End, Option<u64>) {
+        let mut end = End {
+            verdict: self.verdict,
+            clean: !self.cut_short,
+            changed: true,
+            saved: self.source.saved,
+        };
+        let mut bytes = None;
+        if let Some(open) = &self.open {
+            if let Err(error) = open.mounted.sync() {
+                warn!(lv = %self.lv, %error, "not everything could be written");
+                end.clean = false;
+            }
+            let written = open
+                .mounted
+                .device_number()
+                .and_then(crate::fs::sectors_written);
+            if let (Ok(written), Some(baseline)) = (written, self.baseline) {
+                bytes = Some(written.saturating_sub(baseline) * 512);
+                end.changed = written != baseline;
+            }
+        }
+        (end, bytes)
+    }
+}
+
 /// What is known of an ended lease once nobody writes to it any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct End {
@@ -247,27 +276,8 @@ impl Engine {
     /// `None`: the daemon stops first.
     fn close(&self, ended: Ended) -> Option<(End, Option<u64>)> {
         reach("publish", 1);
-        let mut end = End {
-            verdict: ended.verdict,
-            clean: !ended.cut_short,
-            changed: true,
-            saved: ended.source.saved,
-        };
-        let mut bytes = None;
-        if let Some(open) = ended.open {
-            if let Err(error) = open.mounted.sync() {
-                warn!(lv = %ended.lv, %error, "not everything could be written");
-                end.clean = false;
-            }
-            let written = open
-                .mounted
-                .device_number()
-                .and_then(crate::fs::sectors_written);
-            if let (Ok(written), Some(baseline)) = (written, ended.baseline) {
-                bytes = Some(written.saturating_sub(baseline) * 512);
-                end.changed = written != baseline;
-            }
-        }
+        let (mut end, bytes) = ended.flush();
+        drop(ended.open);
         if !end.clean && ended.cut_short {
             return Some((end, bytes));
         }
@@ -347,31 +357,15 @@ impl Engine {
 
     /// Settles a lease of a volume that keeps its content: it may be in use again
     /// already, so what is published is a snapshot of a mounted file system.
-    fn settle_kept(&self, volume: &Arc<Volume>, mut ended: Ended) {
+    fn settle_kept(&self, volume: &Arc<Volume>, ended: Ended) {
         let story = Story::of(&ended);
         let lv = ended.lv.clone();
-        let open = ended.open.take();
-        let mut end = End {
-            verdict: ended.verdict,
-            clean: !ended.cut_short,
-            changed: true,
+        let (end, bytes) = ended.flush();
+        // What it holds is not what it was made from any more.
+        let end = End {
             saved: false,
+            ..end
         };
-        let mut bytes = None;
-        if let Some(open) = &open {
-            if let Err(error) = open.mounted.sync() {
-                warn!(%lv, %error, "not everything could be written");
-                end.clean = false;
-            }
-            let written = open
-                .mounted
-                .device_number()
-                .and_then(crate::fs::sectors_written);
-            if let (Ok(written), Some(baseline)) = (written, ended.baseline) {
-                bytes = Some(written.saturating_sub(baseline) * 512);
-                end.changed = written != baseline;
-            }
-        }
         let _op = lock(&volume.op);
         let idle = matches!(lock(&volume.now).phase, Phase::Ready(_));
         let published = match refusal(&volume.spec, end) {
