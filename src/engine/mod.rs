@@ -32,7 +32,7 @@ use nix::sys::stat::{fstat, stat};
 use tracing::{error, info, warn};
 
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{LEASE, VOLUME};
+use crate::cache::record::{LEASE, Role, VOLUME};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{BadOption, OnError, Spec};
 use crate::cache::units::Bytes;
@@ -582,11 +582,15 @@ impl Engine {
     /// for their removal among them; the current one goes last.
     fn remove_lvs(&self, volume: &Volume, current: Option<&LvName>) -> Result<(), EngineError> {
         reach("remove", 1);
-        let name = tag(&format!("{VOLUME}{}", volume.name));
         let settling = lock(&volume.now).settling.clone();
         let mut lvs = self.store.list()?.lvs;
-        lvs.retain(|lv| lv.tags.contains(&name));
+        // What only looks half ours may bear the name too.
+        lvs.retain(|lv| match Role::from_tags(&lv.tags) {
+            Role::Volume { volume: of, .. } => of.as_ref() == Some(&volume.name),
+            _ => false,
+        });
         lvs.sort_by_key(|lv| Some(&lv.name) == current);
+        let name = tag(&format!("{VOLUME}{}", volume.name));
         for lv in lvs {
             if !settling.contains(&lv.name) || !may_publish(&volume.spec) {
                 self.mark_doomed(&lv.name)?;
@@ -598,7 +602,7 @@ impl Engine {
                 .insert(lv.name.clone(), Instant::now());
             match self
                 .store
-                .change_tags(&lv.name, &[self.lease_tag()], std::slice::from_ref(&name))
+                .change_tags(&lv.name, &[self.lease_tag()], &[name.clone()])
             {
                 Err(StoreError::NotFound(_)) => {}
                 other => other?,

@@ -20,28 +20,6 @@ mod store;
 mod support;
 mod vm;
 
-/// Not run unless asked for (`cargo nextest run --run-ignored all`), by how their names begin, and
-/// why. Each is to leave this list when it has been seen to pass in a whole run on a quiet machine;
-/// the bodies that run over both stores run on this kernel's own meanwhile.
-const IGNORED: [(&str, &str); 9] = [
-    (
-        "driver::powercut::",
-        "LVM died over the removal of what a cut left half made, once in ten cuts",
-    ),
-    (
-        "guest::lvm::damage::of_an_xfs",
-        "damage to the beginning of the log did not show",
-    ),
-    ("guest::lvm::crash::", UNSEEN),
-    ("guest::lvm::lvm::", UNSEEN),
-    ("guest::lvm::raw::list_answers", UNSEEN),
-    ("guest::lvm::store::", UNSEEN),
-    ("guest::podman::podman::", UNSEEN),
-    ("guest::systemd::lvm::", UNSEEN),
-    ("guest::systemd::quickstart::", UNSEEN),
-];
-const UNSEEN: &str = "not seen to pass in a whole run yet";
-
 fn main() {
     harness::main(
         [

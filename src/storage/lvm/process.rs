@@ -187,10 +187,15 @@ impl Process {
         self.child.wait()
     }
 
+    /// Closes its standard input: a shell ends then, when its command has.
+    pub(super) fn close_input(&mut self) {
+        self.input = None;
+    }
+
     /// Closes its standard input, gives it until `deadline` to end, then kills it.
     /// Gives it back if even that did not help.
     pub(super) fn end(mut self, deadline: Instant) -> Option<Self> {
-        self.input = None;
+        self.close_input();
         match self.read(deadline, |_| false) {
             Ok(Progress::Dead) => {
                 // It is dead: this cannot wait.

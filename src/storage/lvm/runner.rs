@@ -295,6 +295,7 @@ impl Runner {
                 late()
             }
             Progress::Late if process.blocks_termination() => {
+                process.close_input();
                 self.stuck = Some(process);
                 late()
             }

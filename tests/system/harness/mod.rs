@@ -99,9 +99,6 @@ impl Test {
 
     fn into_trial(self) -> Trial {
         let name = self.full_name();
-        let ignored = crate::IGNORED
-            .iter()
-            .find(|(what, _)| name.starts_with(what));
         Trial::test(name.clone(), move || match self.tier {
             Tier::Host | Tier::Driver | Tier::Part => {
                 (self.body)();
@@ -116,8 +113,6 @@ impl Test {
                 guest::run(&guest::run_dir(), group, &name, self.timeout).map_err(Into::into)
             }
         })
-        .with_ignored_flag(ignored.is_some())
-        .with_kind(ignored.map_or("", |(_, why)| why))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -232,7 +233,7 @@ impl Service {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        super::wait_until(|| socket.exists());
+        super::wait_until(|| UnixStream::connect(socket).is_ok());
         Self {
             child,
             client: Plugin::new(socket),
