@@ -602,7 +602,7 @@ impl Engine {
                 .insert(lv.name.clone(), Instant::now());
             match self
                 .store
-                .change_tags(&lv.name, &[self.lease_tag()], &[name.clone()])
+                .change_tags(&lv.name, &[self.lease_tag()], std::slice::from_ref(&name))
             {
                 Err(StoreError::NotFound(_)) => {}
                 other => other?,

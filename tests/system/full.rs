@@ -130,7 +130,7 @@ fn of_one_job(kind: Kind) {
     let mut numbers: Vec<_> = census
         .entries()
         .iter()
-        .map(|entry| site.content(entry).unwrap())
+        .map(|entry| census.content(entry).unwrap())
         .collect();
     numbers.sort_by_key(|content| format!("{content:?}"));
     assert_eq!(numbers, [Content::Whole(1), Content::Whole(2)]);

@@ -602,7 +602,9 @@ fn lvm_killed_at_each_step() {
                 }
             }
         }
-        assert!(step > 3, "{what:?} has as many steps");
+        // A removal only sends messages.
+        let least = if what[0] == "lvremove" { 2 } else { 3 };
+        assert!(step > least, "{what:?} has as many steps");
         outcome("lvremove", ["-q", "-y", "testvg/made"]);
     }
 }

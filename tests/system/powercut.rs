@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::harness::{Test, Tier, test};
-use crate::support::census::{Census, Known, content_of, settled};
+use crate::support::census::{Census, Known, settled};
 use crate::support::command::run;
 use crate::support::content::{self, Content, Random};
 use crate::support::daemon::{Daemon, Plugin, friend};
@@ -191,7 +191,7 @@ fn look_at(census: &Census, seen: &BTreeSet<String>) {
         .collect();
     for (entry, job) in jobs {
         assert_eq!(
-            content_of(Kind::Lvm, TestVg::NAME, &entry),
+            census.content(&entry),
             Ok(Content::Whole(job)),
             "{entry} of job {job}"
         );

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::harness::{Group, Test, Tier, test};
 use crate::support::command::{run, sh, succeed};
 use crate::support::lvm::TestVg;
+use crate::support::podman::DropIn;
 use crate::support::{PROGRAM, busybox_image, wait_until};
 
 pub fn tests() -> Vec<Test> {
@@ -42,6 +43,8 @@ fn in_a_file() {
 /// whether what it makes does what the README promises.
 fn follow(wanted: &str, instead: &str) {
     let image = busybox_image();
+    // The guest has no network to join.
+    let _network = DropIn::new("60-test", "[containers]\nnetns = \"none\"\n");
     let blocks = commands("## Quick start");
     let (install, prepare, start) = (
         &blocks[0],
@@ -146,7 +149,8 @@ fn follow(wanted: &str, instead: &str) {
     run("journalctl", ["--quiet", "--rotate", "--vacuum-time", "1s"]);
     sh(
         "rm -r /etc/lvm-cache-friend /etc/containers/containers.conf.d/50-lvm-cache-friend.conf
-        umount --lazy /run/lvm-cache-friend/mnt; rm -rf /run/lvm-cache-friend",
+        ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
+        rm -rf /run/lvm-cache-friend",
     );
 }
 

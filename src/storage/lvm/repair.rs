@@ -101,8 +101,8 @@ impl Pool {
             // LVM was seen to die over it once. What it does then with the message is
             // as good: a copy of what nobody has in use, as at a start.
             let removed = runner
-                .run_once(&remove, deadline)
-                .or_else(|_| runner.run_once(&remove, deadline));
+                .run_once(&remove, true, deadline)
+                .or_else(|_| runner.run_once(&remove, true, deadline));
             match removed {
                 Ok(answer) => tracing::warn!(
                     lv,
@@ -129,7 +129,7 @@ impl Pool {
         } else {
             query
         };
-        let answer = runner.run_once(&query.vg(&self.vg), deadline)?;
+        let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
         let rows: Vec<&LvRow> = answer.document.lvs().collect();
         let volumes = rows.iter().filter(|row| row.pool_lv == self.pool.as_str());
         let active = volumes.clone().filter(|row| row.device().is_some());

@@ -136,15 +136,19 @@ impl Runner {
         }
     }
 
-    /// Runs a command for [`super::repair`], as a process of its own: in the shell
-    /// `--nolocking` does not keep it from locking as the command before did.
+    /// Runs a command for [`super::repair`]. `alone`: as a process of its own; in the
+    /// shell `--nolocking` does not keep it from locking as the command before did.
     pub(super) fn run_once(
         &mut self,
         command: &Command,
+        alone: bool,
         deadline: Instant,
     ) -> Result<Answer, Failure> {
-        self.attempt(command, true, deadline)?
-            .ok_or_else(|| Failure::Broken(format!("lvm died over `{command}`")))
+        let mut answer = self.attempt(command, alone, deadline)?;
+        if answer.is_none() && !alone {
+            answer = self.attempt(command, true, deadline)?;
+        }
+        answer.ok_or_else(|| Failure::Broken(format!("lvm died over `{command}`")))
     }
 
     fn repair(&mut self, deadline: Instant) -> Result<(), Failure> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::fs::{Content as Formatted, probe};
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::Value;
 
 use super::command::{outcome, run};
@@ -17,14 +18,26 @@ use super::site::{Kind, MOUNT_DIR, Site};
 const SETTLED: Duration = Duration::from_secs(90);
 
 /// Everything that a store holds and has brought up.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Census {
+    store: Store,
     /// Each LV (or image) with its tags.
     pub lvs: BTreeMap<String, BTreeSet<String>>,
     /// Those with a device.
     pub active: BTreeSet<String>,
     /// What belongs to none of them: files, devices.
     pub strays: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Store {
+    /// The thin pool's device, and each volume's number and sectors in it.
+    Pool {
+        vg: String,
+        pool: String,
+        volumes: BTreeMap<String, (u64, u64)>,
+    },
+    Directory(PathBuf),
 }
 
 /// A volume as it should be.
@@ -77,6 +90,31 @@ impl Census {
             .filter(|(_, tags)| tags.contains(tag))
             .map(|(name, _)| name.as_str())
             .collect()
+    }
+
+    /// The content of an entry, which must mount from a device that cannot be written to: with no recovery.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn content(&self, entry: &str) -> Result<Content, String> {
+        let device = ReadOnly::new(&self.store, entry);
+        let (fs, options) = match probe(&device.path()).unwrap() {
+            Formatted::Fs(FsType::Xfs) => ("xfs", "nouuid"),
+            Formatted::Fs(FsType::Ext4) => ("ext4", ""),
+            other => return Err(format!("{other:?}")),
+        };
+        let at = tempfile::tempdir().unwrap();
+        mount(
+            Some(&device.path()),
+            at.path(),
+            Some(fs),
+            MsFlags::MS_RDONLY,
+            Some(options),
+        )
+        .map_err(|error| format!("mount: {error}"))?;
+        let content = content::try_read(at.path());
+        umount(at.path()).unwrap();
+        content
     }
 
     /// What is there beside one base, entries at rest, and one LV for each of these volumes.
@@ -150,14 +188,6 @@ impl Site {
     pub fn settled(&self, volumes: &[Known<'_>]) -> Census {
         settled(self.kind, &self.store(), volumes)
     }
-
-    /// See [`content_of`].
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn content(&self, entry: &str) -> Result<Content, String> {
-        content_of(self.kind, &self.store(), entry)
-    }
 }
 
 /// Waits until there is nothing but one base, entries at rest, and one LV for each of these volumes: no lease that is not settled,
@@ -180,90 +210,63 @@ pub fn settled(kind: Kind, store: &str, volumes: &[Known<'_>]) -> Census {
     }
 }
 
-/// The content of an entry, which must mount from a device that cannot be written to: with no recovery.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn content_of(kind: Kind, store: &str, entry: &str) -> Result<Content, String> {
-    let device = ReadOnly::new(kind, store, entry);
-    let at = tempfile::tempdir().unwrap();
-    let options = match probe(&device.path).unwrap() {
-        Formatted::Fs(FsType::Xfs) => "ro,nouuid",
-        Formatted::Fs(FsType::Ext4) => "ro",
-        other => return Err(format!("{other:?}")),
-    };
-    let mounted = outcome(
-        "mount",
-        [
-            "-o".as_ref(),
-            options.as_ref(),
-            device.path.as_os_str(),
-            at.path().as_os_str(),
-        ],
-    );
-    if mounted.status != 0 {
-        return Err(mounted.stderr);
-    }
-    let content = content::try_read(at.path());
-    run("umount", [at.path()]);
-    content
-}
-
 /// A device with what an entry holds, that cannot be written to.
-struct ReadOnly {
-    kind: Kind,
-    path: PathBuf,
+enum ReadOnly {
+    /// Beside LVM, which would bring up and take down the volume itself: that takes it ten times as long.
+    Thin,
+    Loop(PathBuf),
 }
 
 impl ReadOnly {
-    fn new(kind: Kind, store: &str, entry: &str) -> Self {
-        let path = match kind {
-            Kind::Lvm => {
-                let lv = format!("{store}/{entry}");
-                run("lvchange", ["-q", "-K", "-ay", &lv]);
-                let path = Path::new("/dev").join(lv);
-                run("blockdev", ["--setro".as_ref(), path.as_os_str()]);
-                path
+    /// Of which there is one at a time.
+    const NAME: &str = "looked-at";
+
+    fn new(store: &Store, entry: &str) -> Self {
+        match store {
+            Store::Pool { vg, pool, volumes } => {
+                let pool_device = format!("/dev/mapper/{}-{}-tpool", dm(vg), dm(pool));
+                if !Path::new(&pool_device).exists() {
+                    run("lvchange", ["-q", "-ay", &format!("{vg}/{pool}")]);
+                }
+                let (id, sectors) = volumes[entry];
+                let table = format!("0 {sectors} thin {pool_device} {id}");
+                let create = ["create", "--readonly", Self::NAME, "--table", &table];
+                run("dmsetup", create);
+                Self::Thin
             }
-            Kind::Reflink => {
+            Store::Directory(store) => {
                 // A copy, so that the daemon does not see the device.
-                let store = Path::new(store);
                 let copy = store.with_file_name("copy");
-                run(
-                    "cp",
-                    [
-                        "--reflink=always".as_ref(),
-                        store.join(entry).join("image").as_os_str(),
-                        copy.as_os_str(),
-                    ],
-                );
-                run(
-                    "losetup",
-                    [
-                        "--read-only".as_ref(),
-                        "--find".as_ref(),
-                        "--show".as_ref(),
-                        copy.as_os_str(),
-                    ],
-                )
-                .trim()
-                .into()
+                let image = store.join(entry).join("image");
+                let reflink = "--reflink=always".as_ref();
+                run("cp", [reflink, image.as_os_str(), copy.as_os_str()]);
+                let options = ["--read-only", "--find", "--show"].map(AsRef::as_ref);
+                let device = run("losetup", options.into_iter().chain([copy.as_os_str()]));
+                Self::Loop(device.trim().into())
             }
-        };
-        Self { kind, path }
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Thin => Path::new("/dev/mapper").join(Self::NAME),
+            Self::Loop(device) => device.clone(),
+        }
     }
 }
 
 impl Drop for ReadOnly {
     fn drop(&mut self) {
-        match self.kind {
-            Kind::Lvm => outcome(
-                "lvchange",
-                ["-q".as_ref(), "-an".as_ref(), self.path.as_os_str()],
-            ),
-            Kind::Reflink => outcome("losetup", ["--detach".as_ref(), self.path.as_os_str()]),
+        match self {
+            Self::Thin => outcome("dmsetup", ["remove", "--retry", Self::NAME]),
+            Self::Loop(device) => outcome("losetup", ["--detach".as_ref(), device.as_os_str()]),
         };
     }
+}
+
+/// A name as device-mapper has it.
+fn dm(name: &str) -> String {
+    name.replace('-', "--")
 }
 
 /// Where volumes are mounted.
@@ -299,18 +302,13 @@ impl Drop for Held {
 }
 
 fn thin_pool(vg: &str) -> Census {
-    let report = run(
-        "lvs",
-        [
-            "--reportformat",
-            "json",
-            "-o",
-            "lv_name,lv_tags,pool_lv",
-            vg,
-        ],
-    );
+    let fields = "lv_name,lv_tags,pool_lv,thin_id,lv_size";
+    let units = ["--units", "s", "--nosuffix"];
+    let report = ["--reportformat", "json", "-o", fields, vg];
+    let report = run("lvs", units.into_iter().chain(report));
     let report: Value = serde_json::from_str(&report).unwrap();
-    let mut census = Census::default();
+    let mut lvs = BTreeMap::new();
+    let mut volumes = BTreeMap::new();
     let mut pool = String::new();
     for row in report["report"][0]["lv"].as_array().unwrap() {
         let field = |name: &str| row[name].as_str().unwrap().to_owned();
@@ -323,25 +321,49 @@ fn thin_pool(vg: &str) -> Census {
             .split(',')
             .filter(|tag| !tag.is_empty())
             .map(str::to_owned);
-        census.lvs.insert(field("lv_name"), tags.collect());
+        lvs.insert(field("lv_name"), tags.collect());
+        let number = |name: &str| field(name).parse().unwrap();
+        volumes.insert(field("lv_name"), (number("thin_id"), number("lv_size")));
     }
-    let pool = format!("{vg}-{}", pool.replace('-', "--"));
-    for device in run("dmsetup", ["ls"]).lines() {
-        let name = device.split_whitespace().next().unwrap();
-        let lv = name.strip_prefix(&format!("{vg}-"));
+    let (mut active, mut strays) = (BTreeSet::new(), Vec::new());
+    let of_pool = format!("{}-{}", dm(vg), dm(&pool));
+    for name in dm_devices() {
+        let lv = name.strip_prefix(&format!("{}-", dm(vg)));
         match lv.map(|lv| lv.replace("--", "-")) {
-            Some(lv) if census.lvs.contains_key(&lv) => {
-                census.active.insert(lv);
+            Some(lv) if lvs.contains_key(&lv) => {
+                active.insert(lv);
             }
-            Some(_) if !name.starts_with(&pool) => census.strays.push(format!("device {name}")),
+            Some(_) if !name.starts_with(&of_pool) => strays.push(format!("device {name}")),
             _ => {}
         }
     }
-    census
+    Census {
+        store: Store::Pool {
+            vg: vg.to_owned(),
+            pool,
+            volumes,
+        },
+        lvs,
+        active,
+        strays,
+    }
+}
+
+/// The kernel's device-mapper devices, as sysfs has them.
+fn dm_devices() -> Vec<String> {
+    let name = |device: fs::DirEntry| fs::read_to_string(device.path().join("dm/name")).ok();
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    let names = devices.filter_map(name);
+    names.map(|name| name.trim().to_owned()).collect()
 }
 
 fn images(store: &Path) -> Census {
-    let mut census = Census::default();
+    let mut census = Census {
+        store: Store::Directory(store.to_owned()),
+        lvs: BTreeMap::new(),
+        active: BTreeSet::new(),
+        strays: Vec::new(),
+    };
     for entry in fs::read_dir(store).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         // A volume may go while it is looked at.

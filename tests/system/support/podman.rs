@@ -264,6 +264,7 @@ pub struct DropIn(PathBuf);
 
 impl DropIn {
     pub fn new(name: &str, text: &str) -> Self {
+        fs::create_dir_all(DROP_INS).unwrap();
         let file = Path::new(DROP_INS).join(name).with_extension("conf");
         fs::write(&file, text).unwrap();
         Self(file)
