@@ -499,7 +499,7 @@ fn lvm_killed_in_commands() {
                 }
             }
         });
-        let made: Vec<(String, bool)> = (0..40)
+        let made: Vec<(String, bool)> = (0..16)
             .map(|n| {
                 let to = format!("lv{n}");
                 let active = n % 2 == 0;
