@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
@@ -52,6 +52,10 @@ pub enum Command {
     /// Remove an entry (by its logical volume) or a volume (by its name).
     #[command(after_help = EXIT_CODES)]
     Remove(Remove),
+    /// What the hooks in hooks.d run when a container starts or has ended; reads the
+    /// OCI runtime's state, or its configuration, from standard input.
+    #[command(after_help = EXIT_CODES)]
+    Hook(Hook),
 }
 
 /// Where the caches will be: exactly one of three.
@@ -160,6 +164,29 @@ pub struct Remove {
     pub name: String,
 }
 
+/// Options of `hook`.
+#[derive(Debug, Args)]
+pub struct Hook {
+    /// When in a container's life this is.
+    #[arg(value_name = "STAGE", value_enum)]
+    pub stage: Stage,
+}
+
+/// A stage of the OCI runtime specification, or of Podman's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Stage {
+    /// Before the container is made; refuses one that would get a local volume
+    /// in place of a cache.
+    #[value(name = "precreate")]
+    Precreate,
+    /// Its mounts are made, its process is not started yet.
+    #[value(name = "createRuntime")]
+    CreateRuntime,
+    /// It has ended.
+    #[value(name = "poststop")]
+    Poststop,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +215,11 @@ mod tests {
                 None,
             ),
             ("remove a", None),
+            ("hook precreate", None),
+            ("hook createRuntime", None),
+            ("hook poststop", None),
+            ("hook", Some(ErrorKind::MissingRequiredArgument)),
+            ("hook prestart", Some(ErrorKind::InvalidValue)),
             ("serve --log-level debug", None),
             ("init", Some(ErrorKind::MissingRequiredArgument)),
             ("init --vg a", Some(ErrorKind::MissingRequiredArgument)),

@@ -23,7 +23,8 @@
 //!   files with reflinks. [`exec`] runs the tools.
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows.
 //! - [`engine`]: the life of a lease, and recovery.
-//! - [`plugin`]: the volume plugin protocol. [`cli`], [`config`], [`commands`],
+//! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
+//!   [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
 //!
@@ -46,5 +47,6 @@ pub mod fs;
 pub mod logging;
 pub mod mount;
 pub mod plugin;
+pub mod podman;
 pub mod serve;
 pub mod storage;

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Command::Show(args) => commands::show::run(config, args),
         Command::Import(args) => commands::import::run(config, args),
         Command::Remove(args) => commands::remove::run(config, args),
+        Command::Hook(args) => commands::hook::run(config, args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

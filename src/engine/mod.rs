@@ -399,7 +399,7 @@ impl Engine {
             ids: Default::default(),
             began: Instant::now(),
             took: began.elapsed(),
-            verdict: Verdict::Unknown,
+            ends: Default::default(),
             mark,
         })
     }
@@ -524,16 +524,15 @@ impl Engine {
         lock(&volume.now).phase = next;
     }
 
-    /// Says how the work in a volume's present lease ended.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSuchVolume`].
-    pub fn verdict(&self, name: &VolumeName, verdict: Verdict) -> Result<(), EngineError> {
-        let volume = self.volume(name)?;
+    /// Says that a container uses a volume's present lease (`Unknown`), or how it
+    /// ended. Nothing happens where there is no such lease.
+    pub fn container(&self, name: &VolumeName, container: &str, verdict: Verdict) {
+        let Ok(volume) = self.volume(name) else {
+            return;
+        };
         if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
-            lease.verdict = verdict;
+            lease.ends.insert(container.to_owned(), verdict);
         }
-        Ok(())
     }
 
     /// Removes a volume; a lease that goes on ends.
@@ -675,6 +674,11 @@ impl Engine {
                     Backing::Scratch(_) => say("restored", Restored::Scratch.as_str().into()),
                 }
                 say("mount_ms", millis(lease.took).into());
+                let running = lease.ends.iter().filter(|(_, v)| **v == Verdict::Unknown);
+                let running: Vec<_> = running.map(|(id, _)| id.as_str()).collect();
+                if !running.is_empty() {
+                    say("containers", running.into());
+                }
                 "mounted"
             }
             Phase::Making | Phase::Changing => "changing",

@@ -134,6 +134,7 @@ impl Engine {
         }
         reach("unmount", 3);
         let lasted = lease.began.elapsed();
+        let verdict = lease.verdict();
         let Backing::Lv {
             copy,
             open,
@@ -151,7 +152,7 @@ impl Engine {
             source: copy.source.clone(),
             open: Some(open),
             baseline,
-            verdict: lease.verdict,
+            verdict,
             cut_short: false,
             mark: self.lease_tag(),
             mount: lease.took,

@@ -465,7 +465,7 @@ fn lease(backing: Backing, mark: Option<std::thread::JoinHandle<()>>) -> Lease {
         ids: Default::default(),
         began: Instant::now(),
         took: Duration::ZERO,
-        verdict: Verdict::Unknown,
+        ends: Default::default(),
         mark,
     }
 }

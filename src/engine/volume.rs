@@ -1,6 +1,6 @@
 //! A volume in memory, and the phases that its copies of entries go through.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -171,7 +171,9 @@ pub(super) struct Lease {
     pub began: Instant,
     /// How long Mount took.
     pub took: Duration,
-    pub verdict: Verdict,
+    /// How each container that used it ended; unknown as long as it runs. Restarted,
+    /// its last end counts.
+    pub ends: BTreeMap<String, Verdict>,
     /// Writes the lease's mark, behind Mount's answer.
     pub mark: Option<JoinHandle<()>>,
 }
@@ -185,6 +187,20 @@ pub(super) enum Backing {
         baseline: Option<u64>,
     },
     Scratch(Mounted),
+}
+
+impl Lease {
+    /// How the work in it ended: a failure of one container is a failure of all.
+    pub fn verdict(&self) -> Verdict {
+        let all = |verdict| self.ends.values().all(|end| *end == verdict);
+        if self.ends.values().any(|end| *end == Verdict::Failure) {
+            Verdict::Failure
+        } else if !self.ends.is_empty() && all(Verdict::Success) {
+            Verdict::Success
+        } else {
+            Verdict::Unknown
+        }
+    }
 }
 
 impl Volume {

@@ -27,7 +27,7 @@ use axum::routing::post;
 use http_body_util::BodyExt as _;
 use tokio::sync::Semaphore;
 
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, Verdict};
 use wire::{Refusal, Request, ok};
 
 /// Longest body that is read into memory, in bytes. The longest that makes sense,
@@ -78,6 +78,9 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/VolumeDriver.Mount", post(mount))
         .route("/VolumeDriver.Unmount", post(unmount))
         .route("/VolumeDriver.Capabilities", post(capabilities))
+        // Ours, for the hooks.
+        .route("/Friend.Started", post(started))
+        .route("/Friend.Ended", post(ended))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
         .with_state(app)
@@ -155,6 +158,14 @@ async fn unmount(State(app): State<Arc<App>>, body: Payload) -> Answer {
     Ok(ok(&wire::Done {}))
 }
 
+async fn started(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    app.tell(&body, |_| Verdict::Unknown)
+}
+
+async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    app.tell(&body, wire::Use::verdict)
+}
+
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
     drop(body);
     Refusal::new(
@@ -179,6 +190,18 @@ impl App {
     /// behind nothing.
     fn at_once<T>(&self, ask: impl FnOnce(&Engine) -> T) -> Result<T, Refusal> {
         catch_unwind(AssertUnwindSafe(|| ask(&self.engine))).map_err(|panic| panicked(&*panic))
+    }
+
+    /// Tells the engine of a container that uses volumes.
+    fn tell(&self, body: &Payload, verdict: impl FnOnce(&wire::Use) -> Verdict) -> Answer {
+        let of = wire::Use::parse(&body.0)?;
+        let (verdict, names) = (verdict(&of), of.names()?);
+        self.at_once(|engine| {
+            for name in &names {
+                engine.container(name, &of.container, verdict);
+            }
+        })?;
+        Ok(ok(&wire::Done {}))
     }
 
     /// What the engine does on a thread of its own, to the end, whether or not the

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::names::{BadName, VolumeName};
-use crate::engine::{EngineError, VolumeView};
+use crate::engine::{EngineError, Verdict, VolumeView};
 use crate::storage::StoreError;
 
 /// The protocol's media type. Podman and dockerd look at the body alone; others
@@ -96,6 +96,55 @@ impl Request {
     #[must_use]
     pub fn into_options(self) -> BTreeMap<String, String> {
         self.opts.unwrap_or_default()
+    }
+}
+
+/// What a hook says of a container: that it starts, or how it ended.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Use {
+    /// The container's id.
+    pub container: String,
+    volumes: Vec<String>,
+    #[serde(default)]
+    exit_code: Option<i32>,
+    #[serde(default)]
+    out_of_memory: bool,
+}
+
+impl Use {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// When it is not of this shape, or the container's id is too long to be kept.
+    pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        let bad = |problem: String| Refusal::new(StatusCode::BAD_REQUEST, problem);
+        let of: Self = serde_json::from_slice(body)
+            .map_err(|e| bad(format!("not what a hook says of a container: {e}")))?;
+        if of.container.is_empty() || of.container.len() > MAX_ID {
+            return Err(bad(format!("Container has 1 to {MAX_ID} bytes")));
+        }
+        Ok(of)
+    }
+
+    /// The volumes' names.
+    ///
+    /// # Errors
+    /// When one cannot be a name.
+    pub fn names(&self) -> Result<Vec<VolumeName>, Refusal> {
+        let names = self.volumes.iter();
+        Ok(names.map(|name| name.parse()).collect::<Result<_, _>>()?)
+    }
+
+    /// How it ended. A signal is a failure too: its exit code is 128 and more.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        match self.exit_code {
+            _ if self.out_of_memory => Verdict::Failure,
+            Some(0) => Verdict::Success,
+            Some(_) => Verdict::Failure,
+            None => Verdict::Unknown,
+        }
     }
 }
 

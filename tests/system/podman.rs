@@ -4,6 +4,7 @@
 
 mod caches;
 mod client;
+mod hooks;
 mod options;
 
 use std::fs;
@@ -23,7 +24,13 @@ pub fn tests() -> Vec<Test> {
         (Tier::Reflink, Kind::Reflink),
         (Tier::Guest(Group::Podman), Kind::Lvm),
     ] {
-        let bodies = [client::BODIES, caches::BODIES, options::BODIES].concat();
+        let bodies = [
+            client::BODIES,
+            caches::BODIES,
+            options::BODIES,
+            hooks::BODIES,
+        ]
+        .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
             test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
         }));

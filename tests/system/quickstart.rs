@@ -110,6 +110,18 @@ fn follow(wanted: &str, instead: &str) {
     assert_eq!(run("podman", ["wait", "long"]).trim(), "0");
     run("podman", ["rm", "long"]);
     entries(3);
+    let inspect = [
+        "volume",
+        "inspect",
+        "--format",
+        "{{.Status.last_lease}}",
+        "try",
+    ];
+    let last = run("podman", inspect);
+    assert!(
+        last.contains("verdict:success"),
+        "by way of the journal: {last}"
+    );
     let dates = container("cat /cache/dates");
     assert_eq!(
         dates.lines().count(),
@@ -148,7 +160,7 @@ fn follow(wanted: &str, instead: &str) {
     );
     run("journalctl", ["--quiet", "--rotate", "--vacuum-time", "1s"]);
     sh(
-        "rm -r /etc/lvm-cache-friend /etc/containers/containers.conf.d/50-lvm-cache-friend.conf
+        "rm -r /etc/lvm-cache-friend /usr/share/containers/oci/hooks.d/50-lvm-cache-friend-* /etc/containers/containers.conf.d/50-lvm-cache-friend.conf
         ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
         rm -rf /run/lvm-cache-friend",
     );

@@ -1,0 +1,192 @@
+//! `hook STAGE`: what the hooks in hooks.d/ run. They tell the daemon which
+//! container uses which volume and how it ended, and keep containers from starting
+//! with a silent local volume in place of one of ours.
+//!
+//! A hook never makes a container fail, but for that last one's refusal: whatever
+//! else goes wrong is logged, and the exit code is 0.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use oci_spec::runtime::{Spec, State};
+use serde_json::json;
+use tracing::warn;
+
+use super::{Failure, failed, print};
+use crate::cache::names::VolumeName;
+use crate::cli::{self, Stage};
+use crate::config::{ConfigError, Settings};
+use crate::logging::{self, LogLevel};
+use crate::mount;
+use crate::plugin::client;
+use crate::podman::{self, Events};
+
+/// How long the daemon may take to answer. Podman waits for the hook.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(800);
+
+/// Longest input that is read, in bytes. Podman's configurations have some 20 KiB.
+const MAX_INPUT: u64 = 16 << 20;
+
+/// The annotation that names volumes which must be ours: `NAME:TARGET`, several
+/// separated by spaces.
+const GUARD: &str = "lvm-cache-friend.volume";
+
+/// Runs a stage's hook.
+///
+/// # Errors
+/// In precreate only: when a volume that the container is annotated with is not ours.
+pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
+    // RUST_LOG is not ours here, so it cannot be wrong enough to matter.
+    let _ = logging::start(LogLevel::Warn);
+    let mut input = String::new();
+    let read = io::stdin().take(MAX_INPUT).read_to_string(&mut input);
+    if args.stage == Stage::Precreate {
+        // What comes out is what the container gets: nothing is changed.
+        read.map_err(failed("standard input"))?;
+        guard(config, &input).inspect_err(tell_caller)?;
+        return print(&input);
+    }
+    let told = read
+        .map_err(|error| error.to_string())
+        .and_then(|_| tell(config, args.stage, &input));
+    if let Err(missed) = told {
+        warn!(stage = ?args.stage, missed, "the daemon was not told of a container");
+    }
+    Ok(())
+}
+
+/// Writes why a container is refused to the standard error of the Podman that runs the
+/// hook: it throws away what the hook says on its own, and tells its user the exit
+/// status alone (containers/common, pkg/hooks/exec/runtimeconfigfilter.go).
+fn tell_caller(why: &Failure) {
+    let parent = std::os::unix::process::parent_id();
+    let stderr = File::options()
+        .append(true)
+        .open(format!("/proc/{parent}/fd/2"));
+    if let Ok(mut stderr) = stderr {
+        let _ = writeln!(stderr, "lvm-cache-friend: {why}");
+    }
+}
+
+/// Tells the daemon of a container that starts or has ended.
+fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
+    let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
+    let settings = match Settings::load(config) {
+        Ok(settings) => settings,
+        // Nothing is prepared, so there is no volume of ours.
+        Err(ConfigError::Missing(_)) => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| e.to_string())?;
+    let volumes = volumes(&spec, &settings.mount_dir);
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let mut body = json!({"Container": state.id(), "Volumes": volumes});
+    let endpoint = if stage == Stage::Poststop {
+        let died = Events::of_caller().died(state.id());
+        let out_of_memory = podman::ran_out_of_memory(state.bundle());
+        body["ExitCode"] = died.map(|died| died.code).into();
+        body["OutOfMemory"] = out_of_memory.into();
+        "Friend.Ended"
+    } else {
+        body["Pid"] = (*state.pid()).into();
+        "Friend.Started"
+    };
+    client::call(&settings.socket, endpoint, &body, ANSWER_TIMEOUT)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// The volumes of ours that a container has mounted, or parts of them.
+fn volumes(spec: &Spec, mount_dir: &Path) -> BTreeSet<String> {
+    let name = |source: &PathBuf| {
+        let below = source.strip_prefix(mount_dir).ok()?;
+        let name = below.iter().next()?.to_str()?;
+        name.parse::<VolumeName>().ok()?;
+        Some(name.to_owned())
+    };
+    let mounts = spec.mounts().iter().flatten();
+    let sources = mounts.filter_map(|mount| mount.source().as_ref());
+    sources.filter_map(name).collect()
+}
+
+/// Refuses a container in which one of the volumes that it is annotated with is not
+/// a mount of ours: Podman makes a local volume of any name that it does not know.
+fn guard(config: &Path, text: &str) -> Result<(), Failure> {
+    let refused = |why: String| Err(Failure::Failed(why));
+    let spec: Spec = match serde_json::from_str(text) {
+        Ok(spec) => spec,
+        // Without the word there is nothing to guard.
+        Err(_) if !text.contains(GUARD) => return Ok(()),
+        Err(error) => return refused(format!("the container's configuration: {error}")),
+    };
+    let annotations = spec.annotations().as_ref();
+    let Some(wanted) = annotations.and_then(|all| all.get(GUARD)) else {
+        return Ok(());
+    };
+    let settings = Settings::load(config)?;
+    let table = mount::table().map_err(failed("the mount table"))?;
+    for pair in wanted.split_whitespace() {
+        let parsed = pair
+            .split_once(':')
+            .map(|(name, target)| (name.parse(), target));
+        let Some((Ok::<VolumeName, _>(name), target)) = parsed else {
+            return refused(format!(
+                "annotation {GUARD}={wanted:?}: {pair:?} is not NAME:TARGET"
+            ));
+        };
+        let at = settings.mount_dir.join(name.as_str());
+        let mounts = spec.mounts().iter().flatten();
+        let here = mounts.filter(|mount| mount.destination() == Path::new(target));
+        let sources: Vec<_> = here.filter_map(|mount| mount.source().clone()).collect();
+        let hint = format!("podman volume create --driver lvm-cache-friend {name}");
+        match sources.last() {
+            None => {
+                return refused(format!(
+                    "no volume is mounted at {target}, where {name} should be"
+                ));
+            }
+            Some(source) if *source != at => {
+                return refused(format!(
+                    "what is mounted at {target} is not the cache volume {name} but {}: a local volume of that name hides it, or it was never created (with {hint})",
+                    source.display()
+                ));
+            }
+            Some(_) if table.iter().all(|mount| mount.at != at) => {
+                return refused(format!(
+                    "the cache volume {name} is not mounted there: does the daemon run?"
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_of_a_container() {
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/a", "type": "bind", "source": "/m/one", "options": ["rbind"]},
+                {"destination": "/b", "type": "bind", "source": "/m/two/below"},
+                {"destination": "/c", "type": "bind", "source": "/m"},
+                {"destination": "/d", "type": "bind", "source": "/mm/three"},
+                {"destination": "/e", "type": "bind", "source": "/m/one"},
+                {"destination": "/f", "type": "bind"},
+            ],
+        });
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        let found = volumes(&spec, Path::new("/m"));
+        assert_eq!(found.iter().collect::<Vec<_>>(), ["one", "two"]);
+    }
+}

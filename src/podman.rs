@@ -1,0 +1,316 @@
+//! Podman's record of how a container ended.
+//!
+//! A poststop hook is not told the exit code, the file that conmon wrote it to is
+//! gone by then, and `podman inspect` waits for the lock that the hook's caller
+//! holds. But the `died` event with the code has been written before Podman 4.3 and
+//! later run the hook (libpod/container_internal.go), so it is read where Podman's
+//! event logger keeps it: a file, or the journal. With `events_logger = "none"`
+//! nobody knows.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+/// Where Podman keeps its files if nobody says otherwise, as root.
+const TMP_DIR: &str = "/run/libpod";
+
+/// How much of the events file's end is read, in bytes. Some hundred events: what
+/// other containers can add between an end and its hook.
+const TAIL: u64 = 256 << 10;
+
+/// The journal takes what it is sent a moment later.
+const JOURNAL_WAIT: Duration = Duration::from_millis(600);
+
+/// What an event logger said of a container's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Died {
+    /// The exit code; 128 and the signal's number where one ended it.
+    pub code: i32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Logger {
+    File,
+    Journal,
+    None,
+}
+
+impl Logger {
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "file" => Some(Self::File),
+            "journald" => Some(Self::Journal),
+            "none" => Some(Self::None),
+            _ => None,
+        }
+    }
+}
+
+/// Where Podman writes its events.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Events {
+    /// Unknown: the file is tried, then the journal.
+    logger: Option<Logger>,
+    file: PathBuf,
+}
+
+impl Events {
+    /// As the Podman that called this program has it: its own options where it is the
+    /// clean-up that conmon started, which has them all, else `containers.conf`.
+    #[must_use]
+    pub fn of_caller() -> Self {
+        let parent = std::os::unix::process::parent_id();
+        let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
+        let words: Vec<String> = words
+            .split(|byte| *byte == 0)
+            .map(|word| {
+                OsString::from_vec(word.to_vec())
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .collect();
+        Self::find(&words, &configuration())
+    }
+
+    fn find(words: &[String], files: &[String]) -> Self {
+        let option = |name: &str| {
+            let at = words.iter().position(|word| word == name)?;
+            words.get(at + 1).filter(|word| !word.is_empty())
+        };
+        let mut logger = None;
+        let mut tmp_dir = None;
+        let mut file = None;
+        for text in files {
+            let Ok(conf) = toml::from_str::<Conf>(text) else {
+                continue;
+            };
+            logger = conf.engine.events_logger.or(logger);
+            tmp_dir = conf.engine.tmp_dir.or(tmp_dir);
+            file = conf.engine.events_logfile_path.or(file);
+        }
+        let logger = option("--events-backend").cloned().or(logger);
+        let tmp_dir = option("--tmpdir").map(PathBuf::from).or(tmp_dir);
+        let tmp_dir = tmp_dir.unwrap_or_else(|| TMP_DIR.into());
+        Self {
+            logger: logger.as_deref().and_then(Logger::named),
+            file: file.unwrap_or_else(|| tmp_dir.join("events/events.log")),
+        }
+    }
+
+    /// How the last run of a container ended; `None` where nobody says.
+    #[must_use]
+    pub fn died(&self, container: &str) -> Option<Died> {
+        let in_file = || in_file(&tail(&self.file).ok()?, container);
+        match self.logger {
+            Some(Logger::File) => in_file(),
+            Some(Logger::Journal) => in_journal(container),
+            Some(Logger::None) => None,
+            None => in_file().or_else(|| in_journal(container)),
+        }
+    }
+}
+
+/// Whether the kernel ended a process of this container for want of memory: conmon
+/// leaves a file in the bundle (ctr_logging and oom.c there).
+#[must_use]
+pub fn ran_out_of_memory(bundle: &Path) -> bool {
+    bundle.join("oom").exists()
+}
+
+/// What we need of `containers.conf`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Conf {
+    engine: Engine,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Engine {
+    events_logger: Option<String>,
+    events_logfile_path: Option<PathBuf>,
+    tmp_dir: Option<PathBuf>,
+}
+
+/// The texts of all configuration files that root's Podman reads, in its order
+/// (containers.conf(5)).
+fn configuration() -> Vec<String> {
+    let mut files = Vec::new();
+    if let Some(only) = std::env::var_os("CONTAINERS_CONF") {
+        files.push(PathBuf::from(only));
+    } else {
+        for conf in [
+            "/usr/share/containers/containers.conf",
+            "/etc/containers/containers.conf",
+        ] {
+            files.push(conf.into());
+            let drop_ins = fs::read_dir(format!("{conf}.d")).into_iter().flatten();
+            let mut drop_ins: Vec<_> = drop_ins
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|path| path.extension().is_some_and(|e| e == "conf"))
+                .collect();
+            drop_ins.sort();
+            files.extend(drop_ins);
+        }
+    }
+    let read = |file| fs::read_to_string(file).ok();
+    files.into_iter().filter_map(read).collect()
+}
+
+fn tail(file: &Path) -> io::Result<String> {
+    let mut file = File::open(file)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Podman's events file has a JSON object a line. A code of 0 is left out there.
+fn in_file(text: &str, container: &str) -> Option<Died> {
+    #[derive(Deserialize)]
+    struct Event {
+        #[serde(rename = "ID")]
+        id: String,
+        #[serde(rename = "Status")]
+        status: String,
+        #[serde(rename = "ContainerExitCode", default)]
+        code: Option<i32>,
+    }
+    text.lines()
+        .rev()
+        .filter(|line| line.contains(container))
+        .filter_map(|line| serde_json::from_str::<Event>(line).ok())
+        .find(|event| event.id == container && event.status == "died")
+        .map(|event| Died {
+            code: event.code.unwrap_or(0),
+        })
+}
+
+fn in_journal(container: &str) -> Option<Died> {
+    let deadline = Instant::now() + JOURNAL_WAIT;
+    loop {
+        let output = Command::new("journalctl")
+            .args(["--quiet", "--output=json", "--lines=1", "PODMAN_EVENT=died"])
+            .arg(format!("PODMAN_ID={container}"))
+            .output()
+            .ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        if let Some(died) = in_journal_entry(&text) {
+            return Some(died);
+        }
+        if Instant::now() >= deadline {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn in_journal_entry(text: &str) -> Option<Died> {
+    #[derive(Deserialize)]
+    struct Entry {
+        #[serde(rename = "PODMAN_EXIT_CODE", default)]
+        code: Option<String>,
+    }
+    let entry: Entry = serde_json::from_str(text.lines().next()?).ok()?;
+    let code = entry.code.map_or(Ok(0), |code| code.parse()).ok()?;
+    Some(Died { code })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_found() {
+        let of_cleanup = "/usr/bin/podman\0--root\0/var/lib/containers/storage\0--tmpdir\0/run/own\0--events-backend\0file\0container\0cleanup\0abc";
+        let conf = "[engine]\nevents_logger = \"file\"\ntmp_dir = \"/run/conf\"\n";
+        let none = "[engine]\nevents_logger = \"none\"\n[containers]\nnetns = \"none\"\n";
+        let path = "[engine]\nevents_logfile_path = \"/var/log/events\"\n";
+        for (words, files, logger, file) in [
+            ("", vec![], None, "/run/libpod/events/events.log"),
+            (
+                of_cleanup,
+                vec![],
+                Some(Logger::File),
+                "/run/own/events/events.log",
+            ),
+            (
+                of_cleanup,
+                vec![none],
+                Some(Logger::File),
+                "/run/own/events/events.log",
+            ),
+            (
+                "podman\0run\0x",
+                vec![conf],
+                Some(Logger::File),
+                "/run/conf/events/events.log",
+            ),
+            (
+                "podman\0run\0x",
+                vec![conf, none],
+                Some(Logger::None),
+                "/run/conf/events/events.log",
+            ),
+            (
+                "podman\0--tmpdir",
+                vec![path, "no toml ="],
+                None,
+                "/var/log/events",
+            ),
+        ] {
+            let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
+            let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
+            let found = Events::find(&words, &files);
+            let want = Events {
+                logger,
+                file: file.into(),
+            };
+            assert_eq!(found, want, "{words:?} {files:?}");
+        }
+    }
+
+    #[test]
+    fn ends_in_the_events_file() {
+        let text = r#"{"ID":"abc","Status":"died","ContainerExitCode":3,"Name":"one","Type":"container"}
+{"ID":"abc","Status":"start","Name":"one","Type":"container"}
+{"ID":"abc","Status":"died","Name":"one","Type":"container"}
+{"ID":"abd","Status":"died","ContainerExitCode":137,"Name":"abc","Type":"container"}
+{"ID":"abe","Status":"start","Type":"container"}
+{"ID":"abe","Status":"di"#;
+        for (container, code) in [
+            ("abc", Some(0)),
+            ("abd", Some(137)),
+            ("abe", None),
+            ("a", None),
+        ] {
+            assert_eq!(
+                in_file(text, container).map(|d| d.code),
+                code,
+                "{container}"
+            );
+        }
+    }
+
+    #[test]
+    fn ends_in_the_journal() {
+        for (text, code) in [
+            (r#"{"PODMAN_EXIT_CODE":"3","MESSAGE":"x"}"#, Some(3)),
+            (r#"{"MESSAGE":"x"}"#, Some(0)),
+            ("", None),
+            ("nonsense", None),
+            (r#"{"PODMAN_EXIT_CODE":"much"}"#, None),
+        ] {
+            assert_eq!(in_journal_entry(text).map(|d| d.code), code, "{text}");
+        }
+    }
+}
