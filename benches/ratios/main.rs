@@ -152,7 +152,7 @@ fn many_entries(few: &Site) {
         site.quiet();
     }
     let mut mount = Ratio::new("warm Mount at 5,000 entries", "at 10");
-    for _ in 0..30 {
+    for _ in 0..11 {
         for (site, side) in sites.into_iter().zip([Ratio::one, Ratio::other]) {
             side(&mut mount, site.mount("volume"));
             site.unmount("volume");
@@ -161,7 +161,7 @@ fn many_entries(few: &Site) {
     }
     mount.print(Goal::AtMost(1.1));
     let mut create = Ratio::new("Create at 5,000 entries", "at 10");
-    for _ in 0..7 {
+    for _ in 0..3 {
         for (site, side) in sites.into_iter().zip([Ratio::one, Ratio::other]) {
             side(
                 &mut create,

@@ -217,7 +217,7 @@ impl Site {
     /// Waits until the daemon has nothing to do any more.
     pub fn quiet(&self) {
         let begin = Instant::now();
-        let mut last = (self.switches(), Instant::now());
+        let mut last = (self.activity(), Instant::now());
         while last.1.elapsed() < QUIET {
             assert!(
                 begin.elapsed() < PATIENCE,
@@ -225,15 +225,16 @@ impl Site {
                 self.log()
             );
             sleep(Duration::from_millis(20));
-            let switches = self.switches();
-            if switches != last.0 {
-                last = (switches, Instant::now());
+            let activity = self.activity();
+            if activity != last.0 {
+                last = (activity, Instant::now());
             }
         }
     }
 
-    fn switches(&self) -> u64 {
-        let of = |pid| switches(pid).values().sum::<u64>();
+    /// Grows whenever the daemon or its tool does something: wakes up, or goes on computing.
+    fn activity(&self) -> u64 {
+        let of = |pid| switches(pid).values().sum::<u64>() + ticks(pid);
         of(self.pid()) + self.tool().map_or(0, of)
     }
 
@@ -289,6 +290,14 @@ fn switches(pid: u32) -> BTreeMap<OsString, u64> {
             ))
         })
         .collect()
+}
+
+/// Processor time of a process so far, in clock ticks (proc(5), utime and stime).
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let (_, fields) = stat.rsplit_once(") ").unwrap_or_default();
+    let times = fields.split(' ').skip(11).take(2);
+    times.filter_map(|time| time.parse::<u64>().ok()).sum()
 }
 
 fn resident(pid: u32) -> u64 {

@@ -31,6 +31,8 @@ pub const MAKING: &str = "friend:making";
 /// used and not settled yet, since that boot. A lease that another boot began
 /// did not end cleanly.
 pub const LEASE: &str = "friend:lease:";
+/// The work in the lease that is not settled failed.
+pub const FAILED: &str = "friend:failed";
 /// Prefix of what may be passed over: remarks of people, and of versions to come.
 /// Any other tag that begins with `friend:` and is not known makes its LV
 /// [`Role::Unclear`], since it may well say what must not be passed over.
@@ -71,6 +73,8 @@ pub enum Role {
         from: Option<LvName>,
         /// The boot in which its unsettled lease began.
         lease: Option<String>,
+        /// The work in that lease failed.
+        failed: bool,
         /// Its content is not ready.
         making: bool,
     },
@@ -127,6 +131,7 @@ impl Role {
                 spec: Box::new(spec),
                 from: found.from,
                 lease: found.lease,
+                failed: found.failed,
                 making: found.making,
             });
         }
@@ -155,6 +160,7 @@ struct Found {
     from: Option<LvName>,
     pinned: bool,
     making: bool,
+    failed: bool,
     /// There is a tag that only volumes have.
     of_volume: bool,
     volume: Option<VolumeName>,
@@ -184,6 +190,8 @@ impl Found {
                 let valid = rest.len() == 8 && rest.bytes().all(|b| b.is_ascii_hexdigit());
                 let boot = valid.then(|| rest.to_owned()).ok_or_else(bad)?;
                 once(&mut found.lease, LEASE, boot)?;
+            } else if text == FAILED {
+                (found.of_volume, found.failed) = (true, true);
             } else if [RESTORE, SAVE, OPT].iter().any(|p| text.starts_with(p)) {
                 found.of_volume = true;
             } else {
@@ -286,6 +294,7 @@ mod tests {
                 spec,
                 from,
                 lease,
+                failed,
                 making,
             } => {
                 let mut text = match volume {
@@ -306,6 +315,9 @@ mod tests {
                     if let Some(name) = name {
                         text += &format!(", {word} {name}");
                     }
+                }
+                if *failed {
+                    text += ", failed";
                 }
                 if *making {
                     text += ", making";
@@ -505,7 +517,7 @@ mod tests {
             all.sort();
             prop_assert_eq!(
                 Role::from_tags(&all),
-                Role::Volume { volume: Some(volume), spec: Box::new(spec), from, lease, making }
+                Role::Volume { volume: Some(volume), spec: Box::new(spec), from, lease, failed: false, making }
             );
         }
 

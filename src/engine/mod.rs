@@ -32,7 +32,7 @@ use nix::sys::stat::{fstat, stat};
 use tracing::{error, info, warn};
 
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{LEASE, Role, VOLUME};
+use crate::cache::record::{FAILED, LEASE, Role, VOLUME};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{BadOption, OnError, Spec};
 use crate::cache::units::Bytes;
@@ -530,8 +530,34 @@ impl Engine {
         let Ok(volume) = self.volume(name) else {
             return;
         };
-        if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
+        let _op = lock(&volume.op);
+        let (lv, failed) = {
+            let mut now = lock(&volume.now);
+            let Phase::Leased(lease) = &mut now.phase else {
+                return;
+            };
+            let before = lease.verdict();
             lease.ends.insert(container.to_owned(), verdict);
+            let after = lease.verdict();
+            match &lease.backing {
+                Backing::Lv { copy, .. }
+                    if may_publish(&volume.spec)
+                        && (before == Verdict::Failure) != (after == Verdict::Failure) =>
+                {
+                    (copy.lv.clone(), after == Verdict::Failure)
+                }
+                _ => return,
+            }
+        };
+        // So that no other life of ours publishes what failed.
+        let (mark, none) = ([tag(FAILED)], []);
+        let (add, delete) = if failed {
+            (&mark[..], &none[..])
+        } else {
+            (&none[..], &mark[..])
+        };
+        if let Err(error) = self.store.change_tags(&lv, add, delete) {
+            warn!(volume = %name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
         }
     }
 

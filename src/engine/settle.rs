@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, mem, slice, thread};
+use std::{fs, mem, thread};
 
 use serde_json::json;
 use tracing::{info, warn};
@@ -15,7 +15,7 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{MAKING, SNAPSHOT, entry_tags};
+use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{Publish, Spec};
 use crate::failpoint::reach;
@@ -242,7 +242,8 @@ impl Engine {
                 Ok(phase) => phase,
                 Err(error) => {
                     warn!(volume = %volume.name, %error, "no next copy yet: the next use makes one");
-                    if let Err(error) = self.store.change_tags(lv, &[], slice::from_ref(mark)) {
+                    let marks = [mark.clone(), tag(FAILED)];
+                    if let Err(error) = self.store.change_tags(lv, &[], &marks) {
                         warn!(%lv, %error, "a settled lease could not be unmarked");
                     }
                     Phase::Stale(Some(lv.clone()))
@@ -379,7 +380,7 @@ impl Engine {
         // In use again, the mark is the next lease's.
         if may_publish(&volume.spec)
             && idle
-            && let Err(error) = self.store.change_tags(&lv, &[], &[ended.mark])
+            && let Err(error) = self.store.change_tags(&lv, &[], &[ended.mark, tag(FAILED)])
         {
             warn!(%lv, %error, "a settled lease could not be unmarked");
         }

@@ -55,6 +55,8 @@ pub(super) struct Current {
     pub from: Option<LvName>,
     pub making: bool,
     pub leased: bool,
+    /// A container that used it has failed.
+    pub failed: bool,
 }
 
 /// A lease that no settlement was committed for.
@@ -70,6 +72,7 @@ pub(super) struct SeenLease {
     pub mark: Tag,
     /// An entry was made of it already.
     pub published: bool,
+    pub verdict: Verdict,
 }
 
 impl Seen {
@@ -125,6 +128,7 @@ impl Seen {
                     spec,
                     from,
                     lease,
+                    failed,
                     ..
                 } => match lease {
                     Some(lease) => seen.ended.push(SeenLease {
@@ -135,6 +139,7 @@ impl Seen {
                         cut_short: lease != boot,
                         mark: tag(&format!("{LEASE}{lease}")),
                         published: false,
+                        verdict: verdict(failed),
                     }),
                     None => seen.leftover.push(lv.name.clone()),
                 },
@@ -143,12 +148,14 @@ impl Seen {
                     spec,
                     from,
                     lease,
+                    failed,
                     making,
                 } => of_volumes.entry(name).or_default().push(VolumeLv {
                     lv,
                     spec: *spec,
                     from,
                     lease,
+                    failed,
                     making,
                 }),
             }
@@ -205,6 +212,7 @@ impl Seen {
                     cut_short: lease != boot,
                     mark: tag(&format!("{LEASE}{lease}")),
                     published: false,
+                    verdict: verdict(l.failed),
                 });
             } else if Some(i) != current {
                 self.leftover.push(lv.clone());
@@ -215,6 +223,7 @@ impl Seen {
                     from: l.from,
                     making: l.making,
                     leased,
+                    failed: l.failed,
                 });
             }
         }
@@ -227,6 +236,7 @@ struct VolumeLv<'a> {
     spec: Spec,
     from: Option<LvName>,
     lease: Option<String>,
+    failed: bool,
     making: bool,
 }
 
@@ -374,14 +384,19 @@ impl Engine {
             FsType::Xfs
         };
         let mark = may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone()));
-        Some(lease(
+        let mut lease = lease(
             Backing::Lv {
                 copy: current.copy(Restored::Earlier),
                 open: OpenFs { mounted, fs },
                 baseline: None,
             },
             mark,
-        ))
+        );
+        if current.failed {
+            // Which container that was, nobody knows any more.
+            lease.ends.insert(String::new(), Verdict::Failure);
+        }
+        Some(lease)
     }
 
     fn go_on_scratch(&self, m: &MountPoint) -> Option<Lease> {
@@ -434,7 +449,7 @@ impl Engine {
                 },
                 open: None,
                 baseline: None,
-                verdict: Verdict::Unknown,
+                verdict: lease.verdict,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
                 mount: Duration::ZERO,
@@ -456,6 +471,14 @@ impl Engine {
                 info!(at = %path.display(), "an empty mountpoint was removed");
             }
         }
+    }
+}
+
+fn verdict(failed: bool) -> Verdict {
+    if failed {
+        Verdict::Failure
+    } else {
+        Verdict::Unknown
     }
 }
 

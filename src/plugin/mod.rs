@@ -159,11 +159,11 @@ async fn unmount(State(app): State<Arc<App>>, body: Payload) -> Answer {
 }
 
 async fn started(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    app.tell(&body, |_| Verdict::Unknown)
+    app.tell(&body, |_| Verdict::Unknown).await
 }
 
 async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    app.tell(&body, wire::Use::verdict)
+    app.tell(&body, wire::Use::verdict).await
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
@@ -193,14 +193,16 @@ impl App {
     }
 
     /// Tells the engine of a container that uses volumes.
-    fn tell(&self, body: &Payload, verdict: impl FnOnce(&wire::Use) -> Verdict) -> Answer {
+    async fn tell(&self, body: &Payload, verdict: impl FnOnce(&wire::Use) -> Verdict) -> Answer {
         let of = wire::Use::parse(&body.0)?;
         let (verdict, names) = (verdict(&of), of.names()?);
-        self.at_once(|engine| {
+        self.work(move |engine| {
             for name in &names {
                 engine.container(name, &of.container, verdict);
             }
-        })?;
+            Ok(())
+        })
+        .await?;
         Ok(ok(&wire::Done {}))
     }
 

@@ -1,11 +1,13 @@
 //! The hooks of hooks.d/, run by Podman: how containers ended, and the guard.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::{Body, Host};
 use crate::support::PROGRAM;
+use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::podman::{DropIn, create};
 use crate::support::site::Kind;
 use crate::support::wait_until;
@@ -13,6 +15,7 @@ use crate::support::wait_until;
 pub const BODIES: &[Body] = &[
     ("verdicts", verdicts),
     ("verdict_over_a_restart", over_a_restart),
+    ("verdict_over_a_kill", over_a_kill),
     ("guard", guard),
 ];
 
@@ -82,14 +85,14 @@ fn verdicts(kind: Kind) {
     let sleep = "exec sleep 3600";
     // Its first two runs fail.
     let third = "n=$(cat /quiet/n || echo 0); echo $((n + 1)) > /quiet/n; [ $n = 2 ]";
-    let cases: [(&str, &[&str], &str, &dyn Fn(), &str); 5] = [
-        ("exit 0", &[], "exit 0", &wait, "success"),
-        ("exit 1", &[], "exit 1", &wait, "failure"),
-        ("podman kill", &[], sleep, &kill, "failure"),
-        ("podman rm -f", &[], sleep, &remove, "failure"),
+    let cases = [
+        ("exit 0", &[][..], "exit 0", &wait as &dyn Fn(), "success"),
+        ("exit 1", &[][..], "exit 1", &wait, "failure"),
+        ("podman kill", &[][..], sleep, &kill, "failure"),
+        ("podman rm -f", &[][..], sleep, &remove, "failure"),
         (
             "restarted until it succeeds",
-            &["--restart=on-failure:5"],
+            &["--restart=on-failure:5"][..],
             third,
             &wait,
             "success",
@@ -122,19 +125,15 @@ fn over_a_restart(kind: Kind) {
     let mut host = Host::new(kind);
     let _hooks = Hooks::new(&host);
     volumes(&host);
-    for (code, published) in [("0", true), ("1", false)] {
-        host.podman.start(
-            "job",
-            "strict",
-            "date +%N > /strict/x; (until [ -e /strict/go ]; do sleep 0.1; done; kill -9 1) &",
-        );
-        let lv = host.status("strict")["lv"].clone();
-        let id = host.podman.done(&["inspect", "--format", "{{.Id}}", "job"]);
-        assert_eq!(host.status("strict")["containers"], json!([id.trim()]));
-        host.podman.done(&["rm", "--force", "--time", "0", "job"]);
-        let last = host.settled("strict", &lv);
-        assert_eq!(last["verdict"], "failure", "{last}");
+    host.podman.start("job", "strict", "date +%N > /strict/x");
+    let lv = host.status("strict")["lv"].clone();
+    let id = host.podman.done(&["inspect", "--format", "{{.Id}}", "job"]);
+    assert_eq!(host.status("strict")["containers"], json!([id.trim()]));
+    host.podman.end(&["job"]);
+    let last = host.settled("strict", &lv);
+    assert_eq!(last["verdict"], "failure", "{last}");
 
+    for (code, published) in [("0", true), ("1", false)] {
         let script = format!(
             "date +%N > /strict/x; until [ -e /strict/go ]; do sleep 0.1; done; exit {code}"
         );
@@ -161,6 +160,38 @@ fn over_a_restart(kind: Kind) {
             "exit {code}: {last}"
         );
         host.podman.done(&["rm", "job"]);
+    }
+}
+
+/// The daemon dies between the end of a container and Podman's Unmount.
+fn over_a_kill(kind: Kind) {
+    let mut host = Host::new(kind);
+    let _hooks = Hooks::new(&host);
+    for (code, verdict) in [("1", "failure"), ("0", "unknown")] {
+        // Podman mounts a volume no more whose Unmount failed.
+        let volume = format!("v{code}");
+        host.podman.create(&volume, &["save=quiet"]);
+        host.daemon = None;
+        let point = [("LVM_CACHE_FRIEND_FAILPOINT", "unmount.1")];
+        let daemon = Daemon::start_with(&host.site.config, Path::new(SOCKET), &point);
+        let script = format!("date +%N > /cache/x; exit {code}");
+        let mount = format!("{volume}:/cache");
+        let options = ["run", "--name", "job", "-v", &mount];
+        let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
+        host.podman.outcome(&[&options[..], &tail].concat());
+        daemon.died();
+        host.daemon = Some(host.site.serve());
+        let id = crate::support::podman::CLIENT;
+        host.daemon().plugin().unmount(&volume, id);
+        let mut last = Value::Null;
+        wait_until(|| {
+            last = host.status(&volume)["last_lease"].clone();
+            last.is_object()
+        });
+        assert_eq!(last["verdict"], verdict, "exit {code}: {last}");
+        let published = host.entries_tagged(&["quiet"]).len();
+        assert_eq!(published, usize::from(code == "0"), "exit {code}: {last}");
+        host.podman.outcome(&["rm", "--force", "job"]);
     }
 }
 
