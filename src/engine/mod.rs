@@ -289,8 +289,9 @@ impl Engine {
                 Ok(())
             }
             Err(error) if volume.spec.on_error == OnError::Scratch => {
-                error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, the volume exists until the daemon ends");
+                error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, only this daemon knows the volume until the store serves");
                 lock(&volume.now).phase = Phase::Stale(None);
+                self.upkeep.recheck();
                 Ok(())
             }
             Err(error) => {

@@ -144,6 +144,7 @@ impl Engine {
             let story = json!({"restored": "scratch", "published": null, "why": "scratch space"});
             info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
             lock(&volume.now).last = Some(story);
+            self.upkeep.recheck();
             return Phase::Stale(None);
         };
         let ended = Ended {

@@ -28,6 +28,10 @@ const BETWEEN_LISTINGS: Duration = Duration::from_secs(1);
 /// system on it.
 const UNREADY: Duration = Duration::from_secs(2);
 
+/// How often a volume without an LV, made or used while the store did not serve, is tried to be
+/// given one: until then it is known to this daemon alone.
+const HOMELESS: Duration = Duration::from_secs(10);
+
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
 
@@ -217,7 +221,15 @@ impl Engine {
 
     fn upkeep_thread(self: &Arc<Self>) {
         let mut unready = false;
-        while let Some(todo) = self.upkeep.next(unready.then_some(UNREADY)) {
+        loop {
+            let patience = if unready {
+                Some(UNREADY)
+            } else {
+                self.has_homeless().then_some(HOMELESS)
+            };
+            let Some(todo) = self.upkeep.next(patience) else {
+                return;
+            };
             if todo.list {
                 unready = self.relist();
             }
@@ -226,6 +238,15 @@ impl Engine {
                 thread::sleep(BETWEEN_LISTINGS);
             }
         }
+    }
+
+    /// Whether there is a volume without an LV that nobody is about to give one.
+    fn has_homeless(&self) -> bool {
+        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
+        volumes.iter().any(|volume| {
+            let now = lock(&volume.now);
+            matches!(now.phase, Phase::Stale(None)) && !now.removed && now.settling.is_empty()
+        })
     }
 
     fn removals_thread(self: &Arc<Self>) {
@@ -258,7 +279,7 @@ impl Engine {
             if lock(&self.state).stopping {
                 return;
             }
-            if volume.keeps() || !self.may_want_refresh(&volume) {
+            if !self.may_want_refresh(&volume) {
                 continue;
             }
             if let Err(error) = self.refresh(&volume) {
@@ -273,10 +294,11 @@ impl Engine {
         let now = lock(&volume.now);
         match &now.phase {
             Phase::Ready(copy) => {
-                copy.generation.load(Ordering::Relaxed) != lock(&self.state).generation
+                !volume.keeps()
+                    && copy.generation.load(Ordering::Relaxed) != lock(&self.state).generation
             }
             // The settlement of its last lease makes the next copy itself.
-            Phase::Stale(_) => now.settling.is_empty(),
+            Phase::Stale(lv) => now.settling.is_empty() && !(volume.keeps() && lv.is_some()),
             _ => false,
         }
     }

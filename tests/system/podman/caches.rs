@@ -296,7 +296,31 @@ fn misses(kind: Kind) {
 
 /// A store that does not serve.
 fn scratch(kind: Kind) {
-    let host = Host::new(kind);
+    let mut host = Host::new(kind);
+    {
+        let _broken = host.site.broken();
+        for (name, options) in [
+            ("late", &["restore=linux", "on-error=scratch"][..]),
+            ("kept", &["on-error=scratch"]),
+        ] {
+            host.podman.create(name, options);
+        }
+    }
+    // Known to the daemon alone, until the store serves again.
+    wait_until(|| {
+        let names: Vec<_> = host
+            .site
+            .list()
+            .iter()
+            .map(|row| row["volume"].clone())
+            .collect();
+        ["late", "kept"]
+            .iter()
+            .all(|name| names.contains(&json!(name)))
+    });
+    host.restart(false, |_| {});
+    assert_eq!(host.podman.volumes(), ["kept", "late"]);
+    host.podman.done(&["volume", "rm", "late", "kept"]);
     let podman = &host.podman;
     podman.create(
         "scratch",
