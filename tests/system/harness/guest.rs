@@ -207,10 +207,12 @@ impl Guest {
     fn wreck(&self, test: &str, failure: &str, console: bool) -> String {
         let _ = File::create(self.dir.join("stop"));
         drop(lock(&self.dir.join("alive"), FlockArg::LockExclusive));
+        // Nextest tries again what failed; each try has its wreck.
+        let attempt = std::env::var("NEXTEST_ATTEMPT").unwrap_or_else(|_| "1".to_owned());
         let place = self
             .dir
             .with_file_name("wrecks")
-            .join(test.replace("::", "."));
+            .join(format!("{}.{attempt}", test.replace("::", ".")));
         let _ = fs::remove_dir_all(&place);
         fs::create_dir_all(&place).expect("a place for the wreck");
         for part in ["share", "disk", "console", "log"] {

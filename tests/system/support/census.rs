@@ -196,6 +196,7 @@ impl Site {
 pub fn settled(kind: Kind, store: &str, volumes: &[Known<'_>]) -> Census {
     let since = Instant::now();
     loop {
+        let before = signs(store);
         let census = Census::of(kind, store);
         let complaints = census.complaints(volumes);
         if complaints.is_empty() {
@@ -206,8 +207,21 @@ pub fn settled(kind: Kind, store: &str, volumes: &[Known<'_>]) -> Census {
             "left over, with {volumes:?}:\n{}",
             complaints.join("\n")
         );
-        std::thread::sleep(Duration::from_millis(100));
+        let again = Instant::now() + Duration::from_secs(2);
+        let pause = Duration::from_millis(20);
+        std::thread::sleep(pause);
+        while kind == Kind::Lvm && signs(store) == before && Instant::now() < again {
+            std::thread::sleep(pause);
+        }
     }
+}
+
+/// What shows that a thin pool or its mounts have changed, and takes no process to look at: a guest has better to do than to
+/// run `lvs` over and over. LVM writes the group's description at each commit.
+fn signs(vg: &str) -> impl PartialEq {
+    let description = fs::metadata(Path::new("/etc/lvm/backup").join(vg));
+    let written = description.and_then(|file| file.modified()).ok();
+    (written, dm_devices(), mounts())
 }
 
 /// A device with what an entry holds, that cannot be written to.
