@@ -117,13 +117,6 @@ impl Events {
     }
 }
 
-/// Whether the kernel ended a process of this container for want of memory: conmon
-/// leaves a file in the bundle (ctr_logging and oom.c there).
-#[must_use]
-pub fn ran_out_of_memory(bundle: &Path) -> bool {
-    bundle.join("oom").exists()
-}
-
 /// What we need of `containers.conf`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]

@@ -22,7 +22,7 @@ use crate::config::{ConfigError, Settings};
 use crate::logging::{self, LogLevel};
 use crate::mount;
 use crate::plugin::client;
-use crate::podman::{self, Events};
+use crate::podman::Events;
 
 /// How long the daemon may take to answer. Podman waits for the hook.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(800);
@@ -88,9 +88,7 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
     let mut body = json!({"Container": state.id(), "Volumes": volumes});
     let endpoint = if stage == Stage::Poststop {
         let died = Events::of_caller().died(state.id());
-        let out_of_memory = podman::ran_out_of_memory(state.bundle());
         body["ExitCode"] = died.map(|died| died.code).into();
-        body["OutOfMemory"] = out_of_memory.into();
         "Friend.Ended"
     } else {
         body["Pid"] = (*state.pid()).into();

@@ -108,8 +108,6 @@ pub struct Use {
     volumes: Vec<String>,
     #[serde(default)]
     exit_code: Option<i32>,
-    #[serde(default)]
-    out_of_memory: bool,
 }
 
 impl Use {
@@ -136,11 +134,11 @@ impl Use {
         Ok(names.map(|name| name.parse()).collect::<Result<_, _>>()?)
     }
 
-    /// How it ended. A signal is a failure too: its exit code is 128 and more.
+    /// How it ended. A signal is a failure too, the one that the kernel sends for want of
+    /// memory among them: its exit code is 128 and more.
     #[must_use]
     pub fn verdict(&self) -> Verdict {
         match self.exit_code {
-            _ if self.out_of_memory => Verdict::Failure,
             Some(0) => Verdict::Success,
             Some(_) => Verdict::Failure,
             None => Verdict::Unknown,

@@ -111,8 +111,7 @@ fn verdicts(kind: Kind) {
     }
     if kind == Kind::Lvm {
         let options = ["--memory=24m", "--memory-swap=24m"];
-        // The shell lives on, and says that all is well.
-        let script = "dd if=/dev/zero of=/dev/null bs=64M count=1 || true; exit 0";
+        let script = "exec dd if=/dev/zero of=/dev/null bs=64M count=1";
         for last in ended(&host, &options, script, wait) {
             assert_eq!(last["verdict"], "failure", "out of memory: {last}");
             assert_eq!(last["published"], Value::Null, "out of memory: {last}");
