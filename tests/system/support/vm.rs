@@ -33,6 +33,7 @@ pub fn start_part(dir: &Path, options: &[&str], name: &str) -> Guest {
 fn part_command(options: &[&str], name: &str) -> Command {
     let mut command = vm_run();
     command
+        .args(["--cpus", "1"])
         .args(options)
         .arg("--")
         .arg(this_binary())
