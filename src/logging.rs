@@ -44,6 +44,19 @@ impl From<LogLevel> for LevelFilter {
 /// # Errors
 /// When RUST_LOG does not parse.
 pub fn start(level: LogLevel) -> Result<(), String> {
+    start_to(stderr_is_journal(), level)
+}
+
+/// The same for a hook, whose standard error its caller throws away: to the journal
+/// wherever there is one.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_in_hook(level: LogLevel) -> Result<(), String> {
+    start_to(true, level)
+}
+
+fn start_to(to_journal: bool, level: LogLevel) -> Result<(), String> {
     let level = LevelFilter::from(level);
     let filter = match std::env::var("RUST_LOG") {
         Ok(text) if !text.is_empty() => text
@@ -55,9 +68,7 @@ pub fn start(level: LogLevel) -> Result<(), String> {
             .with_default(level.min(LevelFilter::WARN)),
     };
     let registry = tracing_subscriber::registry().with(filter);
-    if stderr_is_journal()
-        && let Ok(journal) = tracing_journald::layer()
-    {
+    if to_journal && let Ok(journal) = tracing_journald::layer() {
         registry
             .with(
                 journal

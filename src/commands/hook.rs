@@ -39,8 +39,8 @@ const GUARD: &str = "lvm-cache-friend.volume";
 /// # Errors
 /// In precreate only: when a volume that the container is annotated with is not ours.
 pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
-    // RUST_LOG is not ours here, so it cannot be wrong enough to matter.
-    let _ = logging::start(LogLevel::Warn);
+    // A RUST_LOG that does not parse is no reason for a container to fail.
+    let _ = logging::start_in_hook(LogLevel::Warn);
     let mut input = String::new();
     let read = io::stdin().take(MAX_INPUT).read_to_string(&mut input);
     if args.stage == Stage::Precreate {

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::support::census::Known;
 use crate::support::command::{Outcome, outcome, run};
 use crate::support::daemon::Plugin;
 use crate::support::reflink::ReflinkFs;
@@ -172,6 +173,8 @@ fn list_and_show(kind: Kind) {
     site.done(&["import", dir, "--tags", "linux"]);
     let restores = json!({"restore": "linux zzz; linux", "save": "next", "on-miss": "fail"});
     let at = mount_entry(daemon.plugin(), "job", &restores);
+    // The copy that Create made before these entries were noticed is listed until it is removed.
+    site.settled(&[Known::mounted("job")]);
 
     let check = |mounted: bool| {
         let list = site.list();
