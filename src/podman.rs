@@ -7,10 +7,8 @@
 //! event logger keeps it: a file, or the journal. With `events_logger = "none"`
 //! nobody knows.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -27,13 +25,6 @@ const TAIL: u64 = 256 << 10;
 
 /// The journal takes what it is sent a moment later.
 const JOURNAL_WAIT: Duration = Duration::from_millis(600);
-
-/// What an event logger said of a container's end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Died {
-    /// The exit code; 128 and the signal's number where one ended it.
-    pub code: i32,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Logger {
@@ -68,14 +59,8 @@ impl Events {
     pub fn of_caller() -> Self {
         let parent = std::os::unix::process::parent_id();
         let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words: Vec<String> = words
-            .split(|byte| *byte == 0)
-            .map(|word| {
-                OsString::from_vec(word.to_vec())
-                    .to_string_lossy()
-                    .into_owned()
-            })
-            .collect();
+        let words = String::from_utf8_lossy(&words);
+        let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
         Self::find(&words, &configuration())
     }
 
@@ -104,9 +89,10 @@ impl Events {
         }
     }
 
-    /// How the last run of a container ended; `None` where nobody says.
+    /// The exit code of a container's last run, 128 and the signal's number where one
+    /// ended it; `None` where nobody says.
     #[must_use]
-    pub fn died(&self, container: &str) -> Option<Died> {
+    pub fn exit_code(&self, container: &str) -> Option<i32> {
         let in_file = || in_file(&tail(&self.file).ok()?, container);
         match self.logger {
             Some(Logger::File) => in_file(),
@@ -168,7 +154,7 @@ fn tail(file: &Path) -> io::Result<String> {
 }
 
 /// Podman's events file has a JSON object a line. A code of 0 is left out there.
-fn in_file(text: &str, container: &str) -> Option<Died> {
+fn in_file(text: &str, container: &str) -> Option<i32> {
     #[derive(Deserialize)]
     struct Event {
         #[serde(rename = "ID")]
@@ -183,12 +169,10 @@ fn in_file(text: &str, container: &str) -> Option<Died> {
         .filter(|line| line.contains(container))
         .filter_map(|line| serde_json::from_str::<Event>(line).ok())
         .find(|event| event.id == container && event.status == "died")
-        .map(|event| Died {
-            code: event.code.unwrap_or(0),
-        })
+        .map(|event| event.code.unwrap_or(0))
 }
 
-fn in_journal(container: &str) -> Option<Died> {
+fn in_journal(container: &str) -> Option<i32> {
     let deadline = Instant::now() + JOURNAL_WAIT;
     loop {
         let output = Command::new("journalctl")
@@ -197,25 +181,22 @@ fn in_journal(container: &str) -> Option<Died> {
             .output()
             .ok()?;
         let text = String::from_utf8_lossy(&output.stdout);
-        if let Some(died) = in_journal_entry(&text) {
-            return Some(died);
-        }
-        if Instant::now() >= deadline {
-            return None;
+        let code = in_journal_entry(&text);
+        if code.is_some() || Instant::now() >= deadline {
+            return code;
         }
         thread::sleep(Duration::from_millis(50));
     }
 }
 
-fn in_journal_entry(text: &str) -> Option<Died> {
+fn in_journal_entry(text: &str) -> Option<i32> {
     #[derive(Deserialize)]
     struct Entry {
         #[serde(rename = "PODMAN_EXIT_CODE", default)]
         code: Option<String>,
     }
     let entry: Entry = serde_json::from_str(text.lines().next()?).ok()?;
-    let code = entry.code.map_or(Ok(0), |code| code.parse()).ok()?;
-    Some(Died { code })
+    entry.code.map_or(Ok(0), |code| code.parse()).ok()
 }
 
 #[cfg(test)]
@@ -286,11 +267,7 @@ mod tests {
             ("abe", None),
             ("a", None),
         ] {
-            assert_eq!(
-                in_file(text, container).map(|d| d.code),
-                code,
-                "{container}"
-            );
+            assert_eq!(in_file(text, container), code, "{container}");
         }
     }
 
@@ -303,7 +280,7 @@ mod tests {
             ("nonsense", None),
             (r#"{"PODMAN_EXIT_CODE":"much"}"#, None),
         ] {
-            assert_eq!(in_journal_entry(text).map(|d| d.code), code, "{text}");
+            assert_eq!(in_journal_entry(text), code, "{text}");
         }
     }
 }

@@ -87,8 +87,7 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
     }
     let mut body = json!({"Container": state.id(), "Volumes": volumes});
     let endpoint = if stage == Stage::Poststop {
-        let died = Events::of_caller().died(state.id());
-        body["ExitCode"] = died.map(|died| died.code).into();
+        body["ExitCode"] = Events::of_caller().exit_code(state.id()).into();
         "Friend.Ended"
     } else {
         body["Pid"] = (*state.pid()).into();

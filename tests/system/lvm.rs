@@ -166,6 +166,11 @@ fn listed(store: &LvmStore, text: &str) -> Option<Lv> {
         .find(|lv| lv.name.as_str() == text)
 }
 
+fn names(store: &LvmStore) -> Vec<LvName> {
+    let lvs = store.list().unwrap().lvs;
+    lvs.into_iter().map(|lv| lv.name).collect()
+}
+
 fn sorted(mut tags: Vec<Tag>) -> Vec<Tag> {
     tags.sort();
     tags
@@ -223,14 +228,7 @@ fn only_the_pool_is_seen_and_touched() {
     store
         .create(&new("ours", &["a"], false), Bytes::mib(16))
         .unwrap();
-    let names: Vec<_> = store
-        .list()
-        .unwrap()
-        .lvs
-        .into_iter()
-        .map(|lv| lv.name)
-        .collect();
-    assert_eq!(names, [name("ours")]);
+    assert_eq!(names(&store), [name("ours")]);
 
     for foreign in ["friend-foreign", "friend-thin", "pool", "pool2"] {
         let foreign = name(foreign);
@@ -732,14 +730,7 @@ fn a_foreign_lock() {
     });
     drop(lock);
     // What was refused does not happen later either.
-    let names: Vec<_> = store
-        .list()
-        .unwrap()
-        .lvs
-        .into_iter()
-        .map(|lv| lv.name)
-        .collect();
-    assert_eq!(names, [name("one")]);
+    assert_eq!(names(&store), [name("one")]);
     assert_eq!(only_child(), child, "it gave up waiting, and lives");
 }
 

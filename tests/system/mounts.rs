@@ -17,7 +17,8 @@ use lvm_cache_friend::mount::{MountPoint, Mounted, detach, ensure_shared, in_use
 use tempfile::TempDir;
 
 use crate::harness::{Group, Test, Tier, test};
-use crate::support::disks::{LoopDevice, run, statvfs};
+use crate::support::command::run;
+use crate::support::disks::{LoopDevice, statvfs};
 
 /// All of them.
 pub fn tests() -> Vec<Test> {
@@ -386,7 +387,7 @@ fn contents() {
     ] {
         let disk = LoopDevice::new(Bytes::mib(320));
         let device = disk.device.to_str().unwrap();
-        run(tool, &[arguments, vec![device]].concat());
+        run(tool, [arguments, vec![device]].concat());
         assert_eq!(probe(&disk.device).unwrap(), want, "{tool}");
     }
     let short = tempfile::NamedTempFile::new().unwrap();

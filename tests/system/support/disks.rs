@@ -8,6 +8,8 @@ use std::process::Command;
 use lvm_cache_friend::cache::units::Bytes;
 use tempfile::TempDir;
 
+use super::command::run;
+
 /// A loop device over an image file in a directory of its own.
 pub struct LoopDevice {
     dir: TempDir,
@@ -20,7 +22,7 @@ impl LoopDevice {
         let dir = TempDir::new().unwrap();
         let image = dir.path().join("image");
         File::create(&image).unwrap().set_len(size.0).unwrap();
-        let device = run("losetup", &["--find", "--show", image.to_str().unwrap()]);
+        let device = run("losetup", ["--find", "--show", image.to_str().unwrap()]);
         let device = device.trim().into();
         Self { dir, device }
     }
@@ -35,7 +37,7 @@ impl LoopDevice {
         let copy = Self::new(Bytes::mib(1));
         run(
             "cp",
-            &[
+            [
                 "--sparse=always",
                 self.image().to_str().unwrap(),
                 copy.image().to_str().unwrap(),
@@ -52,7 +54,7 @@ impl LoopDevice {
     }
 
     fn refresh(&self) {
-        run("losetup", &["-c", self.device.to_str().unwrap()]);
+        run("losetup", ["-c", self.device.to_str().unwrap()]);
     }
 }
 
@@ -63,18 +65,6 @@ impl Drop for LoopDevice {
             .arg(&self.device)
             .status();
     }
-}
-
-/// Runs a tool to success and returns what it wrote.
-pub fn run(tool: &str, arguments: &[&str]) -> String {
-    let output = Command::new(tool).args(arguments).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{tool} {arguments:?}: {}: {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// What `statvfs` says of the place.
