@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
+use crate::job;
 use crate::logging::LogLevel;
 use crate::storage::lvm::{self, LvmStore};
 use crate::storage::reflink::ReflinkStore;
@@ -82,6 +83,34 @@ struct Document {
     stop_timeout: Duration,
     #[serde(default)]
     log_level: LogLevel,
+    #[serde(default)]
+    job: JobDocument,
+}
+
+/// What one job may do.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct JobDocument {
+    line: usize,
+    criteria: usize,
+    terms: usize,
+    mounts: usize,
+    connections: usize,
+    #[serde(deserialize_with = "duration")]
+    request_time: Duration,
+}
+
+impl Default for JobDocument {
+    fn default() -> Self {
+        Self {
+            line: 4096,
+            criteria: 10,
+            terms: 64,
+            mounts: 32,
+            connections: 64,
+            request_time: Duration::from_secs(30),
+        }
+    }
 }
 
 fn default_socket() -> PathBuf {
@@ -134,6 +163,8 @@ pub struct Settings {
     pub stop_timeout: Duration,
     /// What is logged.
     pub log_level: LogLevel,
+    /// What one job may do on its socket.
+    pub job: job::Limits,
 }
 
 /// The configuration cannot be had.
@@ -247,6 +278,14 @@ impl Settings {
             empty_size: document.empty_size,
             stop_timeout: document.stop_timeout,
             log_level: document.log_level,
+            job: job::Limits {
+                line: document.job.line,
+                criteria: document.job.criteria,
+                terms: document.job.terms,
+                mounts: document.job.mounts,
+                connections: document.job.connections,
+                request_time: document.job.request_time,
+            },
         })
     }
 
@@ -307,6 +346,7 @@ pub fn write(file: &Path, store: &StoreConfig) -> Result<(), ConfigError> {
 }
 
 fn text(store: &StoreConfig) -> String {
+    let job = JobDocument::default();
     let quoted = |text: &str| toml::Value::from(text).to_string();
     let path = |path: &Path| quoted(&path.to_string_lossy());
     let store = match store {
@@ -361,6 +401,16 @@ fn text(store: &StoreConfig) -> String {
          # error, warn, info, debug or trace; `--log-level` and RUST_LOG go before it.\n\
          #log-level = {level}\n\
          \n\
+         # What one job may do on the socket of its job volume: bytes of a line, criteria of a\n\
+         # request, its terms and tags, caches mounted at once, connections at once, and the time\n\
+         # that a request may take to arrive.\n\
+         #job.line = {line}\n\
+         #job.criteria = {criteria}\n\
+         #job.terms = {terms}\n\
+         #job.mounts = {mounts}\n\
+         #job.connections = {connections}\n\
+         #job.request-time = {request_time}\n\
+         \n\
          {store}",
         socket = path(&default_socket()),
         group = quoted(&default_group()),
@@ -370,6 +420,12 @@ fn text(store: &StoreConfig) -> String {
         empty = quoted("10G"),
         stop = quoted("30s"),
         level = quoted("info"),
+        line = job.line,
+        criteria = job.criteria,
+        terms = job.terms,
+        mounts = job.mounts,
+        connections = job.connections,
+        request_time = quoted("30s"),
     )
 }
 

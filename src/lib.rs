@@ -24,6 +24,7 @@
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
+//!   [`job`]: what containers ask for on a job volume's socket.
 //!   [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
@@ -44,6 +45,7 @@ pub mod engine;
 pub mod exec;
 pub mod failpoint;
 pub mod fs;
+pub mod job;
 pub mod logging;
 pub mod mount;
 pub mod plugin;

@@ -140,6 +140,35 @@ impl Mounted {
         Ok(Self::hold(mount)?)
     }
 
+    /// Holds on to a mount that is attached at `at`, so that what is mounted below its
+    /// root shows there: no copy, unlike [`Mounted::attached`].
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn in_place(at: &Path) -> io::Result<Self> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+        Ok(Self::hold(rustix::mount::open_tree(CWD, at, flags)?)?)
+    }
+
+    /// Holds on to the mount whose root `place` is.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn clone_of(place: BorrowedFd<'_>) -> io::Result<Self> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        Ok(Self::hold(rustix::mount::open_tree(place, "", flags)?)?)
+    }
+
+    /// The mount itself, to be taken away by once it is attached.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn mount_fd(&self) -> io::Result<OwnedFd> {
+        self.mount.try_clone()
+    }
+
     fn hold(mount: OwnedFd) -> rustix::io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(&mount, ".", flags, Mode::empty())?;
@@ -154,6 +183,22 @@ impl Mounted {
     pub fn attach(&self, at: &Path) -> io::Result<()> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         Ok(rustix::mount::move_mount(&self.mount, "", CWD, at, flags)?)
+    }
+
+    /// Moves the mount onto the directory that `place` has open.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn attach_upon(&self, place: BorrowedFd<'_>) -> io::Result<()> {
+        let flags =
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        Ok(rustix::mount::move_mount(
+            &self.mount,
+            "",
+            place,
+            "",
+            flags,
+        )?)
     }
 
     /// Writes everything to the device.
@@ -255,6 +300,23 @@ pub fn detach(at: &Path) -> io::Result<bool> {
     }
 }
 
+/// [`detach`] for a path that is a link to a descriptor (below /proc/self/fd): the very mount that it
+/// was opened in, wherever that is by now.
+///
+/// # Errors
+/// What the kernel says.
+pub fn detach_following(link: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(link, UnmountFlags::DETACH)?)
+}
+
+/// The number, in the mount table, of the mount that `fd` was opened in.
+///
+/// # Errors
+/// What the kernel says.
+pub fn id_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
 /// Whether a file system on `device` is still mounted, in any namespace, or
 /// somebody else has it for themselves.
 ///
@@ -279,6 +341,8 @@ pub fn in_use(device: &Path) -> io::Result<bool> {
 pub struct MountPoint {
     /// The mount's number in this boot; numbers are used again.
     pub id: u64,
+    /// Which part of the file system, as a path in it.
+    pub root: PathBuf,
     /// Where.
     pub at: PathBuf,
     /// The device number `(major, minor)`.
@@ -289,6 +353,8 @@ pub struct MountPoint {
     pub source: String,
     /// Whether mounts below it reach other namespaces (`shared:`).
     pub shared: bool,
+    /// Whether mounts below it come from another namespace (`master:`).
+    pub follows: bool,
 }
 
 /// This thread's mount table, in the order in which the kernel lists it: of
@@ -297,13 +363,19 @@ pub struct MountPoint {
 /// # Errors
 /// What reading /proc/thread-self/mountinfo says.
 pub fn table() -> io::Result<Vec<MountPoint>> {
+    table_in(Path::new("/proc/thread-self/mountinfo"))
+}
+
+/// The mount table in `file`: another process's.
+///
+/// # Errors
+/// What reading it says.
+pub fn table_in(file: &Path) -> io::Result<Vec<MountPoint>> {
     // Paths need not be UTF-8. Ours are; others only must not be an error.
-    let text = std::fs::read("/proc/thread-self/mountinfo")?;
+    let text = std::fs::read(file)?;
     parse_table(&String::from_utf8_lossy(&text)).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            "/proc/thread-self/mountinfo: a line that cannot be read",
-        )
+        let problem = format!("{}: a line that cannot be read", file.display());
+        io::Error::new(io::ErrorKind::InvalidData, problem)
     })
 }
 
@@ -315,25 +387,31 @@ fn parse_table(text: &str) -> Option<Vec<MountPoint>> {
 fn parse_mount_point(line: &str) -> Option<MountPoint> {
     let mut fields = line.split(' ');
     let id = fields.next()?.parse().ok()?;
-    let (_parent, device, _root) = (fields.next()?, fields.next()?, fields.next()?);
+    let (_parent, device) = (fields.next()?, fields.next()?);
+    let root = unescape(fields.next()?);
     let (major, minor) = device.split_once(':')?;
     let at = unescape(fields.next()?);
     let _options = fields.next()?;
-    let mut shared = false;
+    let (mut shared, mut follows) = (false, false);
     // Any number of optional fields, up to a lone hyphen.
     loop {
         match fields.next()? {
             "-" => break,
-            field => shared |= field.starts_with("shared:"),
+            field => {
+                shared |= field.starts_with("shared:");
+                follows |= field.starts_with("master:");
+            }
         }
     }
     Some(MountPoint {
         id,
+        root: root.into(),
         at: at.into(),
         device: (major.parse().ok()?, minor.parse().ok()?),
         fs: unescape(fields.next()?).to_string_lossy().into_owned(),
         source: unescape(fields.next()?).to_string_lossy().into_owned(),
         shared,
+        follows,
     })
 }
 
@@ -391,11 +469,13 @@ mod tests {
     fn mount_point(id: u64, at: &str, device: (u32, u32), fs: &str, source: &str) -> MountPoint {
         MountPoint {
             id,
+            root: "/".into(),
             at: at.into(),
             device,
             fs: fs.into(),
             source: source.into(),
             shared: false,
+            follows: false,
         }
     }
 
@@ -408,7 +488,11 @@ mod tests {
         for (line, want) in [
             (
                 "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue",
-                Some(mount_point(36, "/mnt2", (98, 0), "ext3", "/dev/root")),
+                Some(MountPoint {
+                    root: "/mnt1".into(),
+                    follows: true,
+                    ..mount_point(36, "/mnt2", (98, 0), "ext3", "/dev/root")
+                }),
             ),
             (
                 "22 1 254:0 / / rw - ext4 /dev/vda rw",
@@ -420,7 +504,10 @@ mod tests {
             ),
             (
                 "41 22 0:31 / /run rw master:3 propagate_from:2 shared:5 unbindable new:7 - tmpfs t rw",
-                Some(shared(mount_point(41, "/run", (0, 31), "tmpfs", "t"))),
+                Some(MountPoint {
+                    follows: true,
+                    ..shared(mount_point(41, "/run", (0, 31), "tmpfs", "t"))
+                }),
             ),
             (
                 r"7 1 7:3 / /a\040b\134c\011d\012e rw - fuse.x\043y /dev/with\040space rw",

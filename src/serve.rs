@@ -7,10 +7,12 @@ use std::sync::Arc;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::oneshot;
 
 use crate::config::{RUN_DIR, Settings, StoreConfig};
-use crate::engine::{self, Engine, EngineError};
+use crate::engine::{self, Engine, EngineError, JobSocket};
+use crate::job;
 use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
 use crate::plugin::{self, server};
 use crate::storage::StoreError;
@@ -77,7 +79,7 @@ pub fn run(settings: &Settings) -> Result<(), ServeError> {
     // One thread: what blocks has threads of its own, and an idle daemon none.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(plugin::MAX_WORK + plugin::UNMOUNT_THREADS)
+        .max_blocking_threads(plugin::MAX_WORK + plugin::UNMOUNT_THREADS + job::MAX_WORK)
         .build()
         .map_err(doing("starting the runtime"))?;
     let result = runtime.block_on(live(settings, listener, max_connections));
@@ -99,9 +101,10 @@ async fn live(
     let mut signals = Signals::new().map_err(doing("listening for signals"))?;
     let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
 
+    let (jobs, sockets) = mpsc::unbounded_channel();
     let started = tokio::task::spawn_blocking({
         let settings = settings.clone();
-        move || start(&settings)
+        move || start(&settings, jobs)
     });
     let engine = tokio::select! {
         started = started => match started {
@@ -115,6 +118,7 @@ async fn live(
         }
     };
 
+    tokio::spawn(job::serve(Arc::clone(&engine), settings.job, sockets));
     let (stop, stopped) = oneshot::channel();
     let router = plugin::router(Arc::clone(&engine));
     let serving = server::serve(listener, router, max_connections, async {
@@ -154,7 +158,7 @@ async fn live(
     Ok(())
 }
 
-fn start(settings: &Settings) -> Result<Arc<Engine>, ServeError> {
+fn start(settings: &Settings, jobs: UnboundedSender<JobSocket>) -> Result<Arc<Engine>, ServeError> {
     let store = settings.store.open()?;
     Ok(Engine::start(
         store,
@@ -163,6 +167,7 @@ fn start(settings: &Settings) -> Result<Arc<Engine>, ServeError> {
             premounted: settings.premounted,
             scratch_size: settings.scratch_size,
             empty_size: settings.empty_size,
+            jobs,
         },
     )?)
 }

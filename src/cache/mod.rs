@@ -7,11 +7,13 @@
 //!   on its LV and back.
 //! - [`record`] · what an LV is to us, told by its tags. What does not parse is
 //!   [`record::Role::Unclear`] and left alone.
+//! - [`request`] · what a job asks for on its job volume's socket.
 //! - [`select`] · which entry a volume restores from. Cases are rows of
 //!   `select_cases.txt`.
 
 pub mod names;
 pub mod record;
+pub mod request;
 pub mod select;
 pub mod spec;
 pub mod units;

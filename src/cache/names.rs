@@ -126,6 +126,16 @@ name_type!(
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 );
 
+impl Tag {
+    /// What a job means by `text`, as a tag: what LVM's alphabet lacks becomes `-`.
+    pub(super) fn of_job(text: &str) -> String {
+        let byte = |c: char| u8::try_from(c).is_ok_and(tag_byte);
+        text.chars()
+            .map(|c| if byte(c) { c } else { '-' })
+            .collect()
+    }
+}
+
 impl LvName {
     /// A new name of ours: `friend-` and the base64url of the time and four
     /// random bytes, as the original script made them (it had no random part).

@@ -1,7 +1,8 @@
 //! What a logical volume's tags make of it.
 
 use super::names::{LvName, Tag, VolumeName, shortened};
-use super::spec::{Scope, Spec, scope_name};
+use super::select::Criteria;
+use super::spec::{OnMiss, Scope, Spec, scope_name};
 
 /// Marks the one base.
 pub const DEFAULT: &str = "friend:default";
@@ -65,7 +66,8 @@ pub enum Role {
     },
     /// A volume's, now or until its last lease is settled.
     Volume {
-        /// Its name; `None` once the volume was removed with a lease unsettled.
+        /// Its name; `None` for what a job asked for in its job volume (the mount table says
+        /// which), and once the volume was removed with a lease unsettled.
         volume: Option<VolumeName>,
         /// Its specification.
         spec: Box<Spec>,
@@ -120,9 +122,10 @@ impl Role {
             return Err(format!("{MAKING} but not {SNAPSHOT}"));
         }
         if found.of_volume {
-            if found.volume.is_none() && found.lease.is_none() {
+            // Being made, or made for a job that has not got it yet.
+            if found.volume.is_none() && found.lease.is_none() && !found.making {
                 return Err(format!(
-                    "a volume's options but neither {VOLUME} nor {LEASE}"
+                    "a volume's options but neither {VOLUME} nor {LEASE} nor {MAKING}"
                 ));
             }
             let spec = Spec::from_tags(tags).ok_or("options that do not parse")?;
@@ -226,6 +229,21 @@ pub fn volume_tags(volume: &VolumeName, spec: &Spec, from: Option<&LvName>) -> V
     let mut tags = vec![tag(SNAPSHOT, ""), tag(VOLUME, volume.as_str())];
     tags.extend(from.map(|from| tag(FROM, from.as_str())));
     tags.extend(spec.to_tags());
+    tags
+}
+
+/// All the tags of the LV of a cache that a job asked for, until the job has it. What it restores from
+/// is chosen once, so its criteria are not kept.
+#[must_use]
+pub fn late_tags(spec: &Spec, from: Option<&LvName>) -> Vec<Tag> {
+    let mut tags = vec![tag(SNAPSHOT, ""), tag(MAKING, "")];
+    tags.extend(from.map(|from| tag(FROM, from.as_str())));
+    let kept = Spec {
+        restore: Criteria::default(),
+        on_miss: OnMiss::default(),
+        ..spec.clone()
+    };
+    tags.extend(kept.to_tags());
     tags
 }
 
@@ -376,6 +394,10 @@ mod tests {
                 "friend:snapshot friend:lease:0123abcd friend:save:a",
                 "removed volume, save a, lease 0123abcd",
             ),
+            (
+                "friend:snapshot friend:making friend:save:a friend:scope:s",
+                "removed volume, save a, scope s, making",
+            ),
             ("friend:snapshot friend:making", "making"),
             ("friend:snapshot friend:making friend:cache:a", "making"),
             ("friend:snapshot friend:making friend:default", "making"),
@@ -435,7 +457,7 @@ mod tests {
             ),
             (
                 "friend:snapshot friend:save:a",
-                "unclear: a volume's options but neither friend:volume: nor friend:lease:",
+                "unclear: a volume's options but neither friend:volume: nor friend:lease: nor friend:making",
             ),
             (
                 "friend:snapshot friend:cache:",

@@ -65,6 +65,29 @@ impl FromStr for Term {
     }
 }
 
+impl Term {
+    /// The term that a job means by `text`: what LVM's tag alphabet lacks becomes `-`, as in the
+    /// original script's protocol, but for a `*` at the end.
+    ///
+    /// # Errors
+    /// When nothing is left before the `*`, or it is too long.
+    pub fn of_job(text: &str) -> Result<Self, BadCriteria> {
+        match text.strip_suffix('*') {
+            Some(prefix) => format!("{}*", Tag::of_job(prefix)).parse(),
+            None => Tag::of_job(text).parse(),
+        }
+    }
+
+    /// The first of `tags` that it matches.
+    #[must_use]
+    pub fn find<'a>(&self, tags: &'a [Tag]) -> Option<&'a Tag> {
+        tags.iter().find(|tag| match self {
+            Self::Exact(exact) => *tag == exact,
+            Self::Prefix(prefix) => tag.as_str().starts_with(prefix.as_str()),
+        })
+    }
+}
+
 impl fmt::Display for Term {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -85,6 +108,13 @@ impl Criterion {
         terms.sort_unstable();
         terms.dedup();
         (!terms.is_empty()).then_some(Self(terms))
+    }
+
+    /// The criterion that requires the terms of both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let terms = self.0.iter().chain(&other.0).cloned().collect();
+        Self::new(terms).expect("both have terms")
     }
 
     /// Its terms, in an order of their own: they are a set.

@@ -168,6 +168,23 @@ words! {
     }
 }
 
+/// What a volume is mounted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// One cache.
+    #[default]
+    Cache,
+    /// A directory in which a job has caches mounted while it runs.
+    Job,
+}
+
+words! {
+    Kind {
+        Cache = "cache",
+        Job = "job",
+    }
+}
+
 /// Owner of the volume's root directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
@@ -186,6 +203,8 @@ impl fmt::Display for Owner {
 /// All that a volume's options say.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Spec {
+    /// What it is mounted as. What else a job volume's options say is of the caches in it.
+    pub kind: Kind,
     /// What to restore from.
     pub restore: Criteria,
     /// Tags of what is published, in order, each once; none: nothing is.
@@ -261,11 +280,6 @@ impl Spec {
             match option.as_str() {
                 "uid" => id(value).map(|id| uid = Some(id)),
                 "gid" => id(value).map(|id| gid = Some(id)),
-                "type" => match value {
-                    "cache" => Ok(()),
-                    "job" => Err("job volumes are not there yet: write cache".to_owned()),
-                    _ => Err(refused(value, "cache")),
-                },
                 "device" => match value {
                     "none" | "lvm-cache-friend" => Ok(()),
                     _ => Err(refused(value, "none or lvm-cache-friend: no device is mounted")),
@@ -301,10 +315,15 @@ impl Spec {
             }
             spec.owner = Some(wanted);
         }
-        if !given.contains_key("reuse")
-            && (given.contains_key("restore") || given.contains_key("save"))
-        {
+        if given.contains_key("reuse") {
+            if spec.kind == Kind::Job {
+                let problem = "a job volume has none: each cache in it starts afresh";
+                return Err(BadOption::new("reuse", problem));
+            }
+        } else if given.contains_key("restore") || given.contains_key("save") {
             spec.reuse = Reuse::Fresh;
+        } else {
+            spec.reuse = spec.default_reuse();
         }
         spec.settle_read_scopes();
         spec.check()?;
@@ -313,7 +332,7 @@ impl Spec {
 
     /// Refuses what makes no sense together.
     fn check(&self) -> Result<(), BadOption> {
-        if self.on_miss == OnMiss::Fail && self.restore.0.is_empty() {
+        if self.on_miss == OnMiss::Fail && self.restore.0.is_empty() && self.kind == Kind::Cache {
             return Err(BadOption::new(
                 "on-miss",
                 "fail needs restore: without criteria nothing ever matches",
@@ -353,6 +372,7 @@ impl Spec {
             "on-miss" => self.on_miss = Word::parse(value)?,
             "on-error" => self.on_error = Word::parse(value)?,
             "reuse" => self.reuse = Word::parse(value)?,
+            "type" => self.kind = Word::parse(value)?,
             _ => return Err(format!("there is no such option; there are {OPTIONS}")),
         }
         Ok(())
@@ -367,7 +387,7 @@ impl Spec {
 
     /// `reuse` where it is not given.
     fn default_reuse(&self) -> Reuse {
-        if self.restore.0.is_empty() && self.save.is_empty() {
+        if self.kind == Kind::Cache && self.restore.0.is_empty() && self.save.is_empty() {
             Reuse::Keep
         } else {
             Reuse::Fresh
@@ -408,6 +428,7 @@ impl Spec {
             "read-scopes",
             (!read_scopes.is_empty()).then(|| read_scopes.join(" ")),
         );
+        option("type", unless(self.kind, Kind::default()));
         option("publish", unless(self.publish, Publish::default()));
         option("size", self.size.map(|size| size.0.to_string()));
         option("fs", self.fs.map(|fs| fs.to_string()));
@@ -460,6 +481,37 @@ impl Spec {
             spec.reuse = spec.default_reuse();
         }
         Some(spec)
+    }
+
+    /// The specification of a cache that a job asks for in its job volume, which has this one.
+    /// A request refines what the volume says and never widens it: each of its criteria is joined with
+    /// each of the volume's, and its save tags come on top of the volume's.
+    ///
+    /// # Errors
+    /// When that makes too many save tags.
+    pub fn of_request(&self, criteria: &[Criterion], save: &[Tag]) -> Result<Self, BadOption> {
+        let save: BTreeSet<_> = self.save.iter().chain(save).cloned().collect();
+        if save.len() > MAX_SAVE {
+            let problem =
+                format!("at most {MAX_SAVE} tags are accepted, the job volume's among them");
+            return Err(BadOption::new("save", problem));
+        }
+        let joined = criteria.iter().flat_map(|wanted| {
+            let own = self.restore.0.iter();
+            own.map(|own| own.and(wanted))
+        });
+        let restore = match (criteria, &self.restore.0[..]) {
+            ([], own) => own.to_vec(),
+            (wanted, []) => wanted.to_vec(),
+            _ => joined.collect(),
+        };
+        Ok(Self {
+            kind: Kind::Cache,
+            reuse: Reuse::Fresh,
+            restore: Criteria(restore),
+            save: save.into_iter().collect(),
+            ..self.clone()
+        })
     }
 
     /// The scopes to read, in order.
@@ -635,6 +687,11 @@ pub(super) mod tests {
             ("save=linux main linux", "save:linux save:main"),
             ("save=a&b -x", "save:-x save:a&b"),
             ("save=", "opt:reuse=fresh"),
+            ("type=cache", ""),
+            (
+                "type=job\nsave=a\non-miss=fail",
+                "save:a opt:type=job opt:on-miss=fail",
+            ),
             ("publish=unless-failed", ""),
             ("publish=on-success", "opt:publish=on-success"),
             ("publish=always", "opt:publish=always"),
@@ -776,8 +833,12 @@ pub(super) mod tests {
             ("on-miss=none".to_owned(), "on-miss", "base, empty, fail"),
             ("on-error=ignore".to_owned(), "on-error", "fail, scratch"),
             ("reuse=no".to_owned(), "reuse", "fresh, keep"),
-            ("type=job".to_owned(), "type", "not there yet"),
-            ("type=tmpfs".to_owned(), "type", "cache"),
+            (
+                "type=job\nreuse=fresh".to_owned(),
+                "reuse",
+                "a job volume has none",
+            ),
+            ("type=tmpfs".to_owned(), "type", "cache, job"),
             (
                 "device=/dev/sda".to_owned(),
                 "device",

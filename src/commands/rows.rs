@@ -224,11 +224,13 @@ mod tests {
         )]);
         let mounts = [MountPoint {
             id: 30,
+            root: "/".into(),
             at: "/run/m/cargo".into(),
             device: (253, 7),
             fs: "xfs".into(),
             source: "x".into(),
             shared: true,
+            follows: false,
         }];
         let all = Rows::new(&listing, Some(&usage), &mounts);
         let names: Vec<_> = all.rows.iter().map(|r| r.name.as_str()).collect();

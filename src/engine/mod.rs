@@ -8,6 +8,7 @@
 //!
 //! - `prepare`: choosing an entry and making a copy of it
 //! - `settle`: the end of a lease
+//! - `job`: job volumes, and what is mounted in them while they are in use
 //! - `start`: what the store and the mount table say after a restart
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!
@@ -15,6 +16,7 @@
 //! volume's own `op` is held over I/O); an LV that somebody writes to carries a
 //! cache tag; a volume that a client was told of has no LV.
 
+mod job;
 mod prepare;
 mod settle;
 mod start;
@@ -29,16 +31,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{fs, io, mem, thread};
 
 use nix::sys::stat::{fstat, stat};
+use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, info, warn};
 
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{FAILED, LEASE, Role, VOLUME};
+use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
 use crate::cache::select::{Entry, Index};
-use crate::cache::spec::{BadOption, OnError, Spec};
+use crate::cache::spec::{BadOption, Kind, OnError, Spec};
 use crate::cache::units::Bytes;
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
 use crate::storage::{Store, StoreError};
+pub use job::{Job, JobSocket, LateView, Saved};
 use upkeep::Upkeep;
 use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
 
@@ -61,6 +65,8 @@ pub struct Settings {
     /// Virtual size of volumes that start empty, where neither the volume nor a
     /// base says it.
     pub empty_size: Bytes,
+    /// Who serves the sockets of job volumes.
+    pub jobs: UnboundedSender<JobSocket>,
 }
 
 /// How the work in a lease ended.
@@ -110,6 +116,9 @@ pub enum EngineError {
     /// What a volume starts from is damaged.
     #[error("{0}")]
     Damaged(String),
+    /// A job asked for what it cannot have.
+    #[error("{0}")]
+    Job(String),
     /// The store did not serve.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -277,10 +286,13 @@ impl Engine {
     /// The first copy of a new volume, whose `op` the caller holds.
     fn make(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), EngineError> {
         reach("create", 1);
-        let made = match self.prepare(volume, "create") {
-            Ok(copy) => Ok(Phase::Ready(copy)),
+        let copy = match volume.spec.kind {
+            Kind::Cache => self.prepare(volume, "create").map(Phase::Ready),
+            Kind::Job => Err(EngineError::Miss(volume.name.clone())),
+        };
+        let made = match copy {
             Err(EngineError::Miss(_)) => self.placeholder(volume).map(|lv| Phase::Stale(Some(lv))),
-            Err(error) => Err(error),
+            other => other,
         };
         reach("create", 4);
         match made {
@@ -351,18 +363,59 @@ impl Engine {
         at: &Path,
         began: Instant,
     ) -> Result<Lease, Refused> {
-        let backing = match self.ready(volume, phase) {
+        let mut lease = Lease::new(self.backing(volume, phase)?);
+        let shown = self.show(lease.mounted(), at).and_then(|()| {
+            // From here on the job's container can reach it.
+            match &lease.backing {
+                Backing::Job { job, .. } => self.serve_job(job),
+                _ => Ok(()),
+            }
+        });
+        if let Err(error) = shown {
+            let phase = match lease.backing {
+                // Whatever was attached of it is not to be trusted to be detached.
+                Backing::Lv { copy, .. } if !volume.keeps() => Phase::Stale(Some(copy.lv)),
+                Backing::Lv { copy, .. } => Phase::Ready(copy),
+                Backing::Scratch(_) => Phase::Stale(None),
+                Backing::Job { lv, .. } => {
+                    let _ = mount::detach(at);
+                    let _ = fs::remove_dir(at);
+                    Phase::Stale(lv)
+                }
+            };
+            return Err(refuse(phase, error));
+        }
+        reach("mount", 3);
+        lease.took = began.elapsed();
+        if let Backing::Lv { copy, .. } = &lease.backing
+            && may_publish(&volume.spec)
+        {
+            lease.mark = Some(self.mark_leased(copy.lv.clone()));
+        }
+        Ok(lease)
+    }
+
+    /// What is to be mounted, attached nowhere.
+    fn backing(self: &Arc<Self>, volume: &Arc<Volume>, phase: Phase) -> Result<Backing, Refused> {
+        if volume.spec.kind == Kind::Job {
+            return match (self.open_job(volume), phase) {
+                (Ok(job), Phase::Stale(lv)) => Ok(Backing::Job { lv, job }),
+                (Ok(job), _) => Ok(Backing::Job { lv: None, job }),
+                (Err(error), phase) => Err(refuse(phase, error)),
+            };
+        }
+        match self.ready(volume, phase) {
             Ok((copy, open)) => {
                 let baseline = open
                     .mounted
                     .device_number()
                     .and_then(crate::fs::sectors_written)
                     .ok();
-                Backing::Lv {
+                Ok(Backing::Lv {
                     copy,
                     open,
                     baseline,
-                }
+                })
             }
             Err(refused)
                 if volume.spec.on_error == OnError::Scratch
@@ -371,38 +424,10 @@ impl Engine {
                 let Refusal { phase, error } = *refused;
                 error!(volume = %volume.name, %error, "the store does not serve: on-error=scratch, the job runs uncached");
                 let scratch = self.scratch(volume).map_err(|e| refuse(phase, e))?;
-                Backing::Scratch(scratch)
+                Ok(Backing::Scratch(scratch))
             }
-            Err(refused) => return Err(refused),
-        };
-        let mounted = match &backing {
-            Backing::Lv { open, .. } => &open.mounted,
-            Backing::Scratch(mounted) => mounted,
-        };
-        if let Err(error) = self.show(mounted, at) {
-            let phase = match backing {
-                // Whatever was attached of it is not to be trusted to be detached.
-                Backing::Lv { copy, .. } if !volume.keeps() => Phase::Stale(Some(copy.lv)),
-                Backing::Lv { copy, .. } => Phase::Ready(copy),
-                Backing::Scratch(_) => Phase::Stale(None),
-            };
-            return Err(refuse(phase, error));
+            Err(refused) => Err(refused),
         }
-        reach("mount", 3);
-        let mark = match &backing {
-            Backing::Lv { copy, .. } if may_publish(&volume.spec) => {
-                Some(self.mark_leased(copy.lv.clone()))
-            }
-            _ => None,
-        };
-        Ok(Lease {
-            backing,
-            ids: Default::default(),
-            began: Instant::now(),
-            took: began.elapsed(),
-            ends: Default::default(),
-            mark,
-        })
     }
 
     /// A copy that is the best now, mounted and attached nowhere.
@@ -485,6 +510,18 @@ impl Engine {
         })
     }
 
+    /// The same for a late mount, whose LV nothing else marks: in use from here on, not being made.
+    fn mark_late(self: &Arc<Self>, lv: LvName, failed: bool) -> thread::JoinHandle<()> {
+        let work = self.work();
+        thread::spawn(move || {
+            let mut add = vec![work.0.lease_tag()];
+            add.extend(failed.then(|| tag(FAILED)));
+            if let Err(error) = work.0.store.change_tags(&lv, &add, &[tag(MAKING)]) {
+                warn!(%lv, %error, "a lease could not be marked: its cache is not published if the daemon dies now");
+            }
+        })
+    }
+
     fn lease_tag(&self) -> Tag {
         tag(&format!("{LEASE}{}", self.boot))
     }
@@ -532,7 +569,7 @@ impl Engine {
             return;
         };
         let _op = lock(&volume.op);
-        let (lv, failed) = {
+        let (lvs, failed) = {
             let mut now = lock(&volume.now);
             let Phase::Leased(lease) = &mut now.phase else {
                 return;
@@ -540,25 +577,22 @@ impl Engine {
             let before = lease.verdict();
             lease.ends.insert(container.to_owned(), verdict);
             let after = lease.verdict();
-            match &lease.backing {
-                Backing::Lv { copy, .. }
-                    if may_publish(&volume.spec)
-                        && (before == Verdict::Failure) != (after == Verdict::Failure) =>
-                {
-                    (copy.lv.clone(), after == Verdict::Failure)
-                }
-                _ => return,
+            let failed = after == Verdict::Failure;
+            if (before == Verdict::Failure) == failed {
+                return;
             }
+            let lvs = match &lease.backing {
+                Backing::Lv { copy, .. } if may_publish(&volume.spec) => vec![copy.lv.clone()],
+                Backing::Job { job, .. } => job.lvs(),
+                Backing::Lv { .. } | Backing::Scratch(_) => Vec::new(),
+            };
+            (lvs, failed)
         };
         // So that no other life of ours publishes what failed.
-        let (mark, none) = ([tag(FAILED)], []);
-        let (add, delete) = if failed {
-            (&mark[..], &none[..])
-        } else {
-            (&none[..], &mark[..])
-        };
-        if let Err(error) = self.store.change_tags(&lv, add, delete) {
-            warn!(volume = %name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
+        for lv in lvs {
+            if let Err(error) = self.note_failure(&lv, failed) {
+                warn!(volume = %name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
+            }
         }
     }
 
@@ -638,6 +672,12 @@ impl Engine {
         Ok(())
     }
 
+    /// What the store is called where a job is told of it.
+    #[must_use]
+    pub fn store_name(&self) -> &str {
+        self.store.name()
+    }
+
     /// A volume, from memory: never waits for the store.
     #[must_use]
     pub fn get(&self, name: &VolumeName) -> Option<VolumeView> {
@@ -699,6 +739,7 @@ impl Engine {
                         }
                     }
                     Backing::Scratch(_) => say("restored", Restored::Scratch.as_str().into()),
+                    Backing::Job { job, .. } => say("mounts", job.shown()),
                 }
                 say("mount_ms", millis(lease.took).into());
                 let running = lease.ends.iter().filter(|(_, v)| **v == Verdict::Unknown);
@@ -775,11 +816,7 @@ impl Engine {
 impl Lease {
     /// Whether it is still what one sees at its mountpoint.
     fn is_at(&self, at: &Path) -> bool {
-        let mounted = match &self.backing {
-            Backing::Lv { open, .. } => &open.mounted,
-            Backing::Scratch(mounted) => mounted,
-        };
-        matches!((stat(at), fstat(mounted.root())), (Ok(seen), Ok(held)) if seen.st_dev == held.st_dev)
+        matches!((stat(at), fstat(self.mounted().root())), (Ok(seen), Ok(held)) if seen.st_dev == held.st_dev)
     }
 }
 

@@ -11,7 +11,7 @@ use tracing::{error, warn};
 use super::volume::{OpenFs, Premounted, Prepared, Restored, Slot, Source, Volume};
 use super::{Engine, EngineError, io_error, lock, tag, unix_now};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, MAKING, SNAPSHOT, volume_tags};
+use crate::cache::record::{DOOMED, MAKING, SNAPSHOT, late_tags, volume_tags};
 use crate::cache::select::{Choice, Index};
 use crate::cache::spec::{OnMiss, Spec};
 use crate::cache::units::Bytes;
@@ -184,7 +184,11 @@ impl Engine {
         making: bool,
         active: bool,
     ) -> Result<NewLv, EngineError> {
-        let mut tags = volume_tags(&volume.name, &volume.spec, from);
+        let mut tags = if volume.late.is_some() {
+            late_tags(&volume.spec, from)
+        } else {
+            volume_tags(&volume.name, &volume.spec, from)
+        };
         if making {
             tags.push(tag(MAKING));
         }
@@ -407,6 +411,7 @@ fn entry_source(spec: &Spec, choice: Choice<'_>) -> Source {
         },
         lv: Some(entry.lv.clone()),
         created: Some(entry.created),
+        tags: entry.tags.clone(),
         criterion: spec
             .restore
             .0

@@ -38,6 +38,8 @@ pub(super) struct Ended {
     /// Sectors written when it began.
     pub baseline: Option<u64>,
     pub verdict: Verdict,
+    /// The job wants none of it published.
+    pub discarded: bool,
     /// It was cut short: by a reboot.
     pub cut_short: bool,
     /// What the LV carries as long as it is not settled.
@@ -56,6 +58,7 @@ impl Ended {
             clean: !self.cut_short,
             changed: true,
             saved: self.source.saved,
+            discarded: self.discarded,
         };
         let mut bytes = None;
         if let Some(open) = &self.open {
@@ -85,12 +88,16 @@ struct End {
     changed: bool,
     /// See [`Source::saved`].
     saved: bool,
+    discarded: bool,
 }
 
 /// Whether a lease that ended so is published, or why not.
 fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
     if spec.save.is_empty() {
         return Some("no save tags");
+    }
+    if end.discarded {
+        return Some("the job discarded it");
     }
     let by_verdict = match (spec.publish, end.verdict) {
         (Publish::Never, _) => Some("publish=never"),
@@ -118,6 +125,11 @@ impl Engine {
         }
         reach("unmount", 1);
         let at = self.mountpoint(&volume.name);
+        let verdict = lease.verdict();
+        if let Backing::Job { job, .. } = &lease.backing {
+            lock(&volume.now).last = None;
+            self.end_lates(job, verdict);
+        }
         // A kept volume that is not published stays mounted out of sight; only a
         // mount that is attached can be cloned.
         let slot = (volume.keeps() && matches!(lease.backing, Backing::Lv { .. }))
@@ -133,19 +145,38 @@ impl Engine {
             warn!(volume = %volume.name, %error, "the mountpoint could not be removed");
         }
         reach("unmount", 3);
+        self.settle_lease(volume, lease, verdict, held)
+    }
+
+    /// Settles a lease that is out of sight, behind the caller. Gives what the volume's next use
+    /// starts from; `held` is the mount of one that keeps its content.
+    pub(super) fn settle_lease(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        lease: Lease,
+        verdict: Verdict,
+        held: Option<(Slot, Mounted)>,
+    ) -> Phase {
         let lasted = lease.began.elapsed();
-        let verdict = lease.verdict();
-        let Backing::Lv {
-            copy,
-            open,
-            baseline,
-        } = lease.backing
-        else {
-            let story = json!({"restored": "scratch", "published": null, "why": "scratch space"});
-            info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
-            lock(&volume.now).last = Some(story);
-            self.upkeep.recheck();
-            return Phase::Stale(None);
+        let (copy, open, baseline) = match lease.backing {
+            Backing::Lv {
+                copy,
+                open,
+                baseline,
+            } => (copy, open, baseline),
+            Backing::Job { lv, .. } => {
+                info!(volume = %volume.name, lasted_ms = millis(lasted), ?verdict, "job ended");
+                self.upkeep.recheck();
+                return Phase::Stale(lv);
+            }
+            Backing::Scratch(_) => {
+                let story =
+                    json!({"restored": "scratch", "published": null, "why": "scratch space"});
+                info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
+                volume.tell_last(story);
+                self.upkeep.recheck();
+                return Phase::Stale(None);
+            }
         };
         let ended = Ended {
             lv: copy.lv.clone(),
@@ -154,6 +185,7 @@ impl Engine {
             open: Some(open),
             baseline,
             verdict,
+            discarded: lease.discarded,
             cut_short: false,
             mark: self.lease_tag(),
             mount: lease.took,
@@ -375,7 +407,7 @@ impl Engine {
             Some(why) => Err(why.to_owned()),
             None if !idle => Err("the volume is in use again, or removed".to_owned()),
             None => self
-                .publish_mounted(volume, &lv, &story.source)
+                .publish_mounted(&volume.spec, &lv, &story.source)
                 .map_err(|e| e.to_string()),
         };
         // In use again, the mark is the next lease's.
@@ -392,13 +424,12 @@ impl Engine {
     /// Makes an entry of an LV whose file system is mounted: consistent, as the
     /// store freezes it, but its log needs a recovery. That happens here, once,
     /// before anybody can match it.
-    fn publish_mounted(
+    pub(super) fn publish_mounted(
         &self,
-        volume: &Volume,
+        spec: &Spec,
         lv: &LvName,
         source: &Source,
     ) -> Result<LvName, EngineError> {
-        let spec = &volume.spec;
         let cache_tags = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
         let making = NewLv {
             name: fresh_lv_name()?,
@@ -481,6 +512,7 @@ impl Story {
         let save: Vec<_> = volume.spec.save.iter().map(|tag| tag.as_str()).collect();
         info!(
             volume = %volume.name,
+            path = volume.late.as_ref().map(|(_, path)| tracing::field::display(path)),
             lv = %self.lv,
             from = source.lv.as_ref().map(tracing::field::display),
             criterion = source.criterion,
@@ -495,7 +527,7 @@ impl Story {
             not_published = why,
             "lease ended"
         );
-        lock(&volume.now).last = Some(json!({
+        volume.tell_last(json!({
             "lv": self.lv.as_str(),
             "restored": source.how.as_str(),
             "from": source.lv.as_ref().map(LvName::as_str),
@@ -599,6 +631,7 @@ mod tests {
                 clean,
                 changed,
                 saved,
+                discarded: false,
             };
             assert_eq!(refusal(&spec, end), want, "{options:?} {end:?}");
         }

@@ -1,10 +1,10 @@
 //! What the store and the mount table say after a restart.
 
-use std::collections::BTreeMap;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use tracing::{info, warn};
 
@@ -12,11 +12,11 @@ use super::settle::Ended;
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Base, Engine, EngineError, Verdict, lock, tag};
+use super::{Base, Engine, EngineError, Verdict, job, lock, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{LEASE, Role};
 use crate::cache::select::{Entry, Index};
-use crate::cache::spec::{FsType, Reuse, Spec};
+use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
 use crate::storage::{Listing, Lv};
 
@@ -30,6 +30,8 @@ pub(super) struct Seen {
     pub base: Option<Base>,
     pub volumes: Vec<SeenVolume>,
     pub ended: Vec<SeenLease>,
+    /// Belong to no volume, and are mounted in a job volume.
+    pub lates: Vec<SeenLate>,
     /// Carry `friend:doomed`.
     pub doomed: Vec<LvName>,
     /// Half-made or replaced copies: to be given up. Not valid while the daemon runs.
@@ -75,17 +77,56 @@ pub(super) struct SeenLease {
     pub verdict: Verdict,
 }
 
+/// A cache in a job volume.
+#[derive(Debug)]
+pub(super) struct SeenLate {
+    pub lv: LvName,
+    pub device: (u32, u32),
+    pub spec: Spec,
+    pub from: Option<LvName>,
+    pub failed: bool,
+    pub making: bool,
+}
+
+impl SeenLate {
+    fn ended(self, mark: &Tag) -> SeenLease {
+        SeenLease {
+            lv: self.lv,
+            volume: None,
+            spec: self.spec,
+            from: self.from,
+            cut_short: false,
+            mark: mark.clone(),
+            published: false,
+            verdict: verdict(self.failed),
+        }
+    }
+
+    pub fn copy(&self) -> Prepared {
+        Current {
+            lv: self.lv.clone(),
+            from: self.from.clone(),
+            making: false,
+            leased: true,
+            failed: self.failed,
+        }
+        .copy(Restored::Earlier)
+    }
+}
+
 impl Seen {
     /// Sorts a listing, with nothing mounted.
     pub fn of(listing: &Listing, boot: &str) -> Self {
-        Self::with_mounts(listing, boot, &BTreeMap::new())
+        Self::with_mounts(listing, boot, &BTreeMap::new(), &BTreeSet::new())
     }
 
-    /// Sorts a listing. `mounts` says which device is mounted for which volume.
+    /// Sorts a listing. `mounts` says which device is mounted for which volume, and `lates` which
+    /// are mounted in job volumes.
     pub fn with_mounts(
         listing: &Listing,
         boot: &str,
         mounts: &BTreeMap<VolumeName, (u32, u32)>,
+        lates: &BTreeSet<(u32, u32)>,
     ) -> Self {
         let mut seen = Self::default();
         let mut lvs: Vec<&Lv> = listing.lvs.iter().collect();
@@ -123,6 +164,23 @@ impl Seen {
                 Role::Making if lv.open => {}
                 Role::Making => seen.leftover.push(lv.name.clone()),
                 Role::Doomed => seen.doomed.push(lv.name.clone()),
+                Role::Volume {
+                    volume: None,
+                    spec,
+                    from,
+                    failed,
+                    making,
+                    ..
+                } if lv.device.is_some_and(|device| lates.contains(&device)) => {
+                    seen.lates.push(SeenLate {
+                        lv: lv.name.clone(),
+                        device: lv.device.expect("seen above"),
+                        spec: *spec,
+                        from,
+                        failed,
+                        making,
+                    });
+                }
                 Role::Volume {
                     volume: None,
                     spec,
@@ -276,7 +334,7 @@ impl Engine {
     /// Takes up what an earlier life left: leases that go on, leases that ended,
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
-        let mut mounts = self.own_mounts()?;
+        let (mut mounts, lates) = self.own_mounts()?;
         let mut listing = self.store.list()?;
         if self.hold_back(&mut listing) {
             self.upkeep.list();
@@ -286,7 +344,8 @@ impl Engine {
             .iter()
             .filter_map(|(name, m)| Some((name.clone(), by_device(m)?)))
             .collect();
-        let seen = Seen::with_mounts(&listing, &self.boot, &devices);
+        let late_devices = lates.iter().map(|m| m.device).collect();
+        let mut seen = Seen::with_mounts(&listing, &self.boot, &devices, &late_devices);
         for (lv, why) in &seen.unclear {
             warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
         }
@@ -299,11 +358,34 @@ impl Engine {
         }
         let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
         for plan in seen.volumes {
-            let mut volume = plan.volume();
+            let volume = Arc::new(plan.volume());
             let mount = mounts.remove(&plan.name);
             let lease = match (&plan.current, mount) {
                 (Some(current), Some(m)) if current.leased => self.go_on(&volume, current, &m),
-                (_, Some(m)) if m.fs == "tmpfs" => self.go_on_scratch(&m),
+                (_, Some(m)) if m.source == job::SOURCE && plan.spec.kind == Kind::Job => {
+                    let mut inside = Vec::new();
+                    for late in lates.iter().filter(|late| late.at.starts_with(&m.at)) {
+                        let of = |seen: &mut SeenLate| seen.device == late.device;
+                        let found = seen.lates.iter_mut().position(|seen| of(seen));
+                        let found = found.map(|at| seen.lates.swap_remove(at));
+                        if found.is_some() || late.fs == "tmpfs" {
+                            inside.push((late.clone(), found));
+                        }
+                    }
+                    self.go_on_job(&volume, &m, inside)
+                        .and_then(|job| {
+                            self.serve_job(&job).map_err(io::Error::other)?;
+                            let lv = plan.current.as_ref().map(|current| current.lv.clone());
+                            Ok(Lease::new(Backing::Job { lv, job }))
+                        })
+                        .inspect_err(|error| {
+                            warn!(volume = %volume.name, %error, "its directory cannot be taken hold of");
+                        })
+                        .ok()
+                }
+                (_, Some(m)) if m.fs == "tmpfs" && m.source == SCRATCH_SOURCE => {
+                    self.go_on_scratch(&m)
+                }
                 (_, Some(m)) => {
                     self.clear(&m);
                     None
@@ -312,17 +394,12 @@ impl Engine {
             };
             if let Some(lease) = lease {
                 info!(volume = %volume.name, "its lease goes on");
-                volume.now = Mutex::new(super::volume::Now {
-                    phase: Phase::Leased(lease),
-                    removed: false,
-                    settling: Vec::new(),
-                    last: None,
-                });
+                lock(&volume.now).phase = Phase::Leased(lease);
             }
-            volumes.insert(plan.name, Arc::new(volume));
+            volumes.insert(plan.name, volume);
         }
         for (name, m) in mounts {
-            if m.fs == "tmpfs" {
+            if m.fs == "tmpfs" && m.source == SCRATCH_SOURCE {
                 // Its specification was never in the store, which did not serve.
                 warn!(volume = %name, "scratch space of a volume that the store does not know: its options are lost");
                 let spec = Spec::parse(&BTreeMap::new())?;
@@ -333,6 +410,14 @@ impl Engine {
                 volumes.insert(name, Arc::new(volume));
             } else {
                 self.clear(&m);
+            }
+        }
+        // Mounted where no job goes on: that ends them.
+        for late in seen.lates {
+            if late.making {
+                seen.leftover.push(late.lv);
+            } else {
+                seen.ended.push(late.ended(&self.lease_tag()));
             }
         }
         for lease in seen.ended {
@@ -352,7 +437,10 @@ impl Engine {
     }
 
     /// What is mounted below our directory, by volume: the topmost where several are.
-    fn own_mounts(&self) -> Result<BTreeMap<VolumeName, MountPoint>, EngineError> {
+    /// And what is mounted in those.
+    fn own_mounts(
+        &self,
+    ) -> Result<(BTreeMap<VolumeName, MountPoint>, Vec<MountPoint>), EngineError> {
         let table = mount::table().map_err(|e| EngineError::Io {
             what: "reading the mount table".into(),
             source: e,
@@ -361,10 +449,18 @@ impl Engine {
             let below = m.at.strip_prefix(&self.settings.mount_dir).ok()?;
             below.to_str()?.parse().ok()
         };
-        Ok(table
-            .into_iter()
-            .filter_map(|m| Some((name(&m)?, m)))
-            .collect())
+        let mut own = BTreeMap::new();
+        let mut lates = Vec::new();
+        for m in table {
+            match name(&m) {
+                Some(name) => {
+                    own.insert(name, m);
+                }
+                None if m.at.starts_with(&self.settings.mount_dir) => lates.push(m),
+                None => {}
+            }
+        }
+        Ok((own, lates))
     }
 
     fn go_on(
@@ -384,14 +480,14 @@ impl Engine {
             FsType::Xfs
         };
         let mark = may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone()));
-        let mut lease = lease(
-            Backing::Lv {
+        let mut lease = Lease {
+            mark,
+            ..Lease::new(Backing::Lv {
                 copy: current.copy(Restored::Earlier),
                 open: OpenFs { mounted, fs },
                 baseline: None,
-            },
-            mark,
-        );
+            })
+        };
         if current.failed {
             // Which container that was, nobody knows any more.
             lease.ends.insert(String::new(), Verdict::Failure);
@@ -401,7 +497,7 @@ impl Engine {
 
     fn go_on_scratch(&self, m: &MountPoint) -> Option<Lease> {
         let mounted = Mounted::attached(&m.at).ok()?;
-        Some(lease(Backing::Scratch(mounted), None))
+        Some(Lease::new(Backing::Scratch(mounted)))
     }
 
     /// Takes away a mount that belongs to no volume.
@@ -450,6 +546,7 @@ impl Engine {
                 open: None,
                 baseline: None,
                 verdict: lease.verdict,
+                discarded: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
                 mount: Duration::ZERO,
@@ -479,17 +576,6 @@ fn verdict(failed: bool) -> Verdict {
         Verdict::Failure
     } else {
         Verdict::Unknown
-    }
-}
-
-fn lease(backing: Backing, mark: Option<std::thread::JoinHandle<()>>) -> Lease {
-    Lease {
-        backing,
-        ids: Default::default(),
-        began: Instant::now(),
-        took: Duration::ZERO,
-        ends: Default::default(),
-        mark,
     }
 }
 
@@ -537,7 +623,12 @@ mod tests {
     fn seen(lines: &str, mounted: &[(&str, u32)]) -> Vec<String> {
         let mounts = mounted.iter();
         let mounts = mounts.map(|(name, minor)| (name.parse().unwrap(), (253, *minor)));
-        let seen = Seen::with_mounts(&listing(lines), "b00710c5", &mounts.collect());
+        let seen = Seen::with_mounts(
+            &listing(lines),
+            "b00710c5",
+            &mounts.collect(),
+            &BTreeSet::new(),
+        );
         let mut found = Vec::new();
         found.extend(seen.entries.iter().map(|e| format!("entry {}", e.lv)));
         found.extend(seen.base.iter().map(|b| format!("base {}", b.lv)));

@@ -16,6 +16,7 @@ use super::{Engine, EngineError, lock, start, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role};
 use crate::cache::select::{Entry, Index};
+use crate::cache::spec::Kind;
 use crate::failpoint::reach;
 use crate::fs::Content;
 use crate::storage::{Listing, StoreError, Watch};
@@ -298,7 +299,10 @@ impl Engine {
                     && copy.generation.load(Ordering::Relaxed) != lock(&self.state).generation
             }
             // The settlement of its last lease makes the next copy itself.
-            Phase::Stale(lv) => now.settling.is_empty() && !(volume.keeps() && lv.is_some()),
+            Phase::Stale(lv) => {
+                let waits = volume.keeps() || volume.spec.kind == Kind::Job;
+                now.settling.is_empty() && !(waits && lv.is_some())
+            }
             _ => false,
         }
     }
@@ -323,9 +327,13 @@ impl Engine {
             }
         };
         reach("refresh", 1);
-        match self.prepare(volume, "refresh") {
-            Ok(copy) => {
-                lock(&volume.now).phase = Phase::Ready(copy);
+        let made = match volume.spec.kind {
+            Kind::Cache => self.prepare(volume, "refresh").map(Phase::Ready),
+            Kind::Job => self.placeholder(volume).map(|lv| Phase::Stale(Some(lv))),
+        };
+        match made {
+            Ok(phase) => {
+                lock(&volume.now).phase = phase;
                 reach("refresh", 4);
                 match old {
                     Phase::Ready(copy) => self.discard(copy.lv, copy.premounted),

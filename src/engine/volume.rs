@@ -3,12 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Verdict;
-use crate::cache::names::{LvName, VolumeName};
+use serde_json::Value;
+
+use super::job::Job;
+use super::{Verdict, lock};
+use crate::cache::names::{LvName, Tag, VolumeName};
+use crate::cache::request::LatePath;
 use crate::cache::spec::{FsType, Publish, Reuse, Spec};
 use crate::mount::Mounted;
 
@@ -19,6 +23,8 @@ pub(super) struct Volume {
     pub spec: Spec,
     /// Seconds since 1970.
     pub created: u64,
+    /// The job volume that this is mounted in, and where.
+    pub late: Option<(Weak<Volume>, LatePath)>,
     /// Held by whoever changes the volume, over all the I/O that it takes.
     pub op: Mutex<()>,
     /// Held for moments only: Get and List read it.
@@ -141,6 +147,8 @@ pub(super) struct Source {
     pub lv: Option<LvName>,
     /// When that was published, seconds since 1970.
     pub created: Option<u64>,
+    /// The entry's tags.
+    pub tags: Vec<Tag>,
     /// The criterion that matched, as it was written.
     pub criterion: Option<String>,
     /// Unchanged, it would be published in vain: it is an entry with all the save tags, in the
@@ -155,6 +163,7 @@ impl Source {
             how,
             lv: None,
             created: None,
+            tags: Vec::new(),
             criterion: None,
             saved: matches!(how, Restored::Base | Restored::Empty),
         }
@@ -176,6 +185,8 @@ pub(super) struct Lease {
     pub ends: BTreeMap<String, Verdict>,
     /// Writes the lease's mark, behind Mount's answer.
     pub mark: Option<JoinHandle<()>>,
+    /// Its end is not published: the job said so.
+    pub discarded: bool,
 }
 
 #[derive(Debug)]
@@ -187,11 +198,44 @@ pub(super) enum Backing {
         baseline: Option<u64>,
     },
     Scratch(Mounted),
+    Job {
+        /// The LV with the job volume's name and specification.
+        lv: Option<LvName>,
+        job: Arc<Job>,
+    },
 }
 
 impl Lease {
-    /// How the work in it ended: a failure of one container is a failure of all.
+    /// A use of `backing` that begins now.
+    pub fn new(backing: Backing) -> Self {
+        Self {
+            backing,
+            ids: BTreeSet::new(),
+            began: Instant::now(),
+            took: Duration::ZERO,
+            ends: BTreeMap::new(),
+            mark: None,
+            discarded: false,
+        }
+    }
+
+    /// What is mounted.
+    pub fn mounted(&self) -> &Mounted {
+        match &self.backing {
+            Backing::Lv { open, .. } => &open.mounted,
+            Backing::Scratch(mounted) => mounted,
+            Backing::Job { job, .. } => job.dir(),
+        }
+    }
+
+    /// How the work in it ended: as the job says, else as its containers ended, of which a failure of
+    /// one is a failure of all.
     pub fn verdict(&self) -> Verdict {
+        if let Backing::Job { job, .. } = &self.backing
+            && job.verdict() != Verdict::Unknown
+        {
+            return job.verdict();
+        }
         let all = |verdict| self.ends.values().all(|end| *end == verdict);
         if self.ends.values().any(|end| *end == Verdict::Failure) {
             Verdict::Failure
@@ -204,11 +248,37 @@ impl Lease {
 }
 
 impl Volume {
+    /// What the engine takes a cache in a job volume for.
+    pub fn late_of(job: &Arc<Self>, path: &LatePath, spec: Spec) -> Self {
+        Self {
+            late: Some((Arc::downgrade(job), path.clone())),
+            ..Self::new(job.name.clone(), spec, 0, Phase::Stale(None))
+        }
+    }
+
+    /// Keeps what became of a lease, for people.
+    pub fn tell_last(&self, story: Value) {
+        match &self.late {
+            None => lock(&self.now).last = Some(story),
+            Some((job, path)) => {
+                let Some(job) = job.upgrade() else {
+                    return;
+                };
+                let mut now = lock(&job.now);
+                let last = now
+                    .last
+                    .get_or_insert_with(|| Value::Object(Default::default()));
+                last[path.as_str()] = story;
+            }
+        }
+    }
+
     pub fn new(name: VolumeName, spec: Spec, created: u64, phase: Phase) -> Self {
         Self {
             name,
             spec,
             created,
+            late: None,
             op: Mutex::new(()),
             now: Mutex::new(Now {
                 phase,

@@ -187,7 +187,7 @@ impl From<EngineError> for Refusal {
         let status = match &error {
             EngineError::NoSuchVolume(_) | EngineError::Miss(_) => StatusCode::NOT_FOUND,
             EngineError::Exists(_) => StatusCode::CONFLICT,
-            EngineError::Option(_) => StatusCode::BAD_REQUEST,
+            EngineError::Option(_) | EngineError::Job(_) => StatusCode::BAD_REQUEST,
             EngineError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             EngineError::Store(StoreError::Full { .. }) => StatusCode::INSUFFICIENT_STORAGE,
             EngineError::Store(StoreError::Timeout { .. }) => StatusCode::GATEWAY_TIMEOUT,

@@ -9,6 +9,7 @@ mod crash;
 mod damage;
 mod full;
 mod harness;
+mod jobs;
 mod lvm;
 mod mounts;
 mod podman;
@@ -27,6 +28,7 @@ fn main() {
             crash::tests(),
             damage::tests(),
             full::tests(),
+            jobs::tests(),
             lvm::tests(),
             mounts::tests(),
             podman::tests(),

@@ -1,0 +1,658 @@
+//! Job volumes: a directory in which a job has caches mounted while it runs.
+//!
+//! The volume's LV only carries its name and specification. In use, it is a small
+//! directory in memory, on a shared mount, with the socket that the job asks on.
+//! Each cache in it (a *late mount*) is a volume of its own to the rest of the
+//! engine, one that is never used again after its lease: [`Volume::late_of`].
+//!
+//! The job may write in the directory, so nothing in it is reached by its path alone:
+//! a place is opened beneath the root, through no link and no other mount, and
+//! what is mounted is taken away by the descriptor that it was mounted with.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::start::SeenLate;
+use super::volume::{
+    Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
+};
+use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use crate::cache::names::{LvName, Tag};
+use crate::cache::record::{FAILED, SAVE};
+use crate::cache::request::LatePath;
+use crate::cache::select::Criterion;
+use crate::cache::spec::{FsType, Publish, Spec};
+use crate::cache::units::Bytes;
+use crate::mount::{self, MountPoint, Mounted};
+
+/// What the mount table shows for a job volume's directory.
+pub(super) const SOURCE: &str = "lvm-cache-friend-job";
+
+/// How much a job can write in its job volume's own directory.
+const DIR_SIZE: Bytes = Bytes::mib(1);
+
+/// The socket's name in it.
+const SOCKET: &str = "socket";
+
+/// A job volume in use, for whoever serves its socket.
+#[derive(Debug)]
+pub struct JobSocket {
+    /// What requests are made of.
+    pub job: Arc<Job>,
+    /// The socket, non-blocking.
+    pub listener: UnixListener,
+}
+
+/// A job volume's lease: what is mounted in it.
+#[derive(Debug)]
+pub struct Job {
+    volume: Arc<Volume>,
+    /// Its directory, where it is attached.
+    dir: Mounted,
+    now: Mutex<Now>,
+    closed: watch::Sender<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Now {
+    closed: bool,
+    /// `None`: being made.
+    mounts: BTreeMap<LatePath, Option<Late>>,
+    /// What the job itself says of how it ended.
+    verdict: Verdict,
+}
+
+/// A cache in a job volume.
+#[derive(Debug)]
+pub(super) struct Late {
+    volume: Arc<Volume>,
+    lease: Lease,
+    /// The mount, where it is attached.
+    place: OwnedFd,
+}
+
+/// What a job is told of a cache: of one that it got, or would get.
+#[derive(Debug, Clone)]
+pub struct LateView {
+    /// What was restored from; the new LV where that is nothing.
+    pub lv: Option<LvName>,
+    /// `exact`, `fallback`, `base`, `empty` …
+    pub restored: &'static str,
+    /// The criterion that matched.
+    pub criterion: Option<String>,
+    /// The entry's tags.
+    pub tags: Vec<Tag>,
+    /// Seconds since it was published.
+    pub age: Option<u64>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A checkpoint of a cache.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    /// The new entry.
+    pub lv: LvName,
+    /// Its tags.
+    pub tags: Vec<Tag>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+fn refused(why: impl Into<String>) -> EngineError {
+    EngineError::Job(why.into())
+}
+
+impl LateView {
+    fn of(source: &Source, own: Option<&LvName>, took: Duration) -> Self {
+        Self {
+            lv: source.lv.as_ref().or(own).cloned(),
+            restored: source.how.as_str(),
+            criterion: source.criterion.clone(),
+            tags: source.tags.clone(),
+            age: source.created.map(|then| unix_now().saturating_sub(then)),
+            took,
+        }
+    }
+}
+
+impl Late {
+    fn view(&self) -> LateView {
+        match &self.lease.backing {
+            Backing::Lv { copy, .. } => LateView::of(&copy.source, Some(&copy.lv), self.lease.took),
+            Backing::Scratch(_) | Backing::Job { .. } => {
+                LateView::of(&Source::of(Restored::Scratch), None, self.lease.took)
+            }
+        }
+    }
+
+    fn copy(&self) -> Option<&Prepared> {
+        match &self.lease.backing {
+            Backing::Lv { copy, .. } => Some(copy),
+            Backing::Scratch(_) | Backing::Job { .. } => None,
+        }
+    }
+}
+
+impl Job {
+    /// The job volume's specification.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.volume.spec
+    }
+
+    pub(super) fn dir(&self) -> &Mounted {
+        &self.dir
+    }
+
+    /// For messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.volume.name.as_str()
+    }
+
+    /// Turns true when the lease ends.
+    #[must_use]
+    pub fn closed(&self) -> watch::Receiver<bool> {
+        self.closed.subscribe()
+    }
+
+    /// The device number of its directory: by it the job's own mount table tells where that is.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn device_number(&self) -> io::Result<(u32, u32)> {
+        self.dir.device_number()
+    }
+
+    /// What the job says of how it ended.
+    pub(super) fn verdict(&self) -> Verdict {
+        lock(&self.now).verdict
+    }
+
+    /// What is mounted, and the job's own verdict.
+    #[must_use]
+    pub fn status(&self) -> (Vec<(LatePath, LateView)>, Verdict) {
+        let now = lock(&self.now);
+        let mounts = now.mounts.iter();
+        let views = mounts.filter_map(|(path, late)| Some((path.clone(), late.as_ref()?.view())));
+        (views.collect(), now.verdict)
+    }
+
+    /// For `inspect`.
+    pub(super) fn shown(&self) -> Value {
+        let (mounts, _) = self.status();
+        let shown = mounts.into_iter().map(|(path, late)| {
+            let shown = json!({
+                "restored": late.restored,
+                "from": late.lv.as_ref().map(LvName::as_str),
+                "criterion": late.criterion,
+                "age_seconds": late.age,
+                "mount_ms": millis(late.took),
+            });
+            (path.to_string(), shown)
+        });
+        Value::Object(shown.collect())
+    }
+
+    /// The LVs in use that the verdict matters for.
+    pub(super) fn lvs(&self) -> Vec<LvName> {
+        let now = lock(&self.now);
+        let mounts = now.mounts.values().flatten();
+        mounts
+            .filter(|late| may_publish(&late.volume.spec))
+            .filter_map(|late| Some(late.copy()?.lv.clone()))
+            .collect()
+    }
+
+    /// Keeps a place for a mount, which is free again when what this gives is dropped.
+    fn reserve(&self, path: &LatePath, most: usize) -> Result<Reserved<'_>, EngineError> {
+        let mut now = lock(&self.now);
+        if now.closed {
+            return Err(ended());
+        }
+        if let Some(there) = now.mounts.keys().find(|there| there.overlaps(path)) {
+            return Err(refused(format!(
+                "{path}: {there} is mounted already, and nothing is mounted upon or around a mount"
+            )));
+        }
+        if now.mounts.len() >= most {
+            return Err(refused(format!("a job has at most {most} mounts")));
+        }
+        now.mounts.insert(path.clone(), None);
+        Ok(Reserved {
+            job: self,
+            path: path.clone(),
+        })
+    }
+
+    /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
+    /// through no link, and on no other mount, whatever the job does meanwhile.
+    fn place(&self, path: &LatePath) -> io::Result<OwnedFd> {
+        let mut here = self.open_beneath(self.dir.root().try_clone_to_owned()?, ".")?;
+        for name in path.as_str().split('/') {
+            match rustix::fs::mkdirat(&here, name, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            here = self.open_beneath(here, name)?;
+        }
+        Ok(here)
+    }
+
+    fn open_beneath(&self, dir: OwnedFd, name: &str) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH
+            | ResolveFlags::NO_SYMLINKS
+            | ResolveFlags::NO_MAGICLINKS
+            | ResolveFlags::NO_XDEV;
+        Ok(rustix::fs::openat2(
+            dir,
+            name,
+            flags,
+            Mode::empty(),
+            resolve,
+        )?)
+    }
+
+    /// Lets nothing be mounted any more, and gives what is.
+    fn close(&self) -> Vec<Late> {
+        let mut now = lock(&self.now);
+        now.closed = true;
+        let mounts = std::mem::take(&mut now.mounts);
+        self.closed.send_replace(true);
+        mounts.into_values().flatten().collect()
+    }
+
+    /// Finds a mount with an LV, and gives what `with` makes of it.
+    fn with_mount<T>(
+        &self,
+        path: &LatePath,
+        with: impl FnOnce(&mut Late) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        match lock(&self.now).mounts.get_mut(path) {
+            Some(Some(late)) if late.copy().is_some() => with(late),
+            Some(Some(_)) => Err(refused(format!(
+                "{path} is scratch space: the store did not serve when it was mounted"
+            ))),
+            Some(None) => Err(refused(format!("{path} is not mounted yet"))),
+            None => Err(refused(format!("nothing is mounted at {path}"))),
+        }
+    }
+}
+
+fn ended() -> EngineError {
+    refused("the job has ended")
+}
+
+struct Reserved<'a> {
+    job: &'a Job,
+    path: LatePath,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut now = lock(&self.job.now);
+        if let Some(None) = now.mounts.get(&self.path) {
+            now.mounts.remove(&self.path);
+        }
+    }
+}
+
+impl Engine {
+    /// Begins the lease of a job volume: its directory with the socket, out of sight yet.
+    pub(super) fn open_job(&self, volume: &Arc<Volume>) -> Result<Arc<Job>, EngineError> {
+        let failed = |e| {
+            io_error(
+                "making the directory of",
+                Path::new(volume.name.as_str()),
+                e,
+            )
+        };
+        let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        Ok(self.job(volume, dir))
+    }
+
+    fn job(&self, volume: &Arc<Volume>, dir: Mounted) -> Arc<Job> {
+        Arc::new(Job {
+            volume: Arc::clone(volume),
+            dir,
+            now: Mutex::default(),
+            closed: watch::Sender::new(false),
+        })
+    }
+
+    /// Makes the socket in a job volume's directory and has it served.
+    pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
+        let listener = listen(&job.dir)
+            .map_err(|e| io_error("making the socket of", Path::new(job.name()), e))?;
+        let _ = self.settings.jobs.send(JobSocket {
+            job: Arc::clone(job),
+            listener,
+        });
+        Ok(())
+    }
+
+    /// Takes a job volume's lease up again after a restart: `lates` has what is mounted in it.
+    pub(super) fn go_on_job(
+        self: &Arc<Self>,
+        volume: &Arc<Volume>,
+        at: &MountPoint,
+        lates: Vec<(MountPoint, Option<SeenLate>)>,
+    ) -> io::Result<Arc<Job>> {
+        let dir = Mounted::in_place(&at.at)?;
+        if dir.device_number()? != at.device {
+            return Err(Errno::STALE.into());
+        }
+        let job = self.job(volume, dir);
+        for (m, seen) in lates {
+            let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
+            let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
+                continue;
+            };
+            match self.go_on_late(&job, &path, &m, seen) {
+                Ok(late) => {
+                    info!(volume = job.name(), %path, "its mount goes on");
+                    lock(&job.now).mounts.insert(path, Some(late));
+                }
+                Err(error) => {
+                    warn!(volume = job.name(), %path, %error, "its mount cannot be taken hold of");
+                }
+            }
+        }
+        Ok(job)
+    }
+
+    fn go_on_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        m: &MountPoint,
+        seen: Option<SeenLate>,
+    ) -> io::Result<Late> {
+        // The job may have moved what is around the mount since the table was read.
+        let resolve =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let place =
+            rustix::fs::openat2(job.dir.root(), path.as_str(), flags, Mode::empty(), resolve)?;
+        if mount::id_of(place.as_fd())? != m.id {
+            return Err(Errno::STALE.into());
+        }
+        let mounted = Mounted::clone_of(place.as_fd())?;
+        let (spec, backing, mark) = match seen {
+            Some(seen) => {
+                let fs = if m.fs == "ext4" {
+                    FsType::Ext4
+                } else {
+                    FsType::Xfs
+                };
+                let mark = (may_publish(&seen.spec) && seen.making)
+                    .then(|| self.mark_late(seen.lv.clone(), seen.failed));
+                let backing = Backing::Lv {
+                    copy: seen.copy(),
+                    open: OpenFs { mounted, fs },
+                    baseline: None,
+                };
+                if seen.failed {
+                    lock(&job.now).verdict = Verdict::Failure;
+                }
+                (seen.spec, backing, mark)
+            }
+            None => {
+                let spec = job.volume.spec.of_request(&[], &[]).unwrap_or_default();
+                (spec, Backing::Scratch(mounted), None)
+            }
+        };
+        Ok(Late {
+            volume: Arc::new(Volume::late_of(&job.volume, path, spec)),
+            lease: Lease {
+                mark,
+                ..Lease::new(backing)
+            },
+            place,
+        })
+    }
+
+    /// Mounts the best entry for a job, or what its job volume says that stands in.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn mount_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        criteria: &[Criterion],
+        save: &[Tag],
+        most: usize,
+    ) -> Result<LateView, EngineError> {
+        let began = Instant::now();
+        let _work = self.begin()?;
+        let spec = job.volume.spec.of_request(criteria, save)?;
+        let _reserved = job.reserve(path, most)?;
+        let failed = |e: io::Error| {
+            refused(format!(
+                "{path}: {}",
+                match Errno::from_io_error(&e) {
+                    Some(Errno::LOOP | Errno::NOTDIR) =>
+                        "there is something else than a directory in this place".to_owned(),
+                    Some(Errno::XDEV) => "nothing is mounted upon a mount".to_owned(),
+                    _ => e.to_string(),
+                }
+            ))
+        };
+        let place = job.place(path).map_err(failed)?;
+        let volume = Arc::new(Volume::late_of(&job.volume, path, spec));
+        let backing = self
+            .backing(&volume, Phase::Stale(None))
+            .map_err(|refused| refused.error)?;
+        let mut lease = Lease {
+            took: began.elapsed(),
+            ..Lease::new(backing)
+        };
+        let mut now = lock(&job.now);
+        let attached = if now.closed {
+            Err(ended())
+        } else {
+            lease.mounted().attach_upon(place.as_fd()).map_err(failed)
+        };
+        let own = attached.and_then(|()| lease.mounted().mount_fd().map_err(failed));
+        let place = match own {
+            Ok(place) => place,
+            Err(error) => {
+                drop(now);
+                if let Backing::Lv { copy, open, .. } = lease.backing {
+                    drop(open);
+                    self.discard(copy.lv, None);
+                }
+                return Err(error);
+            }
+        };
+        if let Backing::Lv { copy, .. } = &lease.backing
+            && may_publish(&volume.spec)
+        {
+            let failed = now.verdict == Verdict::Failure;
+            lease.mark = Some(self.mark_late(copy.lv.clone(), failed));
+        }
+        let late = Late {
+            volume,
+            lease,
+            place,
+        };
+        let view = late.view();
+        now.mounts.insert(path.clone(), Some(late));
+        Ok(view)
+    }
+
+    /// What [`Engine::mount_late`] would restore now.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn lookup(&self, job: &Job, criteria: &[Criterion]) -> Result<LateView, EngineError> {
+        let began = Instant::now();
+        let spec = job.volume.spec.of_request(criteria, &[])?;
+        let path = LatePath::parse("lookup", &[]).expect("a name");
+        let (_, source) = self.choose(&Volume::late_of(&job.volume, &path, spec))?;
+        Ok(LateView::of(&source, None, began.elapsed()))
+    }
+
+    /// Publishes what a late mount holds now, while the job goes on writing.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn save_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        tags: &[Tag],
+    ) -> Result<Saved, EngineError> {
+        let began = Instant::now();
+        let _work = self.begin()?;
+        let (volume, lv, source, device) = job.with_mount(path, |late| {
+            let copy = late.copy().expect("it has an LV");
+            let device = late.lease.mounted().device_number();
+            Ok((
+                Arc::clone(&late.volume),
+                copy.lv.clone(),
+                copy.source.clone(),
+                device,
+            ))
+        })?;
+        let mut spec = volume.spec.clone();
+        if !tags.is_empty() {
+            spec.save = job.volume.spec.of_request(&[], tags)?.save;
+        }
+        if spec.save.is_empty() {
+            return Err(refused(format!(
+                "save {path}: it has no tags: write them after its name"
+            )));
+        }
+        if spec.publish == Publish::Never {
+            return Err(refused("the job volume says publish=never"));
+        }
+        // One checkpoint of a mount at a time; its end waits for it.
+        let _op = lock(&volume.op);
+        let written = device.and_then(crate::fs::sectors_written).ok();
+        let entry = self.publish_mounted(&spec, &lv, &source)?;
+        let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
+        let _ = job.with_mount(path, |late| {
+            if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing
+                && covers
+            {
+                // Unchanged from here on, its end has nothing new to publish.
+                *baseline = written;
+                copy.source.saved = true;
+            }
+            Ok(())
+        });
+        Ok(Saved {
+            lv: entry,
+            tags: spec.save,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Has the end of a late mount not published.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn discard_late(&self, job: &Job, path: &LatePath) -> Result<(), EngineError> {
+        let (lv, save) = job.with_mount(path, |late| {
+            late.lease.discarded = true;
+            let lv = late.copy().expect("it has an LV").lv.clone();
+            Ok((lv, late.volume.spec.save.clone()))
+        })?;
+        // So that no other life of ours publishes it either.
+        let save: Vec<_> = save
+            .iter()
+            .map(|saved| tag(&format!("{SAVE}{saved}")))
+            .collect();
+        if !save.is_empty() {
+            self.store.change_tags(&lv, &[], &save)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what a job says of how it ended: that goes before how its containers end.
+    ///
+    /// # Errors
+    /// When it could not be noted for another life of the daemon.
+    pub fn judge(&self, job: &Job, success: bool) -> Result<(), EngineError> {
+        lock(&job.now).verdict = if success {
+            Verdict::Success
+        } else {
+            Verdict::Failure
+        };
+        for lv in job.lvs() {
+            self.note_failure(&lv, !success)?;
+        }
+        Ok(())
+    }
+
+    /// Tags or untags an LV as one whose work failed.
+    pub(super) fn note_failure(&self, lv: &LvName, failed: bool) -> Result<(), EngineError> {
+        let mark = [tag(FAILED)];
+        let (add, delete): (&[Tag], &[Tag]) = if failed { (&mark, &[]) } else { (&[], &mark) };
+        Ok(self.store.change_tags(lv, add, delete)?)
+    }
+
+    /// Ends all that is mounted in a job volume.
+    pub(super) fn end_lates(self: &Arc<Self>, job: &Job, verdict: Verdict) {
+        let lates = job.close();
+        // All of it out of sight first: what follows waits for the store.
+        for late in &lates {
+            let place = format!("/proc/self/fd/{}", late.place.as_raw_fd());
+            if let Err(error) = mount::detach_following(Path::new(&place)) {
+                warn!(volume = job.name(), %error, "unmounting failed");
+            }
+        }
+        for mut late in lates {
+            if let Some(mark) = late.lease.mark.take() {
+                let _ = mark.join();
+            }
+            drop(late.place);
+            lock(&late.volume.now).removed = true;
+            self.settle_lease(&late.volume, late.lease, verdict, None);
+        }
+    }
+}
+
+/// A socket that everybody in a container may connect to, in a directory that its job may write in.
+fn listen(dir: &Mounted) -> io::Result<UnixListener> {
+    let root = dir.root();
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(|e| io::Error::other(e.to_string()))?;
+    // Bound under a name that nobody guesses, then moved over whatever is in its place.
+    let unready = format!(".{SOCKET}.{:016x}", u64::from_ne_bytes(random));
+    // Short, whatever the volume's name: a socket's path has 107 bytes at most.
+    let path = format!("/proc/self/fd/{}/{unready}", root.as_raw_fd());
+    let listener = UnixListener::bind(&path)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let ready = rustix::fs::openat(root, &*unready, flags, Mode::empty()).and_then(|inode| {
+        // chmod(2) of a path could be led to another file; of a descriptor, it cannot.
+        let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&inode)?.st_mode);
+        if kind != rustix::fs::FileType::Socket {
+            return Err(Errno::STALE);
+        }
+        let inode = format!("/proc/self/fd/{}", inode.as_raw_fd());
+        rustix::fs::chmod(&*inode, Mode::from_raw_mode(0o666))?;
+        rustix::fs::renameat(root, &*unready, root, SOCKET)
+    });
+    if let Err(error) = ready {
+        let _ = rustix::fs::unlinkat(root, &*unready, AtFlags::empty());
+        return Err(error.into());
+    }
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

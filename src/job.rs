@@ -1,0 +1,372 @@
+//! The sockets of job volumes: connections, bounded in number, in length and in time,
+//! each of which makes requests ([`crate::cache::request`]) of the engine.
+//!
+//! A job is not trusted. What it does on its socket costs its own connections and its own places
+//! among the threads that work for it, and nobody else's.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::cache::names::{LvName, Tag};
+use crate::cache::request::{self, LatePath, Parser, Request, Said};
+use crate::engine::{Engine, Job, JobSocket, LateView, Verdict};
+use crate::mount;
+use crate::plugin::wire::printable;
+
+/// How many requests of all jobs are worked on at once: each has a thread.
+pub const MAX_WORK: usize = 32;
+
+/// And of one job.
+const WORK_OF_JOB: usize = 4;
+
+/// What is mounted where, if nothing else can be found out.
+const USUAL_TARGET: &str = "/run/lvm-cache-friend";
+
+/// How much of what a client still sends is read before its connection closes, so that it reads
+/// our answer instead of dying of a broken pipe.
+const DRAIN: (u64, Duration) = (1 << 20, Duration::from_secs(1));
+
+/// What a job may do at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a line.
+    pub line: usize,
+    /// Criteria of a request.
+    pub criteria: usize,
+    /// Terms and tags of a request.
+    pub terms: usize,
+    /// Caches mounted at once.
+    pub mounts: usize,
+    /// Connections at once.
+    pub connections: usize,
+    /// From a request's first byte to its last.
+    pub request_time: Duration,
+}
+
+/// Serves the sockets that `sockets` brings, for as long as that is open.
+pub async fn serve(engine: Arc<Engine>, limits: Limits, mut sockets: UnboundedReceiver<JobSocket>) {
+    let work = Arc::new(Semaphore::new(MAX_WORK));
+    while let Some(JobSocket { job, listener }) = sockets.recv().await {
+        match UnixListener::from_std(listener) {
+            Ok(listener) => {
+                let place = Place {
+                    engine: Arc::clone(&engine),
+                    limits,
+                    work: Arc::clone(&work),
+                    own: Arc::new(Semaphore::new(WORK_OF_JOB)),
+                    job,
+                };
+                tokio::spawn(place.serve(listener));
+            }
+            Err(error) => tracing::error!(job = job.name(), %error, "its socket is not served"),
+        }
+    }
+}
+
+/// A job volume's socket.
+#[derive(Clone)]
+struct Place {
+    engine: Arc<Engine>,
+    limits: Limits,
+    work: Arc<Semaphore>,
+    own: Arc<Semaphore>,
+    job: Arc<Job>,
+}
+
+impl Place {
+    async fn serve(self, listener: UnixListener) {
+        let mut closed = self.job.closed();
+        let connections = Arc::new(Semaphore::new(self.limits.connections));
+        let accept = async {
+            loop {
+                let Ok((mut stream, _)) = listener.accept().await else {
+                    // No descriptors, no memory: what waits stays in the queue.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                };
+                if let Ok(connection) = Arc::clone(&connections).try_acquire_owned() {
+                    let place = self.clone();
+                    let mut closed = self.job.closed();
+                    tokio::spawn(async move {
+                        tokio::select! {
+                            _ = place.talk(stream) => {}
+                            _ = closed.wait_for(|closed| *closed) => {}
+                        }
+                        drop(connection);
+                    });
+                } else {
+                    let most = self.limits.connections;
+                    let text = format!("error a job has at most {most} connections at once\n");
+                    let _ =
+                        timeout(Duration::from_millis(10), stream.write_all(text.as_bytes())).await;
+                    // Whoever makes them as fast as he can waits, and nobody else.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            _ = closed.wait_for(|closed| *closed) => {}
+        }
+    }
+
+    async fn talk(&self, mut stream: UnixStream) -> io::Result<()> {
+        let peer = Peer::of(&stream, &self.job);
+        let mut parser = Parser::new(request::Limits {
+            criteria: self.limits.criteria,
+            terms: self.limits.terms,
+        });
+        let mut buffer = Vec::new();
+        let mut begun = None;
+        'connection: loop {
+            while let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = buffer.drain(..=end).collect();
+                if line.len() > self.limits.line + 1 {
+                    self.refuse_line(&mut stream).await?;
+                    break 'connection;
+                }
+                for said in parser.line(&line) {
+                    begun = None;
+                    if !self.answer(&mut stream, &peer, said).await? {
+                        break 'connection;
+                    }
+                }
+            }
+            if buffer.len() > self.limits.line {
+                self.refuse_line(&mut stream).await?;
+                break;
+            }
+            if buffer.is_empty() && !parser.is_pending() {
+                begun = None;
+            }
+            let read = match begun {
+                None => stream.read_buf(&mut buffer).await?,
+                Some(begun) => {
+                    let deadline: Instant = begun;
+                    match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
+                        Ok(read) => read?,
+                        Err(_) => {
+                            let seconds = self.limits.request_time.as_secs_f32();
+                            let text = format!("the request was not finished within {seconds} s");
+                            self.say(&mut stream, &error(&text)).await?;
+                            break;
+                        }
+                    }
+                }
+            };
+            if read == 0 {
+                let last = std::mem::take(&mut buffer);
+                let mut all = if last.is_empty() {
+                    Vec::new()
+                } else {
+                    parser.line(&last)
+                };
+                all.extend(parser.end());
+                for said in all {
+                    if !self.answer(&mut stream, &peer, said).await? {
+                        break;
+                    }
+                }
+                break;
+            }
+            begun = begun.or_else(|| Some(Instant::now() + self.limits.request_time));
+        }
+        stream.shutdown().await?;
+        let (most, patience) = DRAIN;
+        let mut rest = stream.take(most);
+        let _ = timeout(patience, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+        Ok(())
+    }
+
+    async fn refuse_line(&self, stream: &mut UnixStream) -> io::Result<()> {
+        let text = format!("a line has at most {} bytes", self.limits.line);
+        self.say(stream, &error(&text)).await
+    }
+
+    async fn say(&self, stream: &mut UnixStream, text: &str) -> io::Result<()> {
+        match timeout(self.limits.request_time, stream.write_all(text.as_bytes())).await {
+            Ok(written) => written,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// Answers, and gives whether the connection goes on.
+    async fn answer(&self, stream: &mut UnixStream, peer: &Peer, said: Said) -> io::Result<bool> {
+        let text = match said {
+            Said::Bye => return Ok(false),
+            Said::Refused(why) => error(&why),
+            Said::Request(request) => {
+                let act = self.clone();
+                let peer = peer.clone();
+                let own = Arc::clone(&self.own).acquire_owned().await;
+                let work = Arc::clone(&self.work).acquire_owned().await;
+                let done = tokio::task::spawn_blocking(move || {
+                    let _places = (own, work);
+                    act.act(&peer, request)
+                });
+                match done.await {
+                    Ok(Ok(text)) => text,
+                    Ok(Err(why)) => error(&why),
+                    Err(_) => error("the daemon failed at this request: its log says more"),
+                }
+            }
+        };
+        self.say(stream, &text).await?;
+        Ok(true)
+    }
+
+    fn act(&self, peer: &Peer, request: Request) -> Result<String, String> {
+        let (engine, job) = (&self.engine, &self.job);
+        let place = |path: &str| LatePath::parse(path, &peer.targets);
+        match request {
+            Request::Mount {
+                path,
+                criteria,
+                save,
+            } => {
+                let at = place(&path)?;
+                if let Some(deaf) = &peer.deaf {
+                    return Err(format!(
+                        "the job volume is mounted at {deaf} without rslave, so nothing that is mounted later would be seen: \
+                         use -v NAME:{deaf}:rslave"
+                    ));
+                }
+                let view = engine
+                    .mount_late(job, &at, &criteria, &save, self.limits.mounts)
+                    .map_err(|e| e.to_string())?;
+                Ok(format!(
+                    "{}ok {} ms={} path={}\n",
+                    self.source(view.lv.as_ref()),
+                    told(&view),
+                    view.took.as_millis(),
+                    peer.seen(&at),
+                ))
+            }
+            Request::Lookup { criteria } => {
+                let view = engine.lookup(job, &criteria).map_err(|e| e.to_string())?;
+                Ok(format!(
+                    "{}ok {}\n",
+                    self.source(view.lv.as_ref()),
+                    told(&view)
+                ))
+            }
+            Request::Save { path, tags } => {
+                let saved = engine
+                    .save_late(job, &place(&path)?, &tags)
+                    .map_err(|e| e.to_string())?;
+                Ok(format!(
+                    "{}ok saved={} tags={} ms={}\n",
+                    self.source(Some(&saved.lv)),
+                    saved.lv,
+                    list(&saved.tags),
+                    saved.took.as_millis(),
+                ))
+            }
+            Request::Discard { path } => {
+                let at = place(&path)?;
+                engine.discard_late(job, &at).map_err(|e| e.to_string())?;
+                Ok(format!("ok discarded={}\n", peer.seen(&at)))
+            }
+            Request::Status => {
+                let (mounts, verdict) = job.status();
+                let mut text = String::new();
+                for (at, view) in &mounts {
+                    text += &format!("mount {} path={}\n", told(view), peer.seen(at));
+                }
+                let verdict = match verdict {
+                    Verdict::Success => "success",
+                    Verdict::Failure => "failure",
+                    Verdict::Unknown => "unknown",
+                };
+                Ok(format!(
+                    "{text}ok mounts={} verdict={verdict}\n",
+                    mounts.len()
+                ))
+            }
+            Request::Verdict { success } => {
+                engine.judge(job, success).map_err(|e| e.to_string())?;
+                let verdict = if success { "success" } else { "failure" };
+                Ok(format!("ok verdict={verdict}\n"))
+            }
+        }
+    }
+
+    /// The first line of an answer, as the original script gave it.
+    fn source(&self, lv: Option<&LvName>) -> String {
+        lv.map(|lv| format!("{} {lv}\n", self.engine.store_name()))
+            .unwrap_or_default()
+    }
+}
+
+fn error(why: &str) -> String {
+    format!("error {}\n", printable(why))
+}
+
+fn list(tags: &[Tag]) -> String {
+    let tags: Vec<_> = tags.iter().map(Tag::as_str).collect();
+    tags.join(",")
+}
+
+/// The pairs that say what was restored.
+fn told(view: &LateView) -> String {
+    let mut text = format!("restored={}", view.restored);
+    if let Some(criterion) = &view.criterion {
+        text += &format!(" criterion={}", criterion.replace(' ', ","));
+    }
+    if !view.tags.is_empty() {
+        text += &format!(" tags={}", list(&view.tags));
+    }
+    if let Some(age) = view.age {
+        text += &format!(" age={age}");
+    }
+    text
+}
+
+/// Whoever is at the other end, as the kernel tells.
+#[derive(Debug, Clone, Default)]
+struct Peer {
+    /// Where it has the job volume mounted.
+    targets: Vec<String>,
+    /// That place, where nothing mounted later is seen.
+    deaf: Option<String>,
+}
+
+impl Peer {
+    fn of(stream: &UnixStream, job: &Job) -> Self {
+        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+        let table = pid.and_then(|pid| {
+            let file = PathBuf::from(format!("/proc/{pid}/mountinfo"));
+            mount::table_in(&file).ok()
+        });
+        let device = job.device_number().ok();
+        let mut peer = Self::default();
+        let mut hears = false;
+        for m in table.unwrap_or_default() {
+            let whole = Some(m.device) == device && m.root.as_os_str() == "/";
+            if let (true, Some(at)) = (whole, m.at.to_str()) {
+                hears |= m.shared || m.follows;
+                peer.targets.push(at.to_owned());
+            }
+        }
+        match peer.targets.first() {
+            Some(at) if !hears => peer.deaf = Some(at.clone()),
+            Some(_) => {}
+            None => peer.targets.push(USUAL_TARGET.to_owned()),
+        }
+        peer
+    }
+
+    /// A mount's path as the peer sees it.
+    fn seen(&self, at: &LatePath) -> String {
+        let target = self.targets.first().map_or("", String::as_str);
+        format!("{target}/{at}")
+    }
+}

@@ -1,0 +1,637 @@
+//! Job volumes: what is asked for on their sockets, and what becomes of what is mounted there.
+//!
+//! The client here is on the host, where a job volume is as it is in a container; `podman::jobs` has
+//! containers.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Group, Test, Tier, test};
+use crate::support::daemon::Daemon;
+use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::wait_until;
+
+type Body = (&'static str, fn(Kind));
+
+const BODIES: &[Body] = &[
+    ("what_the_article_asks_for", article),
+    ("jobs_do_not_see_each_other", apart),
+    ("only_what_may_be_published_is", verdicts),
+    ("a_checkpoint_is_of_one_instant", checkpoint),
+    ("mounts_go_on_after_a_kill", over_a_kill),
+    ("places_that_are_refused", places),
+];
+
+const REFLINK_BODIES: &[Body] = &[
+    ("limits", limits),
+    ("slow_and_hostile_clients", clients),
+    ("a_directory_swapped_for_a_link_leads_nowhere", swapped),
+    ("volume_options_bound_requests", bounds),
+];
+
+pub fn tests() -> Vec<Test> {
+    let reflink = BODIES.iter().chain(REFLINK_BODIES);
+    let reflink = reflink.map(|(name, body)| {
+        test(Tier::Reflink, format!("jobs::{name}"), move || {
+            body(Kind::Reflink)
+        })
+    });
+    let lvm = BODIES.iter().map(|(name, body)| {
+        test(
+            Tier::Guest(Group::Lvm),
+            format!("jobs::{name}"),
+            move || body(Kind::Lvm),
+        )
+    });
+    reflink.chain(lvm).collect()
+}
+
+struct Jobs {
+    daemon: Option<Daemon>,
+    site: Site,
+}
+
+impl Jobs {
+    fn new(kind: Kind) -> Self {
+        Self::with(kind, "")
+    }
+
+    fn with(kind: Kind, settings: &str) -> Self {
+        let site = Site::new(kind);
+        site.configure(settings);
+        Self {
+            daemon: Some(site.serve()),
+            site,
+        }
+    }
+
+    fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().unwrap()
+    }
+
+    /// A job volume in use.
+    fn job(&self, name: &str, options: &Value) -> PathBuf {
+        let mut all = options.clone();
+        all["type"] = "job".into();
+        self.daemon().plugin().create(name, &all);
+        let at = self.daemon().plugin().mount(name, "test");
+        assert_eq!(at, Path::new(MOUNT_DIR).join(name));
+        at
+    }
+
+    /// Ends its use, and gives what became of each mount, by path, once `count` are settled.
+    fn end(&self, name: &str, count: usize) -> Value {
+        self.daemon().plugin().unmount(name, "test");
+        let mut last = Value::Null;
+        wait_until(|| {
+            last = self.status(name)["last_lease"].clone();
+            last.as_object().map_or(0, |last| last.len()) == count
+        });
+        assert!(!Path::new(MOUNT_DIR).join(name).exists());
+        last
+    }
+
+    fn status(&self, name: &str) -> Value {
+        let answer = self
+            .daemon()
+            .plugin()
+            .ok("VolumeDriver.Get", &json!({"Name": name}));
+        answer["Volume"]["Status"].clone()
+    }
+
+    /// An entry whose file `who` says `who`.
+    fn entry(&self, who: &str, tags: &str, scope: &str) {
+        let at = self.job("maker", &json!({"scope": scope}));
+        assert_ok(&ask(&at, &format!("mount x\n< {tags}\n")));
+        fs::write(at.join("x/who"), who).unwrap();
+        let last = self.end("maker", 1);
+        assert!(last["x"]["published"].is_string(), "{last}");
+        self.daemon().plugin().remove("maker");
+    }
+}
+
+/// What is answered to `input`, where it does not matter who asks: quicker than [`ask`].
+fn ask_here(at: &Path, input: &str) -> String {
+    let mut stream = UnixStream::connect(at.join("socket")).unwrap();
+    stream.write_all(input.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Says `input` on a job volume's socket, and gives all that is answered. A process of its own does that: the daemon
+/// looks at the client's mounts, and a test is a thread with mounts of its own.
+fn ask(at: &Path, input: &str) -> String {
+    const CLIENT: &str = "use IO::Socket::UNIX; $SIG{PIPE} = 'IGNORE'; \
+        my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die \"connect: $!\"; \
+        local $/; print $s scalar <STDIN>; $s->flush; $s->shutdown(1); print scalar <$s>;";
+    let mut client = Command::new("perl")
+        .args(["-e", CLIENT])
+        .arg(at.join("socket"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("perl-base, which every Debian has");
+    client
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(input.as_bytes())
+        .unwrap();
+    let output = client.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn assert_ok(answer: &str) {
+    let last = answer.lines().last().unwrap_or_default();
+    assert!(last.starts_with("ok "), "{answer:?}");
+}
+
+#[track_caller]
+fn assert_refused(answer: &str, words: &str) {
+    assert!(
+        answer.starts_with("error ") && answer.contains(words) && answer.lines().count() == 1,
+        "{answer:?} does not say {words:?}"
+    );
+}
+
+fn article(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({}));
+    let request =
+        "mount /run/lvm-cache-friend/mnt/job/cargo\n> linux dc5e8c\n> linux\n< linux dc5e8c";
+    let answer = ask(&at, request);
+    let lines: Vec<_> = answer.lines().collect();
+    let store = match kind {
+        Kind::Reflink => "reflink",
+        Kind::Lvm => crate::support::lvm::TestVg::NAME,
+    };
+    assert_eq!(lines.len(), 2, "{answer}");
+    assert!(
+        lines[0].starts_with(&format!("{store} friend-")),
+        "{answer}"
+    );
+    assert!(lines[1].starts_with("ok restored=base age="), "{answer}");
+    assert!(
+        lines[1].ends_with("path=/run/lvm-cache-friend/mnt/job/cargo"),
+        "{answer}"
+    );
+    fs::write(at.join("cargo/x"), "one").unwrap();
+    let shown = jobs.status("job");
+    assert_eq!(shown["mounts"]["cargo"]["restored"], "base", "{shown}");
+    let last = jobs.end("job", 1);
+    let entry = last["cargo"]["published"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{last}"));
+
+    let at = jobs.daemon().plugin().mount("job", "test");
+    let answer = ask(&at, request);
+    assert!(
+        answer.starts_with(&format!(
+            "{store} {entry}\nok restored=exact criterion=dc5e8c,linux tags=dc5e8c,linux age="
+        )),
+        "{answer}"
+    );
+    assert_eq!(fs::read_to_string(at.join("cargo/x")).unwrap(), "one");
+    let answer = ask(&at, "mount b\n> linux other\n> li*\n\n\nnever read");
+    assert!(
+        answer.contains("ok restored=fallback criterion=li* "),
+        "{answer}"
+    );
+    let answer = ask(&at, "lookup\n> linux\n\nstatus\nbye\n");
+    assert_eq!(answer.lines().count(), 5, "{answer}");
+    assert!(answer.contains("ok mounts=2 verdict=unknown"), "{answer}");
+    // Removed while in use: all of it ends.
+    jobs.daemon().plugin().remove("job");
+    assert!(!at.exists());
+    wait_until(|| !jobs.site.everything().contains("friend:making") && below_mount_dir() == 0);
+}
+
+fn below_mount_dir() -> usize {
+    let table = lvm_cache_friend::mount::table().unwrap();
+    let below = |at: &Path| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR);
+    table.iter().filter(|mount| below(&mount.at)).count()
+}
+
+fn apart(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    jobs.entry("origin", "linux", "-");
+    let [one, two] = ["one", "two"].map(|name| jobs.job(name, &json!({"save": "new"})));
+    thread::scope(|scope| {
+        for at in [&one, &two] {
+            scope.spawn(|| {
+                assert_ok(&ask(at, "mount a\n> linux\n\nmount deep/b\n> linux\n"));
+            });
+        }
+    });
+    let places: Vec<_> = [&one, &two]
+        .iter()
+        .flat_map(|at| [at.join("a"), at.join("deep/b")])
+        .collect();
+    for (n, place) in places.iter().enumerate() {
+        assert_eq!(fs::read_to_string(place.join("who")).unwrap(), "origin");
+        fs::write(place.join("who"), n.to_string()).unwrap();
+    }
+    for (n, place) in places.iter().enumerate() {
+        assert_eq!(
+            fs::read_to_string(place.join("who")).unwrap(),
+            n.to_string()
+        );
+    }
+    for name in ["one", "two"] {
+        let last = jobs.end(name, 2);
+        for path in ["a", "deep/b"] {
+            assert!(last[path]["published"].is_string(), "{last}");
+        }
+    }
+}
+
+fn verdicts(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let mut expected = 0;
+    for (options, said, published) in [
+        (json!({"save": "a"}), "status\n", true),
+        (json!({"save": "a"}), "verdict failure\n", false),
+        (
+            json!({"save": "a"}),
+            "verdict failure\nverdict success\n",
+            true,
+        ),
+        (json!({"save": "a"}), "discard x\n", false),
+        (
+            json!({"save": "a", "publish": "on-success"}),
+            "status\n",
+            false,
+        ),
+        (
+            json!({"save": "a", "publish": "on-success"}),
+            "verdict success\n",
+            true,
+        ),
+        (
+            json!({"save": "a", "publish": "never"}),
+            "verdict success\n",
+            false,
+        ),
+        (json!({}), "verdict success\n", false),
+    ] {
+        let at = jobs.job("job", &options);
+        assert_ok(&ask(&at, "mount x\n"));
+        fs::write(at.join("x/y"), "y").unwrap();
+        assert_ok(&ask(&at, said));
+        let last = jobs.end("job", 1);
+        assert_eq!(
+            last["x"]["published"].is_string(),
+            published,
+            "{options} {said}: {last}"
+        );
+        jobs.daemon().plugin().remove("job");
+        expected += usize::from(published);
+    }
+    // How its container ends counts where the job says nothing.
+    for (code, published) in [(0, true), (1, false)] {
+        let at = jobs.job("job", &json!({"save": "a"}));
+        let of = |extra: Value| {
+            let mut body = json!({"Container": "c", "Volumes": ["job"]});
+            body.as_object_mut()
+                .unwrap()
+                .extend(extra.as_object().unwrap().clone());
+            body
+        };
+        jobs.daemon()
+            .plugin()
+            .ok("Friend.Started", &of(json!({"Pid": 1})));
+        assert_ok(&ask(&at, "mount x\n"));
+        fs::write(at.join("x/y"), "y").unwrap();
+        jobs.daemon()
+            .plugin()
+            .ok("Friend.Ended", &of(json!({"ExitCode": code})));
+        let last = jobs.end("job", 1);
+        assert_eq!(
+            last["x"]["published"].is_string(),
+            published,
+            "exit {code}: {last}"
+        );
+        jobs.daemon().plugin().remove("job");
+        expected += usize::from(published);
+    }
+    let entries = jobs
+        .site
+        .list()
+        .iter()
+        .filter(|row| row["kind"] == "entry")
+        .count();
+    assert_eq!(entries, expected);
+}
+
+/// A file whose two lines always agree is rewritten by renaming, as fast as can be.
+fn checkpoint(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "linux"}));
+    assert_ok(&ask(&at, "mount x\n"));
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = thread::spawn({
+        let (dir, stop) = (at.join("x"), Arc::clone(&stop));
+        move || {
+            let mut n = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                n += 1;
+                fs::write(dir.join("new"), format!("{n} {n}\n")).unwrap();
+                fs::rename(dir.join("new"), dir.join("counter")).unwrap();
+                fs::write(dir.join(format!("bulk{}", n % 8)), vec![n as u8; 200_000]).unwrap();
+            }
+        }
+    });
+    wait_until(|| at.join("x/counter").exists());
+    let answer = ask(&at, "save x mid job\n");
+    assert!(
+        answer.contains("\nok saved=friend-") && answer.contains(" tags=job,linux,mid ms="),
+        "{answer}"
+    );
+    let two = jobs.job("two", &json!({}));
+    let answer = ask(&two, "mount y\n> mid\n");
+    assert!(answer.contains("ok restored=exact"), "{answer}");
+    let counter = fs::read_to_string(two.join("y/counter")).unwrap();
+    let (one, other) = counter.trim_end().split_once(' ').unwrap();
+    assert_eq!(one, other, "{counter:?}");
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    jobs.end("two", 1);
+    let last = jobs.end("job", 1);
+    assert!(
+        last["x"]["published"].is_string(),
+        "what was written after it: {last}"
+    );
+
+    // Unchanged since a checkpoint, the end publishes nothing more.
+    let at = jobs.daemon().plugin().mount("job", "test");
+    assert_ok(&ask(&at, "mount x\n> linux\n"));
+    fs::write(at.join("x/more"), "more").unwrap();
+    assert_ok(&ask(&at, "save x\n"));
+    assert_refused(&ask(&at, "save z\n"), "nothing is mounted at z");
+    jobs.end("job", 1);
+}
+
+fn over_a_kill(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "a"}));
+    let bad = jobs.job("bad", &json!({"save": "b"}));
+    for at in [&at, &bad] {
+        assert_ok(&ask(at, "mount x\n\nmount gone\n"));
+        fs::write(at.join("x/y"), "y").unwrap();
+    }
+    assert_ok(&ask(&bad, "verdict failure\n"));
+    assert_ok(&ask(&at, "discard gone\n"));
+    jobs.daemon.take().unwrap().kill();
+    fs::write(at.join("x/meanwhile"), "z").unwrap();
+    jobs.daemon = Some(jobs.site.serve());
+    let answer = ask(&at, "status\nmount later\n");
+    assert!(
+        answer.contains("ok mounts=2 ") && answer.contains("path=/run/lvm-cache-friend/mnt/job/x"),
+        "{answer}"
+    );
+    assert_ok(&answer);
+    let last = jobs.end("job", 3);
+    let entry = last["x"]["published"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{last}"))
+        .to_owned();
+    assert!(last["gone"]["published"].is_null(), "{last}");
+    let last = jobs.end("bad", 2);
+    assert!(last["x"]["published"].is_null(), "{last}");
+    let at = jobs.daemon().plugin().mount("job", "test");
+    let answer = ask(&at, "mount x\n> a\n");
+    assert!(
+        answer.contains(&entry) || answer.contains("restored=exact"),
+        "{answer}"
+    );
+    // Ended while nobody looked: a reboot would do the same.
+    jobs.daemon.take().unwrap().kill();
+    fs::write(at.join("x/last"), "z").unwrap();
+    while lvm_cache_friend::mount::detach(&at.join("x")).unwrap() {}
+    while lvm_cache_friend::mount::detach(&at).unwrap() {}
+    jobs.daemon = Some(jobs.site.serve());
+    wait_until(|| jobs.status("job")["state"] == "stale");
+    wait_until(|| !jobs.site.everything().contains("friend:lease"));
+    let newest = jobs.job("two", &json!({}));
+    assert_ok(&ask(&newest, "mount x\n> a\n"));
+    assert!(
+        newest.join("x/last").exists(),
+        "what was written to its end is published"
+    );
+}
+
+fn places(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({}));
+    let before = jobs.site.everything();
+    symlink("/etc", at.join("link")).unwrap();
+    fs::write(at.join("file"), "").unwrap();
+    for (path, words) in [
+        ("/etc/x", "below /run/lvm-cache-friend/mnt/job"),
+        (
+            "/run/lvm-cache-friend/mnt/other/x",
+            "below /run/lvm-cache-friend/mnt/job",
+        ),
+        ("../other", "below /run/lvm-cache-friend/mnt/job"),
+        ("a/../../b", "below /run/lvm-cache-friend/mnt/job"),
+        ("socket", "below /run/lvm-cache-friend/mnt/job"),
+        ("bin/x", "below /run/lvm-cache-friend/mnt/job"),
+        ("link", "something else than a directory"),
+        ("link/x", "something else than a directory"),
+        ("file", "something else than a directory"),
+    ] {
+        assert_refused(&ask(&at, &format!("mount {path}\n")), words);
+    }
+    assert_eq!(jobs.site.everything(), before, "nothing was made");
+    assert_ok(&ask(&at, "mount a/b\n"));
+    for path in ["a/b", "a", "a/b/c"] {
+        assert_refused(&ask(&at, &format!("mount {path}\n")), "mounted already");
+    }
+    // Also by another name.
+    fs::rename(at.join("a"), at.join("c")).unwrap();
+    assert_refused(&ask(&at, "mount c/b/d\n"), "upon a mount");
+    assert!(!Path::new("/etc/x").exists());
+    jobs.end("job", 1);
+    assert_eq!(below_mount_dir(), 0, "what was moved is unmounted too");
+}
+
+fn limits(kind: Kind) {
+    let jobs = Jobs::with(
+        kind,
+        "job.line = 200\njob.criteria = 3\njob.terms = 8\njob.mounts = 2\njob.connections = 3\njob.request-time = \"1s\"\n",
+    );
+    let at = jobs.job("job", &json!({}));
+    assert_refused(
+        &ask(&at, &format!("mount {}\n", "x".repeat(200))),
+        "at most 200 bytes",
+    );
+    assert_refused(&ask(&at, &"x".repeat(5 << 20)), "at most 200 bytes");
+    assert_refused(
+        &ask(&at, "mount x\n> a\n> b\n> c\n> d\n"),
+        "at most 3 criteria",
+    );
+    assert_refused(&ask(&at, "mount x\n> a b c d e\n< f g h i\n"), "8 terms");
+    assert_ok(&ask(&at, "mount x\n> a b c d e\n< f g h\n"));
+    assert_ok(&ask(&at, "mount y\n"));
+    assert_refused(&ask(&at, "mount z\n"), "at most 2 mounts");
+    let mut slow = UnixStream::connect(at.join("socket")).unwrap();
+    slow.write_all(b"mount z\n").unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).unwrap();
+    assert_refused(&answer, "not finished within 1 s");
+    // An idle one may stay as long as it likes.
+    let idle: Vec<_> = (0..3)
+        .map(|_| UnixStream::connect(at.join("socket")).unwrap())
+        .collect();
+    let mut fourth = UnixStream::connect(at.join("socket")).unwrap();
+    let mut answer = String::new();
+    fourth.read_to_string(&mut answer).unwrap();
+    assert_refused(&answer, "at most 3 connections");
+    drop(idle);
+    wait_until(|| {
+        let mut stream = UnixStream::connect(at.join("socket")).unwrap();
+        let _ = stream.write_all(b"status\nbye\n");
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer.contains("ok mounts=2")
+    });
+}
+
+fn clients(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({}));
+    let other = jobs.job("other", &json!({}));
+    // Silent ones take all places of this job, and none of another's.
+    let silent: Vec<_> = (0..64)
+        .map(|_| UnixStream::connect(at.join("socket")).unwrap())
+        .collect();
+    assert_ok(&ask(&other, "mount x\n"));
+    drop(silent);
+    let mut slow = UnixStream::connect(at.join("socket")).unwrap();
+    for byte in b"mount slow\r\n> a\r\n\r\n" {
+        slow.write_all(&[*byte]).unwrap();
+        thread::sleep(Duration::from_millis(20));
+    }
+    let mut first = [0; 3];
+    slow.read_exact(&mut first).unwrap();
+    drop(slow);
+    // One that hangs up gets what it asked for all the same.
+    let mut gone = UnixStream::connect(at.join("socket")).unwrap();
+    gone.write_all(b"mount gone\n\n").unwrap();
+    drop(gone);
+    wait_until(|| ask(&at, "status\n").contains("ok mounts=2 "));
+    for garbage in [
+        &b"\0\xff\xfe\n"[..],
+        &[0xff; 9000],
+        b"mount \xff\n",
+        b"\n\n\n\n",
+        b">>>>\n<<<",
+    ] {
+        let mut stream = UnixStream::connect(at.join("socket")).unwrap();
+        let _ = stream.write_all(garbage);
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        assert!(!answer.contains("ok "), "{garbage:?}: {answer}");
+    }
+    assert_ok(&ask(&at, "status\n"));
+}
+
+fn swapped(kind: Kind) {
+    let jobs = Jobs::with(kind, "job.mounts = 1000\n");
+    let at = jobs.job("job", &json!({}));
+    let outside = jobs.site.dir.path().join("outside");
+    fs::create_dir_all(outside.join("x")).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let swapper = thread::spawn({
+        let (dir, outside, stop) = (at.join("dir"), outside.clone(), Arc::clone(&stop));
+        move || {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = fs::create_dir(&dir);
+                let _ = fs::rename(&dir, dir.with_extension("old"));
+                let _ = symlink(&outside, &dir);
+                let _ = fs::remove_file(&dir);
+                let _ = fs::remove_dir(dir.with_extension("old").join("x"));
+                let _ = fs::remove_dir(dir.with_extension("old"));
+            }
+        }
+    });
+    for round in 0..1000 {
+        ask_here(&at, "mount dir/x\n> nothing\n");
+        let table = lvm_cache_friend::mount::table().unwrap();
+        let led = table.iter().find(|mount| mount.at.starts_with(&outside));
+        assert!(led.is_none(), "round {round}: {led:?}");
+        if ask_here(&at, "status\n").contains("mounts=1 ") {
+            jobs.daemon().plugin().unmount("job", "test");
+            jobs.daemon().plugin().mount("job", "test");
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    swapper.join().unwrap();
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+fn bounds(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    jobs.entry("a", "linux one", "a");
+    jobs.entry("b", "linux one", "b");
+    jobs.entry("other", "macos one", "a");
+    let who = |at: &Path, request: &str| {
+        let answer = ask(at, &format!("mount x\n{request}"));
+        assert_ok(&answer);
+        fs::read_to_string(at.join("x/who")).unwrap_or_default()
+    };
+    for (options, request, want) in [
+        (json!({"scope": "a"}), "> linux\n", "a"),
+        (json!({"scope": "b"}), "> linux\n", "b"),
+        (
+            json!({"scope": "c"}),
+            "> linux\n> one\n> scope:b\n> friend:scope:b\n",
+            "",
+        ),
+        (json!({"scope": "c", "read-scopes": "b a"}), "> one\n", "b"),
+        (json!({"scope": "a", "restore": "linux"}), "> one\n", "a"),
+        (json!({"scope": "a", "restore": "linux"}), "> macos\n", ""),
+        (json!({"scope": "a", "restore": "macos"}), "", "other"),
+    ] {
+        let at = jobs.job("job", &options);
+        assert_eq!(who(&at, request), want, "{options} {request}");
+        jobs.end("job", 1);
+        jobs.daemon().plugin().remove("job");
+    }
+    let at = jobs.job("job", &json!({"scope": "c", "save": "always"}));
+    assert_ok(&ask(&at, "mount x\n< friend:scope:a new\n"));
+    fs::write(at.join("x/y"), "").unwrap();
+    jobs.end("job", 1);
+    let rows = jobs.site.list();
+    let new = rows
+        .iter()
+        .find(|row| row["kind"] == "entry" && row["scope"] == "c")
+        .unwrap();
+    let tags = new["tags"].to_string();
+    assert!(
+        tags.contains("friend:cache:friend:scope:a") && tags.contains("friend:cache:always"),
+        "{tags}"
+    );
+    let reuse = json!({"Name": "v", "Opts": {"type": "job", "reuse": "keep"}});
+    assert!(
+        jobs.daemon()
+            .plugin()
+            .refused("VolumeDriver.Create", &reuse)
+            .contains("reuse")
+    );
+}
