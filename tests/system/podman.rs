@@ -5,6 +5,7 @@
 mod caches;
 mod client;
 mod hooks;
+mod jobs;
 mod options;
 
 use std::fs;
@@ -29,6 +30,7 @@ pub fn tests() -> Vec<Test> {
             caches::BODIES,
             options::BODIES,
             hooks::BODIES,
+            jobs::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {

@@ -20,13 +20,13 @@ pub const BODIES: &[Body] = &[
 ];
 
 /// The repository's hooks, with this build's program and this site's configuration.
-struct Hooks {
+pub struct Hooks {
     _dir: tempfile::TempDir,
     _conf: DropIn,
 }
 
 impl Hooks {
-    fn new(host: &Host) -> Self {
+    pub fn new(host: &Host) -> Self {
         let dir = tempfile::tempdir_in("/run").unwrap();
         for file in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/hooks.d")).unwrap() {
             let file = file.unwrap();
