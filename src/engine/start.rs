@@ -365,8 +365,8 @@ impl Engine {
                 (_, Some(m)) if m.source == job::SOURCE && plan.spec.kind == Kind::Job => {
                     let mut inside = Vec::new();
                     for late in lates.iter().filter(|late| late.at.starts_with(&m.at)) {
-                        let of = |seen: &mut SeenLate| seen.device == late.device;
-                        let found = seen.lates.iter_mut().position(|seen| of(seen));
+                        let mut all = seen.lates.iter();
+                        let found = all.position(|seen| seen.device == late.device);
                         let found = found.map(|at| seen.lates.swap_remove(at));
                         if found.is_some() || late.fs == "tmpfs" {
                             inside.push((late.clone(), found));

@@ -190,6 +190,7 @@ pub(super) struct Lease {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 pub(super) enum Backing {
     Lv {
         copy: Prepared,

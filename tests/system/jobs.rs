@@ -44,7 +44,7 @@ pub fn tests() -> Vec<Test> {
     let reflink = BODIES.iter().chain(REFLINK_BODIES);
     let reflink = reflink.map(|(name, body)| {
         test(Tier::Reflink, format!("jobs::{name}"), move || {
-            body(Kind::Reflink)
+            body(Kind::Reflink);
         })
     });
     let lvm = BODIES.iter().map(|(name, body)| {
