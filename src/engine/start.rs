@@ -521,7 +521,12 @@ impl Engine {
                 let Ok(name) = lease.lv.as_str().parse() else {
                     return;
                 };
-                let gone = Volume::new(name, lease.spec, 0, Phase::Stale(None));
+                // Nothing uses it again, whatever its options say.
+                let spec = Spec {
+                    reuse: Reuse::Fresh,
+                    ..lease.spec
+                };
+                let gone = Volume::new(name, spec, 0, Phase::Stale(None));
                 lock(&gone.now).removed = true;
                 Arc::new(gone)
             }
