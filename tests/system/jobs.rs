@@ -419,14 +419,15 @@ fn over_a_kill(kind: Kind) {
         answer.contains(&entry) || answer.contains("restored=exact"),
         "{answer}"
     );
-    // Ended while nobody looked: a reboot would do the same.
+    // Ended while nobody looked. (That it is in use is noted behind the answer.)
+    let leased = |row: &Value| row["tags"].to_string().contains("friend:lease");
+    wait_until(|| jobs.site.list().iter().any(leased));
     jobs.daemon.take().unwrap().kill();
     fs::write(at.join("x/last"), "z").unwrap();
     while lvm_cache_friend::mount::detach(&at.join("x")).unwrap() {}
     while lvm_cache_friend::mount::detach(&at).unwrap() {}
     jobs.daemon = Some(jobs.site.serve());
     wait_until(|| jobs.status("job")["state"] == "stale");
-    let leased = |row: &Value| row["tags"].to_string().contains("friend:lease");
     wait_until(|| !jobs.site.list().iter().any(leased));
     let newest = jobs.job("two", &json!({}));
     assert_ok(&ask(&newest, "mount x\n> a\n"));
