@@ -13,14 +13,13 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
 use crate::support::daemon::Daemon;
 use crate::support::site::{Kind, MOUNT_DIR, Site};
-use crate::support::wait_until;
 
 type Body = (&'static str, fn(Kind));
 
@@ -55,6 +54,19 @@ pub fn tests() -> Vec<Test> {
         )
     });
     reflink.chain(lvm).collect()
+}
+
+/// Waits until something is so. What is waited for here takes a second or two; a minute is a failure, and shows the daemon's log.
+#[track_caller]
+fn wait_until(mut so: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !so() {
+        assert!(
+            since.elapsed() < Duration::from_secs(60),
+            "it never came to that"
+        );
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 struct Jobs {
@@ -435,6 +447,8 @@ fn over_a_kill(kind: Kind) {
         newest.join("x/last").exists(),
         "what was written to its end is published"
     );
+    // What is still in use would keep the group from being removed.
+    jobs.end("two", 1);
 }
 
 fn places(kind: Kind) {

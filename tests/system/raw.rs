@@ -242,7 +242,7 @@ fn options(kind: Kind) {
         ("on-miss", "panic", "base"),
         ("on-error", "panic", "scratch"),
         ("reuse", "maybe", "fresh"),
-        ("type", "job", "cache"),
+        ("type", "tmpfs", "cache, job"),
         ("type", "x", "cache"),
         ("o", "size=big", "30G"),
         ("o", "colour=red", "restore"),

@@ -128,7 +128,7 @@ fn malformed(kind: Kind) {
             ("reuse=maybe", &["reuse", "fresh, keep"]),
             ("scope=a b", &["scope"]),
             ("read-scopes=a;b", &["read-scopes"]),
-            ("type=job", &["type", "not there yet"]),
+            ("type=tmpfs", &["type", "cache, job"]),
             ("on-miss=fail", &["on-miss", "restore"]),
             ("o=inodes=5", &["inodes"]),
             ("save=x\no=save=y", &["save"]),
