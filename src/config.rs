@@ -11,7 +11,6 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
-use crate::job;
 use crate::logging::LogLevel;
 use crate::storage::lvm::{self, LvmStore};
 use crate::storage::reflink::ReflinkStore;
@@ -84,23 +83,29 @@ struct Document {
     #[serde(default)]
     log_level: LogLevel,
     #[serde(default)]
-    job: JobDocument,
+    job: JobLimits,
 }
 
-/// What one job may do.
-#[derive(Debug, Deserialize)]
+/// What one job may do at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-struct JobDocument {
-    line: usize,
-    criteria: usize,
-    terms: usize,
-    mounts: usize,
-    connections: usize,
+pub struct JobLimits {
+    /// Bytes of a line.
+    pub line: usize,
+    /// Criteria of a request.
+    pub criteria: usize,
+    /// Terms and tags of a request.
+    pub terms: usize,
+    /// Caches mounted at once.
+    pub mounts: usize,
+    /// Connections at once.
+    pub connections: usize,
+    /// From a request's first byte to its last.
     #[serde(deserialize_with = "duration")]
-    request_time: Duration,
+    pub request_time: Duration,
 }
 
-impl Default for JobDocument {
+impl Default for JobLimits {
     fn default() -> Self {
         Self {
             line: 4096,
@@ -164,7 +169,7 @@ pub struct Settings {
     /// What is logged.
     pub log_level: LogLevel,
     /// What one job may do on its socket.
-    pub job: job::Limits,
+    pub job: JobLimits,
 }
 
 /// The configuration cannot be had.
@@ -278,14 +283,7 @@ impl Settings {
             empty_size: document.empty_size,
             stop_timeout: document.stop_timeout,
             log_level: document.log_level,
-            job: job::Limits {
-                line: document.job.line,
-                criteria: document.job.criteria,
-                terms: document.job.terms,
-                mounts: document.job.mounts,
-                connections: document.job.connections,
-                request_time: document.job.request_time,
-            },
+            job: document.job,
         })
     }
 
@@ -346,7 +344,7 @@ pub fn write(file: &Path, store: &StoreConfig) -> Result<(), ConfigError> {
 }
 
 fn text(store: &StoreConfig) -> String {
-    let job = JobDocument::default();
+    let job = JobLimits::default();
     let quoted = |text: &str| toml::Value::from(text).to_string();
     let path = |path: &Path| quoted(&path.to_string_lossy());
     let store = match store {

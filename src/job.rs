@@ -17,7 +17,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cache::names::{LvName, Tag};
 use crate::cache::request::{self, LatePath, Parser, Request, Said};
-use crate::engine::{Engine, Job, JobSocket, LateView, Verdict};
+use crate::config::JobLimits;
+use crate::engine::{Engine, Job, JobSocket, LateView};
 use crate::mount;
 use crate::plugin::wire::printable;
 
@@ -34,25 +35,12 @@ const USUAL_TARGET: &str = "/run/lvm-cache-friend";
 /// our answer instead of dying of a broken pipe.
 const DRAIN: (u64, Duration) = (1 << 20, Duration::from_secs(1));
 
-/// What a job may do at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes of a line.
-    pub line: usize,
-    /// Criteria of a request.
-    pub criteria: usize,
-    /// Terms and tags of a request.
-    pub terms: usize,
-    /// Caches mounted at once.
-    pub mounts: usize,
-    /// Connections at once.
-    pub connections: usize,
-    /// From a request's first byte to its last.
-    pub request_time: Duration,
-}
-
 /// Serves the sockets that `sockets` brings, for as long as that is open.
-pub async fn serve(engine: Arc<Engine>, limits: Limits, mut sockets: UnboundedReceiver<JobSocket>) {
+pub async fn serve(
+    engine: Arc<Engine>,
+    limits: JobLimits,
+    mut sockets: UnboundedReceiver<JobSocket>,
+) {
     let work = Arc::new(Semaphore::new(MAX_WORK));
     while let Some(JobSocket { job, listener }) = sockets.recv().await {
         match UnixListener::from_std(listener) {
@@ -75,7 +63,7 @@ pub async fn serve(engine: Arc<Engine>, limits: Limits, mut sockets: UnboundedRe
 #[derive(Clone)]
 struct Place {
     engine: Arc<Engine>,
-    limits: Limits,
+    limits: JobLimits,
     work: Arc<Semaphore>,
     own: Arc<Semaphore>,
     job: Arc<Job>,
@@ -119,13 +107,14 @@ impl Place {
     }
 
     async fn talk(&self, mut stream: UnixStream) -> io::Result<()> {
-        let peer = Peer::of(&stream, &self.job);
+        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
         let mut parser = Parser::new(request::Limits {
             criteria: self.limits.criteria,
             terms: self.limits.terms,
         });
         let mut buffer = Vec::new();
-        let mut begun = None;
+        // By when the request that has begun must have arrived.
+        let mut deadline = None;
         'connection: loop {
             while let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = buffer.drain(..=end).collect();
@@ -134,8 +123,8 @@ impl Place {
                     break 'connection;
                 }
                 for said in parser.line(&line) {
-                    begun = None;
-                    if !self.answer(&mut stream, &peer, said).await? {
+                    deadline = None;
+                    if !self.answer(&mut stream, pid, said).await? {
                         break 'connection;
                     }
                 }
@@ -145,22 +134,19 @@ impl Place {
                 break;
             }
             if buffer.is_empty() && !parser.is_pending() {
-                begun = None;
+                deadline = None;
             }
-            let read = match begun {
+            let read = match deadline {
                 None => stream.read_buf(&mut buffer).await?,
-                Some(begun) => {
-                    let deadline: Instant = begun;
-                    match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
-                        Ok(read) => read?,
-                        Err(_) => {
-                            let seconds = self.limits.request_time.as_secs_f32();
-                            let text = format!("the request was not finished within {seconds} s");
-                            self.say(&mut stream, &error(&text)).await?;
-                            break;
-                        }
+                Some(deadline) => match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
+                    Ok(read) => read?,
+                    Err(_) => {
+                        let seconds = self.limits.request_time.as_secs_f32();
+                        let text = format!("the request was not finished within {seconds} s");
+                        self.say(&mut stream, &error(&text)).await?;
+                        break;
                     }
-                }
+                },
             };
             if read == 0 {
                 let last = std::mem::take(&mut buffer);
@@ -171,13 +157,13 @@ impl Place {
                 };
                 all.extend(parser.end());
                 for said in all {
-                    if !self.answer(&mut stream, &peer, said).await? {
+                    if !self.answer(&mut stream, pid, said).await? {
                         break;
                     }
                 }
                 break;
             }
-            begun = begun.or_else(|| Some(Instant::now() + self.limits.request_time));
+            deadline = deadline.or_else(|| Some(Instant::now() + self.limits.request_time));
         }
         stream.shutdown().await?;
         let (most, patience) = DRAIN;
@@ -199,18 +185,23 @@ impl Place {
     }
 
     /// Answers, and gives whether the connection goes on.
-    async fn answer(&self, stream: &mut UnixStream, peer: &Peer, said: Said) -> io::Result<bool> {
+    async fn answer(
+        &self,
+        stream: &mut UnixStream,
+        pid: Option<i32>,
+        said: Said,
+    ) -> io::Result<bool> {
         let text = match said {
             Said::Bye => return Ok(false),
             Said::Refused(why) => error(&why),
             Said::Request(request) => {
                 let act = self.clone();
-                let peer = peer.clone();
                 let own = Arc::clone(&self.own).acquire_owned().await;
                 let work = Arc::clone(&self.work).acquire_owned().await;
                 let done = tokio::task::spawn_blocking(move || {
                     let _places = (own, work);
-                    act.act(&peer, request)
+                    // Here, as a job can make its mount table as long as it likes.
+                    act.act(&Peer::of(pid, &act.job), request)
                 });
                 match done.await {
                     Ok(Ok(text)) => text,
@@ -281,11 +272,6 @@ impl Place {
                 for (at, view) in &mounts {
                     text += &format!("mount {} path={}\n", told(view), peer.seen(at));
                 }
-                let verdict = match verdict {
-                    Verdict::Success => "success",
-                    Verdict::Failure => "failure",
-                    Verdict::Unknown => "unknown",
-                };
                 Ok(format!(
                     "{text}ok mounts={} verdict={verdict}\n",
                     mounts.len()
@@ -331,7 +317,7 @@ fn told(view: &LateView) -> String {
 }
 
 /// Whoever is at the other end, as the kernel tells.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 struct Peer {
     /// Where it has the job volume mounted.
     targets: Vec<String>,
@@ -340,8 +326,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn of(stream: &UnixStream, job: &Job) -> Self {
-        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+    fn of(pid: Option<i32>, job: &Job) -> Self {
         let table = pid.and_then(|pid| {
             let file = PathBuf::from(format!("/proc/{pid}/mountinfo"));
             mount::table_in(&file).ok()

@@ -132,12 +132,7 @@ impl Mounted {
         if !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             return Err(Errno::INVAL.into());
         }
-        let mount = rustix::mount::open_tree(
-            &place,
-            "",
-            flags | OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_EMPTY_PATH,
-        )?;
-        Ok(Self::hold(mount)?)
+        Self::clone_of(place.as_fd())
     }
 
     /// Holds on to a mount that is attached at `at`, so that what is mounted below its

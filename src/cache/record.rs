@@ -2,7 +2,7 @@
 
 use super::names::{LvName, Tag, VolumeName, shortened};
 use super::select::Criteria;
-use super::spec::{OnMiss, Scope, Spec, scope_name};
+use super::spec::{OnMiss, Reuse, Scope, Spec, scope_name};
 
 /// Marks the one base.
 pub const DEFAULT: &str = "friend:default";
@@ -128,7 +128,11 @@ impl Role {
                     "a volume's options but neither {VOLUME} nor {LEASE} nor {MAKING}"
                 ));
             }
-            let spec = Spec::from_tags(tags).ok_or("options that do not parse")?;
+            let mut spec = Spec::from_tags(tags).ok_or("options that do not parse")?;
+            if found.volume.is_none() {
+                // Nothing uses it again, whatever is left of its options.
+                spec.reuse = Reuse::Fresh;
+            }
             return Ok(Self::Volume {
                 volume: found.volume,
                 spec: Box::new(spec),

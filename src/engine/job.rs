@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::start::SeenLate;
+use super::start::{SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
@@ -32,7 +32,7 @@ use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, SAVE};
 use crate::cache::request::LatePath;
 use crate::cache::select::Criterion;
-use crate::cache::spec::{FsType, Publish, Spec};
+use crate::cache::spec::Publish;
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
 
@@ -146,12 +146,6 @@ impl Late {
 }
 
 impl Job {
-    /// The job volume's specification.
-    #[must_use]
-    pub fn spec(&self) -> &Spec {
-        &self.volume.spec
-    }
-
     pub(super) fn dir(&self) -> &Mounted {
         &self.dir
     }
@@ -240,30 +234,15 @@ impl Job {
     /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
     /// through no link, and on no other mount, whatever the job does meanwhile.
     fn place(&self, path: &LatePath) -> io::Result<OwnedFd> {
-        let mut here = self.open_beneath(self.dir.root().try_clone_to_owned()?, ".")?;
+        let mut here = open_beneath(self.dir.root(), ".", ResolveFlags::NO_XDEV)?;
         for name in path.as_str().split('/') {
             match rustix::fs::mkdirat(&here, name, Mode::from_raw_mode(0o755)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
             }
-            here = self.open_beneath(here, name)?;
+            here = open_beneath(here.as_fd(), name, ResolveFlags::NO_XDEV)?;
         }
         Ok(here)
-    }
-
-    fn open_beneath(&self, dir: OwnedFd, name: &str) -> io::Result<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH
-            | ResolveFlags::NO_SYMLINKS
-            | ResolveFlags::NO_MAGICLINKS
-            | ResolveFlags::NO_XDEV;
-        Ok(rustix::fs::openat2(
-            dir,
-            name,
-            flags,
-            Mode::empty(),
-            resolve,
-        )?)
     }
 
     /// Lets nothing be mounted any more, and gives what is.
@@ -290,6 +269,20 @@ impl Job {
             None => Err(refused(format!("nothing is mounted at {path}"))),
         }
     }
+}
+
+/// A directory beneath `dir`, reached through no link.
+fn open_beneath(dir: BorrowedFd<'_>, path: &str, more: ResolveFlags) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let links = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let resolve = ResolveFlags::BENEATH | links | more;
+    Ok(rustix::fs::openat2(
+        dir,
+        path,
+        flags,
+        Mode::empty(),
+        resolve,
+    )?)
 }
 
 fn ended() -> EngineError {
@@ -382,27 +375,21 @@ impl Engine {
         seen: Option<SeenLate>,
     ) -> io::Result<Late> {
         // The job may have moved what is around the mount since the table was read.
-        let resolve =
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let place =
-            rustix::fs::openat2(job.dir.root(), path.as_str(), flags, Mode::empty(), resolve)?;
+        let place = open_beneath(job.dir.root(), path.as_str(), ResolveFlags::empty())?;
         if mount::id_of(place.as_fd())? != m.id {
             return Err(Errno::STALE.into());
         }
         let mounted = Mounted::clone_of(place.as_fd())?;
         let (spec, backing, mark) = match seen {
             Some(seen) => {
-                let fs = if m.fs == "ext4" {
-                    FsType::Ext4
-                } else {
-                    FsType::Xfs
-                };
                 let mark = (may_publish(&seen.spec) && seen.making)
-                    .then(|| self.mark_late(seen.lv.clone(), seen.failed));
+                    .then(|| self.mark_leased(seen.lv.clone(), seen.failed));
                 let backing = Backing::Lv {
                     copy: seen.copy(),
-                    open: OpenFs { mounted, fs },
+                    open: OpenFs {
+                        mounted,
+                        fs: fs_of(m),
+                    },
                     baseline: None,
                 };
                 if seen.failed {
@@ -461,14 +448,15 @@ impl Engine {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
+        let own = lease.mounted().mount_fd();
         let mut now = lock(&job.now);
         let attached = if now.closed {
             Err(ended())
         } else {
-            lease.mounted().attach_upon(place.as_fd()).map_err(failed)
+            own.and_then(|own| lease.mounted().attach_upon(place.as_fd()).map(|()| own))
+                .map_err(failed)
         };
-        let own = attached.and_then(|()| lease.mounted().mount_fd().map_err(failed));
-        let place = match own {
+        let place = match attached {
             Ok(place) => place,
             Err(error) => {
                 drop(now);
@@ -483,7 +471,7 @@ impl Engine {
             && may_publish(&volume.spec)
         {
             let failed = now.verdict == Verdict::Failure;
-            lease.mark = Some(self.mark_late(copy.lv.clone(), failed));
+            lease.mark = Some(self.mark_leased(copy.lv.clone(), failed));
         }
         let late = Late {
             volume,

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{fs, io, mem, thread};
+use std::{fmt, fs, io, mem, thread};
 
 use nix::sys::stat::{fstat, stat};
 use tokio::sync::mpsc::UnboundedSender;
@@ -79,6 +79,16 @@ pub enum Verdict {
     /// Nobody said.
     #[default]
     Unknown,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+            Self::Unknown => "unknown",
+        })
+    }
 }
 
 /// A volume as Get and List show it.
@@ -390,7 +400,7 @@ impl Engine {
         if let Backing::Lv { copy, .. } = &lease.backing
             && may_publish(&volume.spec)
         {
-            lease.mark = Some(self.mark_leased(copy.lv.clone()));
+            lease.mark = Some(self.mark_leased(copy.lv.clone(), false));
         }
         Ok(lease)
     }
@@ -499,19 +509,9 @@ impl Engine {
 
     /// Marks an LV as leased, so that the lease's end is not forgotten if we die
     /// between it and its settlement. Behind Mount's answer: until it is written
-    /// the mount table says the same.
-    fn mark_leased(self: &Arc<Self>, lv: LvName) -> thread::JoinHandle<()> {
-        let work = self.work();
-        thread::spawn(move || {
-            if let Err(error) = work.0.store.change_tags(&lv, &[work.0.lease_tag()], &[]) {
-                warn!(%lv, %error, "a lease could not be marked: its cache is not published if the daemon dies now");
-            }
-            reach("mount", 4);
-        })
-    }
-
-    /// The same for a late mount, whose LV nothing else marks: in use from here on, not being made.
-    fn mark_late(self: &Arc<Self>, lv: LvName, failed: bool) -> thread::JoinHandle<()> {
+    /// the mount table says the same. In use, it is not being made any more (a late
+    /// mount's is, up to here); `failed` says that its work is known to have.
+    fn mark_leased(self: &Arc<Self>, lv: LvName, failed: bool) -> thread::JoinHandle<()> {
         let work = self.work();
         thread::spawn(move || {
             let mut add = vec![work.0.lease_tag()];
@@ -519,6 +519,7 @@ impl Engine {
             if let Err(error) = work.0.store.change_tags(&lv, &add, &[tag(MAKING)]) {
                 warn!(%lv, %error, "a lease could not be marked: its cache is not published if the daemon dies now");
             }
+            reach("mount", 4);
         })
     }
 

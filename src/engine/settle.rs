@@ -535,7 +535,7 @@ impl Story {
             "mount_ms": millis(self.mount),
             "lasted_ms": millis(self.lasted),
             "bytes_written": bytes,
-            "verdict": format!("{:?}", self.verdict).to_lowercase(),
+            "verdict": self.verdict.to_string(),
             "published": published.as_ref().map(LvName::as_str),
             "why": why,
         }));

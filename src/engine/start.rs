@@ -436,8 +436,8 @@ impl Engine {
         Ok(())
     }
 
-    /// What is mounted below our directory, by volume: the topmost where several are.
-    /// And what is mounted in those.
+    /// What is mounted below our directory, by volume: the topmost where several are; and what
+    /// is mounted in those.
     fn own_mounts(
         &self,
     ) -> Result<(BTreeMap<VolumeName, MountPoint>, Vec<MountPoint>), EngineError> {
@@ -474,17 +474,16 @@ impl Engine {
                 |error| warn!(volume = %volume.name, %error, "its mount cannot be taken hold of"),
             )
             .ok()?;
-        let fs = if m.fs == "ext4" {
-            FsType::Ext4
-        } else {
-            FsType::Xfs
-        };
-        let mark = may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone()));
+        let mark =
+            may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone(), current.failed));
         let mut lease = Lease {
             mark,
             ..Lease::new(Backing::Lv {
                 copy: current.copy(Restored::Earlier),
-                open: OpenFs { mounted, fs },
+                open: OpenFs {
+                    mounted,
+                    fs: fs_of(m),
+                },
                 baseline: None,
             })
         };
@@ -521,12 +520,7 @@ impl Engine {
                 let Ok(name) = lease.lv.as_str().parse() else {
                     return;
                 };
-                // Nothing uses it again, whatever its options say.
-                let spec = Spec {
-                    reuse: Reuse::Fresh,
-                    ..lease.spec
-                };
-                let gone = Volume::new(name, spec, 0, Phase::Stale(None));
+                let gone = Volume::new(name, lease.spec, 0, Phase::Stale(None));
                 lock(&gone.now).removed = true;
                 Arc::new(gone)
             }
@@ -573,6 +567,15 @@ impl Engine {
                 info!(at = %path.display(), "an empty mountpoint was removed");
             }
         }
+    }
+}
+
+/// The file system of a mount of ours.
+pub(super) fn fs_of(m: &MountPoint) -> FsType {
+    if m.fs == "ext4" {
+        FsType::Ext4
+    } else {
+        FsType::Xfs
     }
 }
 

@@ -251,12 +251,6 @@ impl Lease {
 impl Volume {
     /// What the engine takes a cache in a job volume for.
     pub fn late_of(job: &Arc<Self>, path: &LatePath, spec: Spec) -> Self {
-        // What its tags say after a restart may have no tags to save by any more, which would make
-        // it one that keeps its content.
-        let spec = Spec {
-            reuse: Reuse::Fresh,
-            ..spec
-        };
         Self {
             late: Some((Arc::downgrade(job), path.clone())),
             ..Self::new(job.name.clone(), spec, 0, Phase::Stale(None))

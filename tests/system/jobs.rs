@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::support::JOB_CLIENT;
 use crate::support::daemon::Daemon;
 use crate::support::site::{Kind, MOUNT_DIR, Site};
 
@@ -115,11 +116,7 @@ impl Jobs {
     }
 
     fn status(&self, name: &str) -> Value {
-        let answer = self
-            .daemon()
-            .plugin()
-            .ok("VolumeDriver.Get", &json!({"Name": name}));
-        answer["Volume"]["Status"].clone()
+        self.daemon().plugin().status(name)
     }
 
     /// An entry whose file `who` says `who`.
@@ -146,11 +143,8 @@ fn ask_here(at: &Path, input: &str) -> String {
 /// Says `input` on a job volume's socket, and gives all that is answered. A process of its own does that: the daemon
 /// looks at the client's mounts, and a test is a thread with mounts of its own.
 fn ask(at: &Path, input: &str) -> String {
-    const CLIENT: &str = "use IO::Socket::UNIX; $SIG{PIPE} = 'IGNORE'; \
-        my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die \"connect: $!\"; \
-        local $/; print $s scalar <STDIN>; $s->flush; $s->shutdown(1); print scalar <$s>;";
     let mut client = Command::new("perl")
-        .args(["-e", CLIENT])
+        .args(["-e", JOB_CLIENT])
         .arg(at.join("socket"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -84,11 +84,7 @@ impl Host {
     /// What the daemon says of a volume: what `podman volume inspect` shows as its Status.
     #[track_caller]
     fn status(&self, volume: &str) -> Value {
-        let answer = self
-            .daemon()
-            .plugin()
-            .ok("VolumeDriver.Get", &json!({"Name": volume}));
-        answer["Volume"]["Status"].clone()
+        self.daemon().plugin().status(volume)
     }
 
     /// Waits for the end of the lease that a volume's LV had, and returns what became of it.

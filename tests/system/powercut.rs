@@ -257,8 +257,7 @@ fn job(plugin: &Plugin, name: &str, number: u64) {
     content::write(&at, number);
     plugin.unmount(name, "x");
     let published = || {
-        let answer = plugin.ok("VolumeDriver.Get", &json!({"Name": name}));
-        let last = &answer["Volume"]["Status"]["last_lease"];
+        let last = &plugin.status(name)["last_lease"];
         assert!(last["why"].is_null(), "{last}");
         last["published"].is_string()
     };

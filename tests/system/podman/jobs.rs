@@ -5,16 +5,9 @@ use serde_json::Value;
 use super::hooks::Hooks;
 use super::{Body, Host};
 use crate::support::site::Kind;
-use crate::support::wait_until;
+use crate::support::{JOB_CLIENT, wait_until};
 
 pub const BODIES: &[Body] = &[("job_volumes", job_volumes)];
-
-/// `ask FILE`: says what is in FILE on the job volume's socket, and shows what is answered.
-const ASK: &str = r#"ask() { perl -e '
-    use IO::Socket::UNIX;
-    my $s = IO::Socket::UNIX->new(Peer => "/run/lvm-cache-friend/socket") or die "connect: $!";
-    local $/; print $s scalar <STDIN>; $s->flush; $s->shutdown(1); print scalar <$s>'; }
-"#;
 
 /// A container with the job volume `job`, mounted with `propagation`; its exit status and what it said.
 fn run(host: &Host, propagation: &str, script: &str) -> (i32, String) {
@@ -22,7 +15,9 @@ fn run(host: &Host, propagation: &str, script: &str) -> (i32, String) {
     // The image has no client, so perl is lent by this machine.
     let lent = ["/usr", "/lib", "/lib64"].map(|dir| format!("{dir}:{dir}:ro"));
     let options: Vec<_> = lent.iter().flat_map(|lent| ["-v", lent]).collect();
-    let script = format!("PATH=/bin:/usr/bin\n{ASK}{script}");
+    let script = format!(
+        "PATH=/bin:/usr/bin\nask() {{ perl -e '{JOB_CLIENT}' /run/lvm-cache-friend/socket; }}\n{script}"
+    );
     let head = ["run", "--rm", "-v", &volume];
     let tail = [host.podman.image.as_str(), "/bin/sh", "-ec", &script];
     let done = host.podman.outcome(&[&head[..], &options, &tail].concat());

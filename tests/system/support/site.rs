@@ -237,6 +237,13 @@ impl Plugin {
         self.ok("VolumeDriver.Remove", &json!({"Name": name}));
     }
 
+    /// What is said of a volume: what `podman volume inspect` shows as its Status.
+    #[track_caller]
+    pub fn status(&self, name: &str) -> Value {
+        let answer = self.ok("VolumeDriver.Get", &json!({"Name": name}));
+        answer["Volume"]["Status"].clone()
+    }
+
     /// The names that List gives.
     #[track_caller]
     pub fn names(&self) -> Vec<String> {
