@@ -331,6 +331,7 @@ impl Engine {
             )
         };
         let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
 

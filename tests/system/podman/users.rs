@@ -10,8 +10,7 @@ use serde_json::Value;
 
 use super::hooks::Hooks;
 use super::{Body, Host};
-use crate::support::PROGRAM;
-use crate::support::command::succeed;
+use crate::support::command::{outcome_of, succeed};
 use crate::support::podman::create;
 use crate::support::site::Kind;
 use crate::support::wait_until;
@@ -19,7 +18,7 @@ use crate::support::wait_until;
 pub const BODIES: &[Body] = &[("users", users), ("users_rootless", rootless)];
 
 /// The user that has rootless Podman, and the group that may use the plugin's socket.
-const USER: u32 = 1000;
+const USER: u32 = 4242;
 const GROUP: u32 = 2000;
 
 /// What every job finds, whoever it is outside; then it says who that is. Its own file is there from the second job on,
@@ -34,6 +33,7 @@ const SCRIPT: &str = r#"
     umask 022
     look /cache
     cd /run/lvm-cache-friend
+    mkdir own; stat -c '%u:%g' own; rmdir own
     printf 'mount late\n> users\n< users\n' | perl -e '@CLIENT@' /run/lvm-cache-friend/socket | tail -1
     look /run/lvm-cache-friend/late
     cat /proc/self/uid_map
@@ -68,7 +68,7 @@ fn check(told: &str, first: bool, mapped: bool, what: &str) {
     let idmapped = if mapped { ",idmapped" } else { "" };
     let own = format!("{seen}1000:1000\n1000:1000\n1000:1000\nrw,nosuid,nodev,noatime{idmapped}\n");
     let rest = told
-        .strip_prefix(&own)
+        .strip_prefix(&format!("{own}1000:1000\n"))
         .unwrap_or_else(|| panic!("{what}: {told}"));
     let (answer, late) = rest.split_once('\n').expect("an answer");
     assert!(answer.starts_with("ok restored="), "{what}: {told}");
@@ -206,6 +206,10 @@ impl Rootless {
     }
 
     fn done(&self, arguments: &[&str]) -> String {
+        succeed(&mut self.command(arguments))
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("setpriv");
         command
             .args(["--reuid", &USER.to_string(), "--regid", &USER.to_string()])
@@ -216,16 +220,17 @@ impl Rootless {
             .env("XDG_RUNTIME_DIR", self.home.join("run"))
             .env("TMPDIR", self.home.join("tmp"))
             .env("STORAGE_DRIVER", "vfs");
-        succeed(&mut command)
+        command
     }
 }
 
 impl Drop for Rootless {
     fn drop(&mut self) {
-        self.done(&["rm", "--force", "--all"]);
-        self.done(&["system", "migrate"]);
+        for arguments in [&["rm", "--force", "--all"][..], &["system", "migrate"]] {
+            println!("{:?}", outcome_of(&mut self.command(arguments)));
+        }
         for file in &self.binds {
-            umount2(file, MntFlags::MNT_DETACH).unwrap();
+            let _ = umount2(file, MntFlags::MNT_DETACH);
         }
     }
 }
@@ -252,5 +257,4 @@ fn rootless(kind: Kind) {
         check(&told, i == 0, true, &format!("{options:?}: {ids}"));
         host.published_after("cache", &before_it);
     }
-    let _ = PROGRAM;
 }
