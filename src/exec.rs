@@ -69,6 +69,26 @@ where
     run_with_env(tool, args, &[])
 }
 
+/// What a tool writes, to standard output and then to standard error, however it ends: some say
+/// their version here, some there.
+///
+/// # Errors
+/// When the tool is missing or cannot be started.
+pub fn says(tool: &str, args: &[&str]) -> Result<String, ExecError> {
+    let program = find_tool(tool)?;
+    let output = Command::new(&program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| ExecError::Start {
+            program: program.display().to_string(),
+            source,
+        })?;
+    let said = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
 /// [`run`], with variables added to the child's environment.
 ///
 /// # Errors

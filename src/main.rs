@@ -13,9 +13,12 @@ fn main() -> ExitCode {
         Command::Init(args) => commands::init::run(config, args),
         Command::Serve(args) => commands::serve(config, args),
         Command::List(args) => commands::list::run(config, args),
+        Command::Tree(args) => commands::tree::run(config, args),
+        Command::Stats(args) => commands::stats::run(config, args),
         Command::Show(args) => commands::show::run(config, args),
         Command::Import(args) => commands::import::run(config, args),
         Command::Remove(args) => commands::remove::run(config, args),
+        Command::Doctor(args) => commands::doctor::run(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
     };
     match done {

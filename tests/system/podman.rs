@@ -4,6 +4,7 @@
 
 mod caches;
 mod client;
+pub mod doctor;
 mod hooks;
 mod jobs;
 mod options;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
             hooks::BODIES,
             jobs::BODIES,
             users::BODIES,
+            doctor::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {

@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::process::Command;
 
+use lvm_cache_friend::config::DEFAULT_FILE;
 use serde_json::Value;
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::podman::doctor::{finds, well};
 use crate::support::command::{run, sh, succeed};
 use crate::support::lvm::TestVg;
 use crate::support::podman::DropIn;
@@ -129,6 +131,7 @@ fn follow(wanted: &str, instead: &str) {
         "what was written over the restart is there: {dates}"
     );
 
+    doctor();
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");
@@ -164,6 +167,42 @@ fn follow(wanted: &str, instead: &str) {
         ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
         rm -rf /run/lvm-cache-friend",
     );
+}
+
+/// What is installed is well, and what is broken about its units is found.
+fn doctor() {
+    let config = Path::new(DEFAULT_FILE);
+    well(config);
+    let unit = "lvm-cache-friend.service";
+    run("systemctl", ["disable", unit]);
+    finds(config, "units", "wrong", "systemctl enable", &[]);
+    run("systemctl", ["enable", unit]);
+
+    let dir = "/run/systemd/system/lvm-cache-friend.service.d";
+    sh(&format!(
+        "mkdir -p {dir}; printf '[Service]\\nPrivateTmp=yes\\n' > {dir}/test.conf; systemctl daemon-reload"
+    ));
+    finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
+    run("systemctl", ["restart", unit]);
+    finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
+    sh(&format!(
+        "rm -r {dir}; systemctl daemon-reload; systemctl restart {unit}"
+    ));
+
+    let stop = ["stop", "lvm-cache-friend.socket", unit];
+    run("systemctl", stop);
+    finds(
+        config,
+        "units",
+        "wrong",
+        "does not run",
+        &["daemon", "socket"],
+    );
+    run("systemctl", ["mask", "--runtime", unit]);
+    finds(config, "units", "wrong", "unmask", &["daemon", "socket"]);
+    run("systemctl", ["unmask", "--runtime", unit]);
+    run("systemctl", ["start", "lvm-cache-friend.socket", unit]);
+    well(config);
 }
 
 fn count_entries() -> usize {
