@@ -26,7 +26,7 @@
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket.
-//!   [`cli`], [`config`], [`commands`],
+//!   [`status`]: metrics and a page. [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
 //!
@@ -52,5 +52,6 @@ pub mod mount;
 pub mod plugin;
 pub mod podman;
 pub mod serve;
+pub mod status;
 pub mod storage;
 pub mod userns;

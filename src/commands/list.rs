@@ -43,7 +43,7 @@ pub(super) fn rows(store: &dyn Store, listing: &Listing) -> Result<Rows, Failure
 }
 
 /// Seconds since 1970.
-pub(super) fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| d.as_secs())

@@ -7,7 +7,7 @@ pub mod import;
 pub mod init;
 pub mod list;
 pub mod remove;
-mod rows;
+pub(crate) mod rows;
 pub mod show;
 pub mod stats;
 mod table;

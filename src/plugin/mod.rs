@@ -58,7 +58,7 @@ const WORK_WAIT: Duration = Duration::from_secs(4);
 
 /// Whoever is at the other end of a connection, as the kernel tells.
 #[derive(Debug, Clone, Copy)]
-struct Peer {
+pub struct Peer {
     pid: Option<i32>,
 }
 
@@ -236,7 +236,7 @@ async fn not_a_post(body: Payload) -> Refusal {
     drop(body);
     Refusal::new(
         StatusCode::METHOD_NOT_ALLOWED,
-        "the volume-plugin protocol's requests are POSTs",
+        "the volume-plugin protocol's requests are POSTs, and /metrics and / are to be got",
     )
 }
 

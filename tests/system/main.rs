@@ -19,6 +19,7 @@ mod raw;
 mod reflink;
 mod store;
 mod support;
+mod views;
 mod vm;
 
 fn main() {
@@ -36,6 +37,7 @@ fn main() {
             quickstart::tests(),
             raw::tests(),
             reflink::tests(),
+            views::tests(),
             vm::tests(),
         ]
         .into_iter()

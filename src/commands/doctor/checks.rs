@@ -6,12 +6,7 @@ use super::facts::{Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, S
 use super::{Finding, State};
 use crate::cache::units::Bytes;
 use crate::config::{Settings, StoreConfig};
-
-/// From here on a pool is nearly full, in percent: what a few jobs can write until somebody looks.
-const NEARLY_FULL: f64 = 80.0;
-
-/// From here on it is too full, in percent.
-const TOO_FULL: f64 = 95.0;
+use crate::storage::{NEARLY_FULL, TOO_FULL};
 
 /// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
 const SHORT_TIMEOUT: u64 = 20;
