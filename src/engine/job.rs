@@ -337,30 +337,43 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes a job volume's lease up again after a restart: `lates` has what is mounted in it.
+    /// Takes a job volume's lease up again after a restart, with those of `mounts` that are in it.
+    /// What goes on leaves `seen`.
     pub(super) fn go_on_job(
         self: &Arc<Self>,
         volume: &Arc<Volume>,
         at: &MountPoint,
-        lates: Vec<(MountPoint, Option<SeenLate>)>,
+        mounts: &[MountPoint],
+        seen: &mut Vec<SeenLate>,
     ) -> io::Result<Arc<Job>> {
         let dir = Mounted::in_place(&at.at)?;
         if dir.device_number()? != at.device {
             return Err(Errno::STALE.into());
         }
         let job = self.job(volume, dir);
-        for (m, seen) in lates {
-            let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
-            let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
+        for m in mounts {
+            let Ok(inside) = m.at.strip_prefix(&at.at) else {
                 continue;
             };
-            match self.go_on_late(&job, &path, &m, seen) {
-                Ok(late) => {
+            let found = seen.iter().position(|seen| seen.device == m.device);
+            if found.is_none() && m.fs != "tmpfs" {
+                continue;
+            }
+            let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
+            let went_on = path
+                .and_then(|path| LatePath::parse(path, &[]))
+                .and_then(|path| {
+                    let late = self.go_on_late(&job, &path, m, found.map(|at| &seen[at]));
+                    Ok((path, late.map_err(|e| e.to_string())?))
+                });
+            match went_on {
+                Ok((path, late)) => {
                     info!(volume = job.name(), %path, "its mount goes on");
                     lock(&job.now).mounts.insert(path, Some(late));
+                    found.map(|at| seen.swap_remove(at));
                 }
                 Err(error) => {
-                    warn!(volume = job.name(), %path, %error, "its mount cannot be taken hold of");
+                    warn!(volume = job.name(), at = %m.at.display(), error, "its mount cannot be taken hold of: it is not published");
                 }
             }
         }
@@ -372,7 +385,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         m: &MountPoint,
-        seen: Option<SeenLate>,
+        seen: Option<&SeenLate>,
     ) -> io::Result<Late> {
         // The job may have moved what is around the mount since the table was read.
         let place = open_beneath(job.dir.root(), path.as_str(), ResolveFlags::empty())?;
@@ -395,7 +408,7 @@ impl Engine {
                 if seen.failed {
                     lock(&job.now).verdict = Verdict::Failure;
                 }
-                (seen.spec, backing, mark)
+                (seen.spec.clone(), backing, mark)
             }
             None => {
                 let spec = job.volume.spec.of_request(&[], &[]).unwrap_or_default();

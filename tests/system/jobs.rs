@@ -13,14 +13,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
-use crate::support::JOB_CLIENT;
+use crate::support::census::Known;
 use crate::support::daemon::Daemon;
 use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::{JOB_CLIENT, wait_until};
 
 type Body = (&'static str, fn(Kind));
 
@@ -30,6 +31,7 @@ const BODIES: &[Body] = &[
     ("only_what_may_be_published_is", verdicts),
     ("a_checkpoint_is_of_one_instant", checkpoint),
     ("mounts_go_on_after_a_kill", over_a_kill),
+    ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
 ];
 
@@ -55,19 +57,6 @@ pub fn tests() -> Vec<Test> {
         )
     });
     reflink.chain(lvm).collect()
-}
-
-/// Waits until something is so. What is waited for here takes a second or two; a minute is a failure, and shows the daemon's log.
-#[track_caller]
-fn wait_until(mut so: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !so() {
-        assert!(
-            since.elapsed() < Duration::from_secs(60),
-            "it never came to that"
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 struct Jobs {
@@ -443,6 +432,27 @@ fn over_a_kill(kind: Kind) {
     );
     // What is still in use would keep the group from being removed.
     jobs.end("two", 1);
+}
+
+/// The daemon starts again and finds a mount where it cannot take hold of it.
+fn out_of_reach(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "a"}));
+    assert_ok(&ask(&at, "mount x/y\n\nmount z\n"));
+    for path in ["x/y/file", "z/file"] {
+        fs::write(at.join(path), "").unwrap();
+    }
+    let leased = |row: &&Value| row["tags"].to_string().contains("friend:lease");
+    wait_until(|| jobs.site.list().iter().filter(leased).count() == 2);
+    jobs.daemon.take().unwrap().kill();
+    // No path of a mount has such a name in it.
+    fs::rename(at.join("x"), at.join("\u{1}")).unwrap();
+    jobs.daemon = Some(jobs.site.serve());
+    assert!(ask(&at, "status\n").contains("ok mounts=1 "));
+    let last = jobs.end("job", 1);
+    assert!(last["z"]["published"].is_string(), "{last}");
+    let census = jobs.site.settled(&[Known::idle("job")]);
+    assert_eq!(census.entries().len(), 1);
 }
 
 fn places(kind: Kind) {
