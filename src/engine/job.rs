@@ -69,6 +69,8 @@ struct Now {
     closed: bool,
     /// `None`: being made.
     mounts: BTreeMap<LatePath, Option<Late>>,
+    /// Checkpoints that were made, or are being made.
+    saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
 }
@@ -229,6 +231,23 @@ impl Job {
             job: self,
             path: path.clone(),
         })
+    }
+
+    /// Counts one more checkpoint, if `make` makes one: each takes room that nobody gets back while
+    /// it is an entry.
+    fn count_save<T>(
+        &self,
+        most: usize,
+        make: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        {
+            let mut now = lock(&self.now);
+            if now.saves >= most {
+                return Err(refused(format!("a job has at most {most} checkpoints")));
+            }
+            now.saves += 1;
+        }
+        make().inspect_err(|_| lock(&self.now).saves -= 1)
     }
 
     /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
@@ -517,6 +536,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         tags: &[Tag],
+        most: usize,
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -545,7 +565,7 @@ impl Engine {
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
         let written = device.and_then(crate::fs::sectors_written).ok();
-        let entry = self.publish_mounted(&spec, &lv, &source)?;
+        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
@@ -33,14 +34,12 @@ const BODIES: &[Body] = &[
     ("mounts_go_on_after_a_kill", over_a_kill),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
-];
-
-const REFLINK_BODIES: &[Body] = &[
-    ("limits", limits),
-    ("slow_and_hostile_clients", clients),
     ("a_directory_swapped_for_a_link_leads_nowhere", swapped),
     ("volume_options_bound_requests", bounds),
+    ("a_flood_of_one_scope_drowns_no_other", flood),
 ];
+
+const REFLINK_BODIES: &[Body] = &[("limits", limits), ("slow_and_hostile_clients", clients)];
 
 pub fn tests() -> Vec<Test> {
     let reflink = BODIES.iter().chain(REFLINK_BODIES);
@@ -493,7 +492,7 @@ fn places(kind: Kind) {
 fn limits(kind: Kind) {
     let jobs = Jobs::with(
         kind,
-        "job.line = 200\njob.criteria = 3\njob.terms = 8\njob.mounts = 2\njob.connections = 3\njob.request-time = \"1s\"\n",
+        "job.line = 200\njob.criteria = 3\njob.terms = 8\njob.mounts = 2\njob.saves = 2\njob.connections = 3\njob.request-time = \"1s\"\n",
     );
     let at = jobs.job("job", &json!({}));
     assert_refused(
@@ -509,6 +508,10 @@ fn limits(kind: Kind) {
     assert_ok(&ask(&at, "mount x\n> a b c d e\n< f g h\n"));
     assert_ok(&ask(&at, "mount y\n"));
     assert_refused(&ask(&at, "mount z\n"), "at most 2 mounts");
+    // What fails does not count.
+    assert_refused(&ask(&at, "save y\n"), "it has no tags");
+    assert_ok(&ask(&at, "save x\n\nsave y some\n"));
+    assert_refused(&ask(&at, "save x\n"), "at most 2 checkpoints");
     let mut slow = UnixStream::connect(at.join("socket")).unwrap();
     slow.write_all(b"mount z\n").unwrap();
     let mut answer = String::new();
@@ -572,38 +575,106 @@ fn clients(kind: Kind) {
     assert_ok(&ask(&at, "status\n"));
 }
 
+/// While the job swaps a directory for a link out of its volume and back, as fast as it can.
 fn swapped(kind: Kind) {
-    let jobs = Jobs::with(kind, "job.mounts = 1000\n");
-    let at = jobs.job("job", &json!({}));
+    // Most rounds find no entry, once they have made and opened their place: what mounts takes a guest a second.
+    let (rounds, mounting) = match kind {
+        Kind::Reflink => (1000, 4),
+        Kind::Lvm => (1000, 40),
+    };
+    let jobs = Jobs::new(kind);
+    jobs.entry("origin", "linux", "-");
+    let at = jobs.job("job", &json!({"restore": "linux", "on-miss": "fail"}));
     let outside = jobs.site.dir.path().join("outside");
-    fs::create_dir_all(outside.join("x")).unwrap();
+    fs::create_dir_all(&outside).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let swapper = thread::spawn({
-        let (dir, outside, stop) = (at.join("dir"), outside.clone(), Arc::clone(&stop));
+        let (dir, link) = (at.join("dir"), at.join("link"));
+        let (outside, stop) = (outside.clone(), Arc::clone(&stop));
         move || {
             while !stop.load(Ordering::Relaxed) {
-                let _ = fs::create_dir(&dir);
-                let _ = fs::rename(&dir, dir.with_extension("old"));
-                let _ = symlink(&outside, &dir);
-                let _ = fs::remove_file(&dir);
-                let _ = fs::remove_dir(dir.with_extension("old").join("x"));
-                let _ = fs::remove_dir(dir.with_extension("old"));
+                if !link.exists() {
+                    let _ = fs::create_dir(&dir);
+                    let _ = symlink(&outside, &link);
+                }
+                let _ = renameat_with(CWD, &dir, CWD, &link, RenameFlags::EXCHANGE);
             }
         }
     });
-    for round in 0..1000 {
-        ask_here(&at, "mount dir/x\n> nothing\n");
+    let (mut mounted, mut refused, mut missed) = (0, 0, 0);
+    for round in 0..rounds {
+        let term = if round % mounting == 0 {
+            "linux"
+        } else {
+            "nothing"
+        };
+        let answer = ask_here(&at, &format!("mount dir/x\n> {term}\n"));
         let table = lvm_cache_friend::mount::table().unwrap();
         let led = table.iter().find(|mount| mount.at.starts_with(&outside));
         assert!(led.is_none(), "round {round}: {led:?}");
-        if ask_here(&at, "status\n").contains("mounts=1 ") {
-            jobs.daemon().plugin().unmount("job", "test");
-            jobs.daemon().plugin().mount("job", "test");
+        match answer.lines().last().unwrap_or_default() {
+            ok if ok.starts_with("ok ") => {
+                mounted += 1;
+                let inside = table.iter().filter(|mount| mount.at.starts_with(&at));
+                assert_eq!(inside.count(), 2, "round {round}: {table:?}");
+                jobs.daemon().plugin().unmount("job", "test");
+                jobs.daemon().plugin().mount("job", "test");
+            }
+            miss if miss.contains("no entry matches") => missed += 1,
+            error => {
+                assert_refused(&format!("{error}\n"), "something else than a directory");
+                refused += 1;
+            }
         }
     }
     stop.store(true, Ordering::Relaxed);
     swapper.join().unwrap();
-    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+    println!("{mounted} mounted, {missed} found no entry, {refused} met the link");
+    assert!(mounted > 0 && missed > 0 && refused > 0);
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+/// A job fills what it may fill, under the tags of another scope.
+fn flood(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    jobs.entry("b", "linux one", "b");
+    let of_b = |jobs: &Jobs| -> Vec<Value> {
+        let mut rows = jobs.site.list();
+        rows.retain(|row| row["scope"] == "b");
+        for row in &mut rows {
+            row.as_object_mut().unwrap().remove("age_seconds");
+        }
+        rows
+    };
+    let before = of_b(&jobs);
+    let at = jobs.job("job", &json!({"scope": "a"}));
+    assert_ok(&ask(&at, "mount x\n< linux one\n"));
+    fs::write(at.join("x/who"), "a").unwrap();
+    let saves = "save x linux one friend:scope:b\n\n".repeat(17);
+    let answer = ask(&at, &saves);
+    let ends: Vec<_> = answer
+        .lines()
+        .filter(|line| line.starts_with("ok ") || line.starts_with("error "))
+        .collect();
+    assert_eq!(ends.len(), 17, "{answer}");
+    assert!(
+        ends[..16].iter().all(|end| end.starts_with("ok ")),
+        "{answer}"
+    );
+    assert_refused(ends[16], "at most 16 checkpoints");
+    jobs.end("job", 1);
+    assert_eq!(of_b(&jobs), before);
+    let entries = |scope: &str| {
+        let rows = jobs.site.list();
+        rows.iter()
+            .filter(|row| row["kind"] == "entry" && row["scope"] == scope)
+            .count()
+    };
+    assert_eq!((entries("a"), entries("b")), (17, 1));
+    let at = jobs.job("other", &json!({"scope": "b"}));
+    assert_ok(&ask(&at, "mount x\n> linux one\n"));
+    assert_eq!(fs::read_to_string(at.join("x/who")).unwrap(), "b");
+    jobs.end("other", 1);
 }
 
 fn bounds(kind: Kind) {
