@@ -3,23 +3,28 @@
 //! The client here is on the host, where a job volume is as it is in a container; `podman::jobs` has
 //! containers.
 
-use std::fs;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
 use crate::support::census::Known;
+use crate::support::content::Random;
 use crate::support::daemon::Daemon;
 use crate::support::site::{Kind, MOUNT_DIR, Site};
 use crate::support::{JOB_CLIENT, wait_until};
@@ -31,6 +36,7 @@ const BODIES: &[Body] = &[
     ("jobs_do_not_see_each_other", apart),
     ("only_what_may_be_published_is", verdicts),
     ("a_checkpoint_is_of_one_instant", checkpoint),
+    ("a_checkpoint_while_dd_writes", checkpoint_of_much),
     ("mounts_go_on_after_a_kill", over_a_kill),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
@@ -96,8 +102,9 @@ impl Jobs {
         self.daemon().plugin().unmount(name, "test");
         let mut last = Value::Null;
         wait_until(|| {
-            last = self.status(name)["last_lease"].clone();
-            last.as_object().map_or(0, |last| last.len()) == count
+            let status = self.status(name);
+            last = status["last_lease"].clone();
+            status["state"] == "stale" && last.as_object().map_or(0, |last| last.len()) == count
         });
         assert!(!Path::new(MOUNT_DIR).join(name).exists());
         last
@@ -378,6 +385,127 @@ fn checkpoint(kind: Kind) {
     assert_ok(&ask(&at, "save x\n"));
     assert_refused(&ask(&at, "save z\n"), "nothing is mounted at z");
     jobs.end("job", 1);
+}
+
+/// A counter, what follows from it, and a checksum of both.
+fn record(counter: u64) -> Vec<u8> {
+    let mut random = Random::new(counter);
+    let mut bytes = counter.to_le_bytes().to_vec();
+    // Of many pages.
+    for _ in 0..4096 {
+        bytes.extend(random.next().to_le_bytes());
+    }
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&bytes);
+    bytes.extend(hasher.finish().to_le_bytes());
+    bytes
+}
+
+/// The counter in a record, which must be whole.
+#[track_caller]
+fn counter(file: &Path) -> u64 {
+    let bytes = fs::read(file).unwrap();
+    let counter = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    assert!(bytes == record(counter), "{}: torn", file.display());
+    counter
+}
+
+/// Whether a directory that [`checkpoint_of_much`] writes to is of one instant.
+#[track_caller]
+fn is_of_one_instant(dir: &Path) {
+    for writer in ["plain", "synced"] {
+        let [first, second] = ["first", "second"].map(|file| counter(&dir.join(writer).join(file)));
+        assert!(
+            first == second || first == second + 1,
+            "{writer}: {first} in the file that is written first, {second} in the other"
+        );
+    }
+}
+
+/// Writes records to two files in turn, in place, until it is to stop.
+fn write_records(dir: &Path, sync: bool, stop: &AtomicBool) {
+    fs::create_dir(dir).unwrap();
+    let files = ["first", "second"].map(|file| File::create(dir.join(file)).unwrap());
+    let mut n = 0;
+    while !stop.load(Ordering::Relaxed) {
+        n += 1;
+        for file in &files {
+            file.write_all_at(&record(n), 0).unwrap();
+            if sync {
+                file.sync_all().unwrap();
+            }
+        }
+    }
+}
+
+/// Who writes, until this is dropped.
+struct Writers {
+    dd: Child,
+    stop: Arc<AtomicBool>,
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let group = Pid::from_raw(self.dd.id().cast_signed());
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.dd.wait();
+    }
+}
+
+/// `dd` writes, and two writers write records in place, each to two files in turn.
+fn checkpoint_of_much(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    for fs_type in ["xfs", "ext4"] {
+        let at = jobs.job("job", &json!({"save": fs_type, "fs": fs_type}));
+        assert_ok(&ask(&at, "mount x\n"));
+        let dir = at.join("x");
+        let mut saved = Vec::new();
+        thread::scope(|scope| {
+            // Of its own process group, and so is whatever it starts.
+            let dd = "while :; do dd if=/dev/urandom of=\"$0\" bs=64k count=2048 conv=notrunc status=none; done";
+            let dd = Command::new("sh")
+                .args(["-c".as_ref(), dd.as_ref(), dir.join("big").as_os_str()])
+                .process_group(0)
+                .spawn()
+                .unwrap();
+            let writers = Writers {
+                dd,
+                stop: Arc::default(),
+            };
+            for (name, sync) in [("plain", false), ("synced", true)] {
+                let (dir, stop) = (dir.join(name), Arc::clone(&writers.stop));
+                scope.spawn(move || write_records(&dir, sync, &stop));
+            }
+            wait_until(|| {
+                let files = ["plain/second", "synced/second", "big"];
+                let sizes =
+                    files.map(|file| fs::metadata(dir.join(file)).map_or(0, |file| file.len()));
+                sizes.iter().all(|size| *size > 0)
+            });
+            for _ in 0..3 {
+                let answer = ask(&at, "save x mid\n");
+                assert_ok(&answer);
+                let mut words = answer.split(['=', ' ', '\n']);
+                let entry = words.find(|word| word.starts_with("friend-")).unwrap();
+                saved.push(entry.to_owned());
+            }
+        });
+        let census = jobs.site.census();
+        for entry in &saved {
+            census.check(entry).unwrap();
+            census.read(entry, is_of_one_instant).unwrap();
+        }
+        let other = jobs.job("other", &json!({}));
+        let answer = ask(&other, &format!("mount y\n> mid {fs_type}\n"));
+        assert!(answer.contains(saved.last().unwrap()), "{answer}");
+        is_of_one_instant(&other.join("y"));
+        assert!(other.join("y/big").exists());
+        for name in ["other", "job"] {
+            jobs.end(name, 1);
+            jobs.daemon().plugin().remove(name);
+        }
+    }
 }
 
 fn over_a_kill(kind: Kind) {
