@@ -5,6 +5,7 @@
 mod caches;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
 mod options;
 
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            job_client::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
