@@ -5,6 +5,7 @@
 mod caches;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
 mod options;
 mod users;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
             hooks::BODIES,
             jobs::BODIES,
             users::BODIES,
+            job_client::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
