@@ -6,6 +6,7 @@ mod caches;
 mod client;
 mod hooks;
 mod jobs;
+mod nested;
 mod options;
 
 use std::fs;
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            nested::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
