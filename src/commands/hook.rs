@@ -5,10 +5,10 @@
 //! A hook never makes a container fail, but for that last one's refusal: whatever
 //! else goes wrong is logged, and the exit code is 0.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use oci_spec::runtime::{Spec, State};
@@ -46,7 +46,14 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     if args.stage == Stage::Precreate {
         // What comes out is what the container gets: nothing is changed.
         read.map_err(failed("standard input"))?;
-        guard(config, &input).inspect_err(tell_caller)?;
+        let spec: Result<Spec, _> = serde_json::from_str(&input);
+        guard(config, &spec, &input).inspect_err(tell_caller)?;
+        let told = spec
+            .map_err(|e| format!("the container's configuration: {e}"))
+            .and_then(|spec| tell_of_start(config, &spec));
+        if let Err(missed) = told {
+            warn!(stage = ?args.stage, missed, "in a user namespace, its volumes have the host's owners");
+        }
         return print(&input);
     }
     let told = read
@@ -71,20 +78,49 @@ fn tell_caller(why: &Failure) {
     }
 }
 
+/// Tells the daemon which ids a container will have that is about to start.
+fn tell_of_start(config: &Path, spec: &Spec) -> Result<(), String> {
+    let Some(settings) = settings(config)? else {
+        return Ok(());
+    };
+    let mut volumes = volumes(spec, &settings.mount_dir);
+    // The runtime does the same to these, and cannot do it twice.
+    volumes.retain(|_, mapped| !*mapped);
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let linux = spec.linux().as_ref();
+    let body = json!({
+        "Volumes": volumes.keys().collect::<Vec<_>>(),
+        "UidMappings": linux.and_then(|linux| linux.uid_mappings().as_ref()).unwrap_or(&Vec::new()),
+        "GidMappings": linux.and_then(|linux| linux.gid_mappings().as_ref()).unwrap_or(&Vec::new()),
+    });
+    client::call(&settings.socket, "Friend.Starting", &body, ANSWER_TIMEOUT)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// The settings; `None` where nothing is prepared, so that there is no volume of ours.
+fn settings(config: &Path) -> Result<Option<Settings>, String> {
+    match Settings::load(config) {
+        Ok(settings) => Ok(Some(settings)),
+        Err(ConfigError::Missing(_)) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Tells the daemon of a container that starts or has ended.
 fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
     let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
-    let settings = match Settings::load(config) {
-        Ok(settings) => settings,
-        // Nothing is prepared, so there is no volume of ours.
-        Err(ConfigError::Missing(_)) => return Ok(()),
-        Err(error) => return Err(error.to_string()),
+    let Some(settings) = settings(config)? else {
+        return Ok(());
     };
     let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| e.to_string())?;
     let volumes = volumes(&spec, &settings.mount_dir);
     if volumes.is_empty() {
         return Ok(());
     }
+    let volumes: Vec<_> = volumes.keys().collect();
     let mut body = json!({"Container": state.id(), "Volumes": volumes});
     let endpoint = if stage == Stage::Poststop {
         body["ExitCode"] = Events::of_caller().exit_code(state.id()).into();
@@ -98,24 +134,31 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// The volumes of ours that a container has mounted, or parts of them.
-fn volumes(spec: &Spec, mount_dir: &Path) -> BTreeSet<String> {
-    let name = |source: &PathBuf| {
+/// The volumes of ours that a container has mounted, or parts of them, and whether the runtime
+/// is to make an idmapped mount of one.
+fn volumes(spec: &Spec, mount_dir: &Path) -> BTreeMap<String, bool> {
+    let name = |source: &Path| {
         let below = source.strip_prefix(mount_dir).ok()?;
         let name = below.iter().next()?.to_str()?;
         name.parse::<VolumeName>().ok()?;
         Some(name.to_owned())
     };
-    let mounts = spec.mounts().iter().flatten();
-    let sources = mounts.filter_map(|mount| mount.source().as_ref());
-    sources.filter_map(name).collect()
+    let mut volumes = BTreeMap::new();
+    for mount in spec.mounts().iter().flatten() {
+        if let Some(name) = mount.source().as_deref().and_then(name) {
+            let mut options = mount.options().iter().flatten();
+            *volumes.entry(name).or_default() |=
+                options.any(|o| o.starts_with("idmap") || o.starts_with("ridmap"));
+        }
+    }
+    volumes
 }
 
 /// Refuses a container in which one of the volumes that it is annotated with is not
 /// a mount of ours: Podman makes a local volume of any name that it does not know.
-fn guard(config: &Path, text: &str) -> Result<(), Failure> {
+fn guard(config: &Path, spec: &Result<Spec, serde_json::Error>, text: &str) -> Result<(), Failure> {
     let refused = |why: String| Err(Failure::Failed(why));
-    let spec: Spec = match serde_json::from_str(text) {
+    let spec = match spec {
         Ok(spec) => spec,
         // Without the word there is nothing to guard.
         Err(_) if !text.contains(GUARD) => return Ok(()),
@@ -175,7 +218,7 @@ mod tests {
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/a", "type": "bind", "source": "/m/one", "options": ["rbind"]},
-                {"destination": "/b", "type": "bind", "source": "/m/two/below"},
+                {"destination": "/b", "type": "bind", "source": "/m/two/below", "options": ["idmap"]},
                 {"destination": "/c", "type": "bind", "source": "/m"},
                 {"destination": "/d", "type": "bind", "source": "/mm/three"},
                 {"destination": "/e", "type": "bind", "source": "/m/one"},
@@ -184,6 +227,10 @@ mod tests {
         });
         let spec: Spec = serde_json::from_value(spec).unwrap();
         let found = volumes(&spec, Path::new("/m"));
-        assert_eq!(found.iter().collect::<Vec<_>>(), ["one", "two"]);
+        let want = [("one", false), ("two", true)];
+        assert_eq!(
+            found,
+            want.map(|(name, mapped)| (name.to_owned(), mapped)).into()
+        );
     }
 }
