@@ -5,6 +5,7 @@
 mod caches;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
 mod nested;
 mod options;
@@ -35,6 +36,7 @@ pub fn tests() -> Vec<Test> {
             jobs::BODIES,
             nested::BODIES,
             users::BODIES,
+            job_client::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
