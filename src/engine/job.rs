@@ -394,6 +394,7 @@ impl Engine {
         for (m, seen) in lates {
             let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
             let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
+                // The client's, which stays.
                 continue;
             };
             match self.go_on_late(&job, &path, &m, seen) {

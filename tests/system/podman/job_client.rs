@@ -14,10 +14,10 @@ pub const BODIES: &[Body] = &[("job_client", job_client)];
 
 const VOLUME: &str = "job:/run/lvm-cache-friend:rslave";
 
-/// Shows how a command ends in a way that [`Said`] reads: `t` that of the client, `c` that of any.
+/// `c` shows how a command ends, for [`Said`] to read; `t` does so for the client.
 const PRELUDE: &str = r#"
 PATH=/bin:/run/lvm-cache-friend/bin; cd /root
-c() { code=0; "$@" >/tmp/out 2>/tmp/err || code=$?; echo "$code|$(cat /tmp/err)|$(cat /tmp/out)" | tr '\n' '~'; echo; }
+c() { "$@" >/tmp/out 2>/tmp/err; printf '%s\037%s\037%s\036' $? "$(cat /tmp/err)" "$(cat /tmp/out)"; }
 t() { c lvm-cache-friend "$@"; }
 "#;
 
@@ -30,14 +30,14 @@ struct Said {
 }
 
 impl Said {
-    fn of(line: &str) -> Self {
-        let [code, err, out] = line.splitn(3, '|').collect::<Vec<_>>()[..] else {
-            panic!("{line:?}");
+    fn of(record: &str) -> Self {
+        let [code, err, out] = record.split('\u{1f}').collect::<Vec<_>>()[..] else {
+            panic!("{record:?}");
         };
         Self {
             code: code.parse().unwrap(),
-            err: err.replace('~', "\n"),
-            out: out.trim_end_matches('~').replace('~', "\n"),
+            err: err.to_owned(),
+            out: out.to_owned(),
         }
     }
 }
@@ -46,14 +46,15 @@ impl Said {
 /// object, or a text's beginning.
 type Case<'a> = (&'a str, i32, &'a str, Value);
 
-/// Runs the commands of `cases` in one container, the last of which says how that ends.
+/// Runs the commands of `cases` in one container, which ends with `end`.
 fn run(host: &Host, cases: &[Case<'_>], end: &str) {
     let commands: Vec<_> = cases.iter().map(|case| case.0).collect();
     let script = format!("{PRELUDE}{}\n{end}", commands.join("\n"));
     let image = &host.podman.image;
     let run = ["run", "--rm", "-v", VOLUME, image, "sh", "-uc", &script];
     let done = host.podman.outcome(&run);
-    let said: Vec<_> = done.stdout.lines().map(Said::of).collect();
+    let records = done.stdout.split_terminator('\u{1e}');
+    let said: Vec<_> = records.map(Said::of).collect();
     assert_eq!(said.len(), cases.len(), "{done:?}");
     for ((command, code, err, out), said) in cases.iter().zip(said) {
         assert_eq!(said.code, *code, "{command}: {said:?}");
@@ -78,8 +79,6 @@ fn job_client(kind: Kind) {
     let mut host = Host::new(kind);
     let hooks = Hooks::new(&host);
     host.podman.create("job", &["type=job"]);
-    let no_job = json!({"ok": false});
-
     run(
         &host,
         &[
@@ -186,7 +185,7 @@ fn job_client(kind: Kind) {
                 "t status --json --socket /nowhere",
                 3,
                 "no job volume here: /nowhere",
-                no_job.clone(),
+                json!({"ok": false}),
             ),
             (
                 "LVM_CACHE_FRIEND_SOCKET=/nowhere t restore a --path file",
@@ -296,8 +295,9 @@ fn job_client(kind: Kind) {
     assert!(last["cargo"]["published"].is_null(), "{last}");
 
     // Over a kill of the daemon it is still there, once; and the main program is a client too.
-    let start = ["run", "--detach", "--name", "job", "-v", VOLUME];
-    let sleep = [host.podman.image.as_str(), "sleep", "3600"];
+    // Nothing in it handles SIGTERM.
+    let start = ["run", "--detach", "--stop-signal", "KILL", "--name", "job"];
+    let sleep = ["-v", VOLUME, &host.podman.image, "sleep", "3600"];
     host.podman.done(&[&start[..], &sleep].concat());
     let client = "/run/lvm-cache-friend/bin/lvm-cache-friend";
     host.podman.exec("job", &format!("{client} restore x"));
