@@ -286,6 +286,14 @@ impl Job {
     pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
         let mut now = lock(&self.now);
         now.containers.insert(container.to_owned(), ids.clone());
+        drop(now);
+        // crun (1.8.1) binds no more than a volume's own mount into a container with a user namespace. What is
+        // mounted from then on gets there.
+        if !ids.is_host()
+            && let Err(error) = renew_client(&self.dir)
+        {
+            warn!(volume = self.name(), %error, "the client program cannot be mounted again");
+        }
     }
 
     /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
@@ -715,6 +723,13 @@ fn put_client(dir: &Mounted) -> io::Result<()> {
     drop(file);
     bin.make_read_only()?;
     bin.attach_upon(place.as_fd())
+}
+
+/// Mounts it anew.
+fn renew_client(dir: &Mounted) -> io::Result<()> {
+    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
+    mount::detach_following(Path::new(&format!("/proc/self/fd/{}", bin.as_raw_fd())))?;
+    put_client(dir)
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.

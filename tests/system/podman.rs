@@ -7,6 +7,7 @@ mod client;
 mod hooks;
 mod job_client;
 mod jobs;
+mod nested;
 mod options;
 mod users;
 
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            nested::BODIES,
             users::BODIES,
             job_client::BODIES,
         ]
