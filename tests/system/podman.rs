@@ -2,6 +2,7 @@
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
+mod action;
 mod caches;
 mod client;
 mod hooks;
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            action::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
