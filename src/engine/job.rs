@@ -5,12 +5,15 @@
 //! Each cache in it (a *late mount*) is a volume of its own to the rest of the
 //! engine, one that is never used again after its lease: [`Volume::late_of`].
 //!
+//! Beside the socket is the client program, a file system of its own that nobody can write to.
+//!
 //! The job may write in the directory, so nothing in it is reached by its path alone:
 //! a place is opened beneath the root, through no link and no other mount, and
 //! what is mounted is taken away by the descriptor that it was mounted with.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -44,6 +47,18 @@ const DIR_SIZE: Bytes = Bytes::mib(1);
 
 /// The socket's name in it.
 const SOCKET: &str = "socket";
+
+/// The directory in it that the client is mounted on.
+const BIN: &str = "bin";
+
+/// What the mount table shows for that.
+const BIN_SOURCE: &str = "lvm-cache-friend-bin";
+
+/// The client's name in that, and what it is: see build.rs.
+const CLIENT: (&str, &[u8]) = (
+    "lvm-cache-friend",
+    include_bytes!(concat!(env!("OUT_DIR"), "/job-client")),
+);
 
 /// A job volume in use, for whoever serves its socket.
 #[derive(Debug)]
@@ -326,10 +341,11 @@ impl Engine {
         })
     }
 
-    /// Makes the socket in a job volume's directory and has it served.
+    /// Makes the socket in a job volume's directory, beside the client, and has it served.
     pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
-        let listener = listen(&job.dir)
-            .map_err(|e| io_error("making the socket of", Path::new(job.name()), e))?;
+        let failed = |making| move |e| io_error(making, Path::new(job.name()), e);
+        put_client(&job.dir).map_err(failed("mounting the client program of"))?;
+        let listener = listen(&job.dir).map_err(failed("making the socket of"))?;
         let _ = self.settings.jobs.send(JobSocket {
             job: Arc::clone(job),
             listener,
@@ -614,6 +630,32 @@ impl Engine {
             self.settle_lease(&late.volume, late.lease, verdict, None);
         }
     }
+}
+
+/// Mounts the client program in the directory, where that has none from an earlier life.
+fn put_client(dir: &Mounted) -> io::Result<()> {
+    match rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let place = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
+        Ok(place) => place,
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::XDEV) => return Ok(()),
+            // A job that could take it away, being privileged, has put this there.
+            Some(Errno::LOOP | Errno::NOTDIR) => return Ok(()),
+            _ => return Err(error),
+        },
+    };
+    let (name, program) = CLIENT;
+    let bin = Mounted::scratch(Bytes(program.len() as u64 + 4096), BIN_SOURCE)?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::openat(bin.root(), name, flags, Mode::empty())?);
+    file.write_all(program)?;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?;
+    drop(file);
+    bin.make_read_only()?;
+    bin.attach_upon(place.as_fd())
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.
