@@ -8,7 +8,6 @@ use super::hooks::Hooks;
 use super::{Body, Host};
 use crate::action::{ACTION, Runner, entries, make_home, node, story};
 use crate::support::command::Outcome;
-use crate::support::site::Kind;
 use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[("the_action", |kind| {
@@ -40,6 +39,18 @@ impl Container {
     }
 }
 
+impl Drop for Container {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Podman 4.3 was seen to wait for itself for ever when `volume rm -f` ended a container.
+            let _ = self
+                .host
+                .podman
+                .outcome(&["rm", "--force", "--time", "0", "job"]);
+        }
+    }
+}
+
 impl Runner for Container {
     fn begin(&mut self) {
         let home = self.home();
@@ -47,12 +58,10 @@ impl Runner for Container {
         make_home(&home);
         self.host.podman.create("job", &["type=job"]);
         let home = home.display();
-        // The image has no node, so it is lent by this machine.
+        // The image has no node, so it is lent by this machine; below /usr it is there anyway.
         let node = node();
-        let lent = ["/usr", "/lib", "/lib64", ACTION, node.to_str().unwrap()];
-        let lent = lent
-            .iter()
-            .filter(|path| !Path::new(path).starts_with("/usr/"));
+        let own = (!node.starts_with("/usr")).then(|| node.to_str().unwrap());
+        let lent = ["/usr", "/lib", "/lib64", ACTION].into_iter().chain(own);
         let lent: Vec<_> = lent.map(|path| format!("{path}:{path}:ro")).collect();
         let home = format!("{home}:{home}");
         let volumes = ["job:/run/lvm-cache-friend:rslave", &home];
