@@ -588,21 +588,23 @@ fn links(paths: &[PathBuf], at: &Path, job: &Path) -> Result<Vec<Link>, Failure>
 
 /// The path with all links on the way to its last name followed; not all of it needs to be there.
 fn resolved(path: &Path) -> io::Result<PathBuf> {
-    let no_name = || io::Error::new(ErrorKind::InvalidInput, "it does not end in a name");
+    let bad = |why| Err(io::Error::new(ErrorKind::InvalidInput, why));
     let path: PathBuf = env::current_dir()?.join(path).components().collect();
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(no_name());
+        return bad("it does not end in a name");
     };
     for there in dir.ancestors() {
         let rest = dir.strip_prefix(there).expect("an ancestor");
         match there.canonicalize() {
-            Ok(_) if rest.components().any(|name| name == Component::ParentDir) => break,
+            Ok(_) if rest.components().any(|name| name == Component::ParentDir) => {
+                return bad("it has .. after a directory that is not there");
+            }
             Ok(there) => return Ok(there.join(rest).join(name)),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
-    Err(no_name())
+    unreachable!("the root is there")
 }
 
 impl Link {
@@ -1124,7 +1126,7 @@ mod tests {
             (&["job"], "job volume"),
             (&["job/x"], "job volume"),
             (&["link-to-job/new/x"], "job volume"),
-            (&["new/../../x"], "end in a name"),
+            (&["new/../../x"], ".. after"),
             (&["job/.."], "end in a name"),
             (&[""], "job volume"),
             (&["a", "b", "a/c"], "a link too"),

@@ -6,6 +6,7 @@ mod action;
 mod caches;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
 mod options;
 
@@ -32,6 +33,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            job_client::BODIES,
             action::BODIES,
         ]
         .concat();
