@@ -2,6 +2,7 @@
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
+mod action;
 mod caches;
 mod client;
 mod hooks;
@@ -37,6 +38,7 @@ pub fn tests() -> Vec<Test> {
             nested::BODIES,
             users::BODIES,
             job_client::BODIES,
+            action::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
