@@ -3,6 +3,7 @@
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
 mod caches;
+mod churn;
 mod client;
 mod hooks;
 mod jobs;
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            churn::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
