@@ -39,6 +39,14 @@ pub fn tests() -> Vec<Test> {
             test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
         }));
     }
+    tests.push(
+        test(
+            Tier::Guest(Group::Systemd),
+            "podman::verdicts_in_the_journal",
+            hooks::in_the_journal,
+        )
+        .timeout(900),
+    );
     tests.push(test(
         Tier::Guest(Group::Podman),
         "podman::made_by_hand",
