@@ -27,7 +27,7 @@ use super::start::{SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, SAVE};
 use crate::cache::request::LatePath;
@@ -35,6 +35,7 @@ use crate::cache::select::Criterion;
 use crate::cache::spec::Publish;
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
+use crate::userns::Ids;
 
 /// What the mount table shows for a job volume's directory.
 pub(super) const SOURCE: &str = "lvm-cache-friend-job";
@@ -73,6 +74,8 @@ struct Now {
     saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
+    /// The containers that have it, as far as hooks told, and their ids.
+    containers: BTreeMap<String, Ids>,
 }
 
 /// A cache in a job volume.
@@ -264,6 +267,20 @@ impl Job {
         Ok(here)
     }
 
+    /// Takes note of a container that has the job volume.
+    pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
+        let mut now = lock(&self.now);
+        now.containers.insert(container.to_owned(), ids.clone());
+    }
+
+    /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
+    /// of its own there, as rootless Podman does. Its own, where no container of these is known.
+    fn ids_for(&self, peer: &Ids) -> Ids {
+        let now = lock(&self.now);
+        let around = now.containers.values().filter(|ids| peer.are_part_of(ids));
+        around.min_by_key(|ids| ids.count()).unwrap_or(peer).clone()
+    }
+
     /// Lets nothing be mounted any more, and gives what is.
     fn close(&self) -> Vec<Late> {
         let mut now = lock(&self.now);
@@ -333,6 +350,7 @@ impl Engine {
             )
         };
         let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
 
@@ -444,7 +462,8 @@ impl Engine {
         })
     }
 
-    /// Mounts the best entry for a job, or what its job volume says that stands in.
+    /// Mounts the best entry for a job, or what its job volume says that stands in. `peer`: the ids of
+    /// whoever asks.
     ///
     /// # Errors
     /// See [`EngineError`].
@@ -455,6 +474,7 @@ impl Engine {
         criteria: &[Criterion],
         save: &[Tag],
         most: usize,
+        peer: &Ids,
     ) -> Result<LateView, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -480,6 +500,11 @@ impl Engine {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
+        let ids = job.ids_for(peer);
+        match &lease.backing {
+            Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),
+            _ => own_scratch(lease.mounted(), &volume.spec, &ids).map_err(failed)?,
+        }
         let own = lease.mounted().mount_fd();
         let mut now = lock(&job.now);
         let attached = if now.closed {
