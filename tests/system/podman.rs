@@ -4,6 +4,7 @@
 
 mod action;
 mod caches;
+mod churn;
 mod client;
 mod hooks;
 mod job_client;
@@ -36,6 +37,7 @@ pub fn tests() -> Vec<Test> {
             hooks::BODIES,
             jobs::BODIES,
             nested::BODIES,
+            churn::BODIES,
             users::BODIES,
             job_client::BODIES,
             action::BODIES,
@@ -45,6 +47,14 @@ pub fn tests() -> Vec<Test> {
             test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
         }));
     }
+    tests.push(
+        test(
+            Tier::Guest(Group::Systemd),
+            "podman::verdicts_in_the_journal",
+            hooks::in_the_journal,
+        )
+        .timeout(900),
+    );
     tests.push(test(
         Tier::Guest(Group::Podman),
         "podman::made_by_hand",

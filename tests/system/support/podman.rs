@@ -9,10 +9,10 @@ use std::process::{Child, Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
+use super::busybox_image;
 use super::command::{Outcome, outcome_of, succeed};
 use super::daemon::Plugin;
 use super::site::Kind;
-use super::busybox_image;
 
 /// The driver's name in the drop-in that is installed.
 pub const DRIVER: &str = "lvm-cache-friend";
@@ -215,10 +215,12 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // Containers that have volumes go with them.
-        let ended = self.outcome(&["volume", "rm", "-af"]);
-        if ended.status != 0 {
-            println!("podman volume rm -af: {ended:?}");
+        // Containers first: `volume rm --force` of one that is just ending can wait for ever (Podman 4.3).
+        for all in [&["rm", "-af", "--time", "0"][..], &["volume", "rm", "-af"]] {
+            let ended = self.outcome(all);
+            if ended.status != 0 {
+                println!("podman {all:?}: {ended:?}");
+            }
         }
     }
 }
