@@ -131,9 +131,13 @@ Options:"
 /// The program of its own.
 #[must_use]
 pub fn main() -> ExitCode {
-    let mut args = env::args_os().skip(1);
-    let verb = args.next().unwrap_or_default();
-    match &*verb.to_string_lossy() {
+    let args: Vec<_> = env::args_os().skip(1).collect();
+    let (verb, args) = args
+        .split_first()
+        .map_or(("".into(), &[][..]), |(verb, args)| {
+            (verb.to_string_lossy(), args)
+        });
+    match &*verb {
         "-h" | "--help" | "help" => print(HELP),
         verb if help_of(verb).is_some() => run(verb, args),
         verb => {
@@ -155,7 +159,8 @@ fn help_of(verb: &str) -> Option<&'static str> {
 }
 
 /// Does what `verb` says, and says so.
-pub fn run(verb: &str, args: impl IntoIterator<Item = OsString>) -> ExitCode {
+#[must_use]
+pub fn run(verb: &str, args: &[OsString]) -> ExitCode {
     let args = match Args::parse(verb, args) {
         Ok(args) => args,
         Err(why) => {
@@ -167,27 +172,27 @@ pub fn run(verb: &str, args: impl IntoIterator<Item = OsString>) -> ExitCode {
         return print(help_of(verb).unwrap_or(HELP));
     }
     let done = act(verb, &args);
-    let answer = match &done {
-        Ok(answer) | Err(Failure::Miss(answer)) => Some(answer),
-        Err(_) => None,
-    };
     if let Err(failure) = &done {
         eprintln!("lvm-cache-friend: {failure}");
     }
-    let printed = match (answer, &done) {
-        (Some(answer), _) if args.json => print(&answer.json(verb)),
-        (Some(answer), _) => print(&answer.text),
-        (None, Err(failure)) if args.json => print(&format!(
-            "{{\"ok\":false,\"error\":{}}}",
-            quoted(&failure.to_string())
-        )),
-        (None, _) => ExitCode::SUCCESS,
+    let code = match &done {
+        Ok(_) => 0,
+        Err(Failure::Failed(_)) => 1,
+        Err(Failure::NoJob(_)) => 3,
+        Err(Failure::Miss(_)) => 4,
     };
-    match done {
-        Ok(_) => printed,
-        Err(Failure::Failed(_)) => ExitCode::from(1),
-        Err(Failure::NoJob(_)) => ExitCode::from(3),
-        Err(Failure::Miss(_)) => ExitCode::from(4),
+    let printed = match &done {
+        Ok(answer) | Err(Failure::Miss(answer)) if args.json => print(&answer.json(verb)),
+        Ok(answer) | Err(Failure::Miss(answer)) => print(&answer.text),
+        Err(Failure::Failed(why) | Failure::NoJob(why)) if args.json => {
+            print(&format!("{{\"ok\":false,\"error\":{}}}", quoted(why)))
+        }
+        Err(_) => ExitCode::SUCCESS,
+    };
+    if code == 0 {
+        printed
+    } else {
+        ExitCode::from(code)
     }
 }
 
@@ -240,12 +245,14 @@ struct Args {
 }
 
 impl Args {
-    fn parse(verb: &str, args: impl IntoIterator<Item = OsString>) -> Result<Self, String> {
+    fn parse(verb: &str, args: &[OsString]) -> Result<Self, String> {
         let mut all = Self::default();
-        let args: Result<Vec<_>, _> = args.into_iter().map(OsString::into_string).collect();
-        let mut args = args
-            .map_err(|arg| format!("{arg:?} is not UTF-8"))?
-            .into_iter();
+        let text = |arg: &OsString| {
+            let text = arg.clone().into_string();
+            text.map_err(|arg| format!("{arg:?} is not UTF-8"))
+        };
+        let args: Result<Vec<_>, _> = args.iter().map(text).collect();
+        let mut args = args?.into_iter();
         while let Some(arg) = args.next() {
             if arg == "--" {
                 all.words.extend(args);
@@ -392,10 +399,12 @@ fn act(verb: &str, args: &Args) -> Result<Answer, Failure> {
         let _ = ask(connect(&socket)?, &format!("discard {}\n", args.words[0]));
         return Err(Failure::Miss(answer));
     }
-    let device = |path: &Path| fs::metadata(path).map(|there| there.dev()).ok();
-    if !links.is_empty() && device(&at) == device(job) {
-        let why = "the cache is mounted, but not seen at";
-        return Err(Failure::Failed(format!("{why} {}", at.display())));
+    if !links.is_empty() {
+        let there = |path: &Path| fs::metadata(path).map_err(failed(path));
+        if there(&at)?.dev() == there(job)?.dev() {
+            let why = "the cache is mounted, but not seen at";
+            return Err(Failure::Failed(format!("{why} {}", at.display())));
+        }
     }
     for link in &links {
         link.make().map_err(|why| {
@@ -775,7 +784,8 @@ mod tests {
     use super::*;
 
     fn parse(line: &[&str]) -> Result<Args, String> {
-        Args::parse(line[0], line[1..].iter().map(OsString::from))
+        let args: Vec<_> = line[1..].iter().map(OsString::from).collect();
+        Args::parse(line[0], &args)
     }
 
     #[test]

@@ -10,19 +10,19 @@ use lvm_cache_friend::commands::{self, Failure};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let config = &cli.config;
-    let done = match cli.command {
-        Command::Init(args) => commands::init::run(config, &args),
-        Command::Serve(args) => commands::serve(config, &args),
-        Command::List(args) => commands::list::run(config, &args),
-        Command::Show(args) => commands::show::run(config, &args),
-        Command::Import(args) => commands::import::run(config, &args),
-        Command::Remove(args) => commands::remove::run(config, &args),
-        Command::Hook(args) => commands::hook::run(config, &args),
-        Command::Restore(raw) => return client::run("restore", raw.args),
-        Command::Save(raw) => return client::run("save", raw.args),
-        Command::Discard(raw) => return client::run("discard", raw.args),
-        Command::Status(raw) => return client::run("status", raw.args),
-        Command::Verdict(raw) => return client::run("verdict", raw.args),
+    let done = match &cli.command {
+        Command::Init(args) => commands::init::run(config, args),
+        Command::Serve(args) => commands::serve(config, args),
+        Command::List(args) => commands::list::run(config, args),
+        Command::Show(args) => commands::show::run(config, args),
+        Command::Import(args) => commands::import::run(config, args),
+        Command::Remove(args) => commands::remove::run(config, args),
+        Command::Hook(args) => commands::hook::run(config, args),
+        Command::Restore(raw) => return client::run("restore", &raw.args),
+        Command::Save(raw) => return client::run("save", &raw.args),
+        Command::Discard(raw) => return client::run("discard", &raw.args),
+        Command::Status(raw) => return client::run("status", &raw.args),
+        Command::Verdict(raw) => return client::run("verdict", &raw.args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,7 +8,9 @@ mod client;
 mod hooks;
 mod job_client;
 mod jobs;
+mod nested;
 mod options;
+mod users;
 
 use std::fs;
 use std::path::Path;
@@ -33,6 +35,8 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            nested::BODIES,
+            users::BODIES,
             job_client::BODIES,
             action::BODIES,
         ]
@@ -61,7 +65,12 @@ struct Host {
 
 impl Host {
     fn new(kind: Kind) -> Self {
+        Self::configured(kind, "")
+    }
+
+    fn configured(kind: Kind, settings: &str) -> Self {
         let site = Site::new(kind);
+        site.configure(settings);
         Self {
             daemon: Some(site.serve()),
             podman: Podman::new(kind),

@@ -9,10 +9,10 @@ use std::process::{Child, Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
-use super::busybox_image;
 use super::command::{Outcome, outcome_of, succeed};
 use super::daemon::Plugin;
 use super::site::Kind;
+use super::busybox_image;
 
 /// The driver's name in the drop-in that is installed.
 pub const DRIVER: &str = "lvm-cache-friend";
@@ -22,6 +22,21 @@ pub const CLIENT: &str = "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b16
 
 /// Where Podman reads drop-ins from.
 const DROP_INS: &str = "/etc/containers/containers.conf.d";
+
+/// Options of `podman run` that lend a container this machine's ncat.
+pub const LENT_CLIENT: [&str; 6] = [
+    "-v",
+    "/usr:/usr:ro",
+    "-v",
+    "/lib:/lib:ro",
+    "-v",
+    "/lib64:/lib64:ro",
+];
+
+/// A shell function for there, `ask SOCKET`: says its standard input on a job volume's socket, and shows what is answered.
+pub fn ask_function() -> String {
+    "PATH=/bin:/usr/bin\nask() { ncat -U \"$1\"; }\n".to_owned()
+}
 
 /// Podman with no containers and no volumes. Dropping it removes those that there are then.
 pub struct Podman {
@@ -280,24 +295,24 @@ impl Drop for DropIn {
 /// Places of this test's own for all that Podman keeps, in the test's own mount namespace, whose `/run` is empty already.
 fn fresh_places() {
     let none = None::<&str>;
-    let tmpfs = |at: &str| {
+    let tmpfs = |at: &str, mode: &str| {
         fs::create_dir_all(at).unwrap();
         mount(
             Some("tmpfs"),
             at,
             Some("tmpfs"),
             MsFlags::empty(),
-            Some("mode=755"),
+            Some(mode),
         )
         .unwrap();
     };
     let policy =
         fs::read("/etc/containers/policy.json").expect("Debian's configuration of containers");
-    tmpfs("/etc/containers");
+    tmpfs("/etc/containers", "mode=755");
     fs::write("/etc/containers/policy.json", policy).unwrap();
-    tmpfs("/var/lib/containers");
+    tmpfs("/var/lib/containers", "mode=755");
     // The file of its locks is there: two databases must not share it.
-    tmpfs("/dev/shm");
+    tmpfs("/dev/shm", "mode=1777");
     for name in ["subuid", "subgid"] {
         let (own, file) = (Path::new("/run").join(name), Path::new("/etc").join(name));
         fs::write(&own, "").unwrap();
