@@ -9,10 +9,10 @@ use std::process::{Child, Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
+use super::busybox_image;
 use super::command::{Outcome, outcome_of, succeed};
 use super::daemon::Plugin;
 use super::site::Kind;
-use super::busybox_image;
 
 /// The driver's name in the drop-in that is installed.
 pub const DRIVER: &str = "lvm-cache-friend";
