@@ -32,7 +32,7 @@ function info(text) {
   console.log(text.replace(/[\r\n]|##(?=\[)/g, " "));
 }
 
-/** `level` is error, warning or notice. */
+/** `level` is error or warning. */
 function annotate(level, text) {
   const escaped = text.replace(/%/g, "%25").replace(/\r/g, "%0D").replace(/\n/g, "%0A");
   console.log(`::${level}::${escaped}`);
