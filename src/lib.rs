@@ -21,7 +21,8 @@
 //!   and what an LV's tags make of it.
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks. [`exec`] runs the tools.
-//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows.
+//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
+//!   [`userns`]: as whose.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
@@ -54,3 +55,4 @@ pub mod plugin;
 pub mod podman;
 pub mod serve;
 pub mod storage;
+pub mod userns;

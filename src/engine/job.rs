@@ -30,7 +30,7 @@ use super::start::{SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, SAVE};
 use crate::cache::request::LatePath;
@@ -38,6 +38,7 @@ use crate::cache::select::Criterion;
 use crate::cache::spec::Publish;
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
+use crate::userns::Ids;
 
 /// What the mount table shows for a job volume's directory.
 pub(super) const SOURCE: &str = "lvm-cache-friend-job";
@@ -84,8 +85,12 @@ struct Now {
     closed: bool,
     /// `None`: being made.
     mounts: BTreeMap<LatePath, Option<Late>>,
+    /// Checkpoints that were made, or are being made.
+    saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
+    /// The containers that have it, as far as hooks told, and their ids.
+    containers: BTreeMap<String, Ids>,
 }
 
 /// A cache in a job volume.
@@ -246,6 +251,23 @@ impl Job {
         })
     }
 
+    /// Counts one more checkpoint, if `make` makes one: each takes room that nobody gets back while
+    /// it is an entry.
+    fn count_save<T>(
+        &self,
+        most: usize,
+        make: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        {
+            let mut now = lock(&self.now);
+            if now.saves >= most {
+                return Err(refused(format!("a job has at most {most} checkpoints")));
+            }
+            now.saves += 1;
+        }
+        make().inspect_err(|_| lock(&self.now).saves -= 1)
+    }
+
     /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
     /// through no link, and on no other mount, whatever the job does meanwhile.
     fn place(&self, path: &LatePath) -> io::Result<OwnedFd> {
@@ -258,6 +280,20 @@ impl Job {
             here = open_beneath(here.as_fd(), name, ResolveFlags::NO_XDEV)?;
         }
         Ok(here)
+    }
+
+    /// Takes note of a container that has the job volume.
+    pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
+        let mut now = lock(&self.now);
+        now.containers.insert(container.to_owned(), ids.clone());
+    }
+
+    /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
+    /// of its own there, as rootless Podman does. Its own, where no container of these is known.
+    fn ids_for(&self, peer: &Ids) -> Ids {
+        let now = lock(&self.now);
+        let around = now.containers.values().filter(|ids| peer.are_part_of(ids));
+        around.min_by_key(|ids| ids.count()).unwrap_or(peer).clone()
     }
 
     /// Lets nothing be mounted any more, and gives what is.
@@ -329,6 +365,7 @@ impl Engine {
             )
         };
         let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
 
@@ -353,31 +390,44 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes a job volume's lease up again after a restart: `lates` has what is mounted in it.
+    /// Takes a job volume's lease up again after a restart, with those of `mounts` that are in it.
+    /// What goes on leaves `seen`.
     pub(super) fn go_on_job(
         self: &Arc<Self>,
         volume: &Arc<Volume>,
         at: &MountPoint,
-        lates: Vec<(MountPoint, Option<SeenLate>)>,
+        mounts: &[MountPoint],
+        seen: &mut Vec<SeenLate>,
     ) -> io::Result<Arc<Job>> {
         let dir = Mounted::in_place(&at.at)?;
         if dir.device_number()? != at.device {
             return Err(Errno::STALE.into());
         }
         let job = self.job(volume, dir);
-        for (m, seen) in lates {
-            let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
-            let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
-                // The client's, which stays.
+        for m in mounts {
+            let Ok(inside) = m.at.strip_prefix(&at.at) else {
                 continue;
             };
-            match self.go_on_late(&job, &path, &m, seen) {
-                Ok(late) => {
+            let found = seen.iter().position(|seen| seen.device == m.device);
+            // What is in memory is the client, or scratch space.
+            if m.source == BIN_SOURCE || found.is_none() && m.fs != "tmpfs" {
+                continue;
+            }
+            let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
+            let went_on = path
+                .and_then(|path| LatePath::parse(path, &[]))
+                .and_then(|path| {
+                    let late = self.go_on_late(&job, &path, m, found.map(|at| &seen[at]));
+                    Ok((path, late.map_err(|e| e.to_string())?))
+                });
+            match went_on {
+                Ok((path, late)) => {
                     info!(volume = job.name(), %path, "its mount goes on");
                     lock(&job.now).mounts.insert(path, Some(late));
+                    found.map(|at| seen.swap_remove(at));
                 }
                 Err(error) => {
-                    warn!(volume = job.name(), %path, %error, "its mount cannot be taken hold of");
+                    warn!(volume = job.name(), at = %m.at.display(), error, "its mount cannot be taken hold of: it is not published");
                 }
             }
         }
@@ -389,7 +439,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         m: &MountPoint,
-        seen: Option<SeenLate>,
+        seen: Option<&SeenLate>,
     ) -> io::Result<Late> {
         // The job may have moved what is around the mount since the table was read.
         let place = open_beneath(job.dir.root(), path.as_str(), ResolveFlags::empty())?;
@@ -412,7 +462,7 @@ impl Engine {
                 if seen.failed {
                     lock(&job.now).verdict = Verdict::Failure;
                 }
-                (seen.spec, backing, mark)
+                (seen.spec.clone(), backing, mark)
             }
             None => {
                 let spec = job.volume.spec.of_request(&[], &[]).unwrap_or_default();
@@ -429,7 +479,8 @@ impl Engine {
         })
     }
 
-    /// Mounts the best entry for a job, or what its job volume says that stands in.
+    /// Mounts the best entry for a job, or what its job volume says that stands in. `peer`: the ids of
+    /// whoever asks.
     ///
     /// # Errors
     /// See [`EngineError`].
@@ -440,6 +491,7 @@ impl Engine {
         criteria: &[Criterion],
         save: &[Tag],
         most: usize,
+        peer: &Ids,
     ) -> Result<LateView, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -465,6 +517,11 @@ impl Engine {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
+        let ids = job.ids_for(peer);
+        match &lease.backing {
+            Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),
+            _ => own_scratch(lease.mounted(), &volume.spec, &ids).map_err(failed)?,
+        }
         let own = lease.mounted().mount_fd();
         let mut now = lock(&job.now);
         let attached = if now.closed {
@@ -521,6 +578,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         tags: &[Tag],
+        most: usize,
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -549,7 +607,7 @@ impl Engine {
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
         let written = device.and_then(crate::fs::sectors_written).ok();
-        let entry = self.publish_mounted(&spec, &lv, &source)?;
+        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing

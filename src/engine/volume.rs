@@ -15,6 +15,7 @@ use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::request::LatePath;
 use crate::cache::spec::{FsType, Publish, Reuse, Spec};
 use crate::mount::Mounted;
+use crate::userns::Ids;
 
 /// A volume: a name, a specification, and what became of its logical volumes.
 #[derive(Debug)]
@@ -187,6 +188,8 @@ pub(super) struct Lease {
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
     pub discarded: bool,
+    /// Whose ids its mount shows; `None` after a restart, where that is not known.
+    pub shown: Option<Ids>,
 }
 
 #[derive(Debug)]
@@ -217,6 +220,7 @@ impl Lease {
             ends: BTreeMap::new(),
             mark: None,
             discarded: false,
+            shown: None,
         }
     }
 

@@ -8,6 +8,7 @@ mod hooks;
 mod job_client;
 mod jobs;
 mod options;
+mod users;
 
 use std::fs;
 use std::path::Path;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
             hooks::BODIES,
             jobs::BODIES,
             job_client::BODIES,
+            users::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
@@ -59,7 +61,12 @@ struct Host {
 
 impl Host {
     fn new(kind: Kind) -> Self {
+        Self::configured(kind, "")
+    }
+
+    fn configured(kind: Kind, settings: &str) -> Self {
         let site = Site::new(kind);
+        site.configure(settings);
         Self {
             daemon: Some(site.serve()),
             podman: Podman::new(kind),
