@@ -33,8 +33,8 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
-            job_client::BODIES,
             users::BODIES,
+            job_client::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {

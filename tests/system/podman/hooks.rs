@@ -55,7 +55,8 @@ const USED: [(&str, &str); 4] = [
 /// Where each of them is written to, by what the shell function `begin` does first.
 const BEGIN: &str = "begin() {
     for job in late late-strict; do
-        /$job/bin/lvm-cache-friend restore x
+        # Started again, it has that already.
+        /$job/bin/lvm-cache-friend restore x || :
         grep -q \" /$job/x \" /proc/self/mounts
     done
     for place in /quiet /strict /late/x /late-strict/x; do date +%N > $place/y; done
