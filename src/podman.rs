@@ -8,7 +8,6 @@
 //! nobody knows. `start` is written before the `died` of the same run, both under the
 //! container's lock: a `died` that a `start` follows is of an earlier run.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -61,12 +60,17 @@ impl Events {
     #[must_use]
     pub fn of_caller() -> Self {
         let parent = std::os::unix::process::parent_id();
-        let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words);
-        let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
-        let euid = nix::unistd::geteuid().as_raw();
-        let rootless = Rootless::find(euid, |name| std::env::var_os(name));
-        Self::find(&words, &configuration(rootless.as_ref()), rootless.as_ref())
+        let strings = |file: &str| -> Vec<String> {
+            let bytes = fs::read(format!("/proc/{parent}/{file}")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes);
+            text.split('\0').map(str::to_owned).collect()
+        };
+        // Podman gives a hook none of its environment.
+        let environment = strings("environ");
+        let variable = |name: &str| variable(&environment, name);
+        let rootless = Rootless::find(nix::unistd::geteuid().as_raw(), variable);
+        let files = configuration(variable("CONTAINERS_CONF"), rootless.as_ref());
+        Self::find(&strings("cmdline"), &files, rootless.as_ref())
     }
 
     fn find(words: &[String], files: &[String], rootless: Option<&Rootless>) -> Self {
@@ -112,6 +116,14 @@ impl Events {
     }
 }
 
+/// What a variable is set to, in an environment as /proc/PID/environ has it.
+fn variable<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
+    let mut values = environment
+        .iter()
+        .filter_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    values.next().filter(|value| !value.is_empty())
+}
+
 /// The user whose Podman it is, where that is not root's. Podman runs as root of a user
 /// namespace then, and hands on in its environment what it was outside
 /// (containers/storage, pkg/unshare).
@@ -122,12 +134,11 @@ struct Rootless {
 }
 
 impl Rootless {
-    fn find(euid: u32, variable: impl Fn(&str) -> Option<OsString>) -> Option<Self> {
-        let variable = |name| variable(name).filter(|value| !value.is_empty());
+    fn find<'a>(euid: u32, variable: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
         if euid == 0 && variable("_CONTAINERS_USERNS_CONFIGURED").is_none() {
             return None;
         }
-        let uid = variable("_CONTAINERS_ROOTLESS_UID").unwrap_or_else(|| euid.to_string().into());
+        let uid = variable("_CONTAINERS_ROOTLESS_UID").map_or(euid.to_string(), str::to_owned);
         let home = || Some(PathBuf::from(variable("HOME")?).join(".config"));
         Some(Self {
             config_dir: variable("XDG_CONFIG_HOME").map(PathBuf::from).or_else(home),
@@ -154,9 +165,9 @@ struct Engine {
 
 /// The texts of all configuration files that Podman reads, in its order
 /// (containers.conf(5)).
-fn configuration(rootless: Option<&Rootless>) -> Vec<String> {
+fn configuration(only: Option<&str>, rootless: Option<&Rootless>) -> Vec<String> {
     let mut files = Vec::new();
-    if let Some(only) = std::env::var_os("CONTAINERS_CONF") {
+    if let Some(only) = only {
         files.push(PathBuf::from(only));
     } else {
         let user = rootless.and_then(|user| user.config_dir.as_deref());
@@ -358,11 +369,8 @@ mod tests {
                 user("/c", "/tmp/r"),
             ),
         ] {
-            let found = Rootless::find(euid, |name| {
-                let mut all = variables.split(' ').filter_map(|pair| pair.split_once('='));
-                all.find(|(key, _)| *key == name)
-                    .map(|(_, value)| value.into())
-            });
+            let environment: Vec<_> = variables.split(' ').map(str::to_owned).collect();
+            let found = Rootless::find(euid, |name| variable(&environment, name));
             assert_eq!(found, want, "{euid} {variables}");
         }
     }

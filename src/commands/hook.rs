@@ -27,7 +27,7 @@ use crate::plugin::client;
 use crate::podman::Events;
 
 /// How long a hook that tells something may take in all. Podman waits for it.
-const BOUND: Duration = Duration::from_millis(900);
+const BOUND: Duration = Duration::from_millis(800);
 
 /// How much of that Podman's journal may take. The rest is the daemon's.
 const JOURNAL: Duration = Duration::from_millis(500);

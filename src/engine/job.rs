@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::start::{SeenLate, fs_of};
+use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
@@ -408,8 +408,8 @@ impl Engine {
                 continue;
             };
             let found = seen.iter().position(|seen| seen.device == m.device);
-            // What is in memory is scratch space; on the same device, it is what covers the client.
-            if m.device == at.device || found.is_none() && m.fs != "tmpfs" {
+            let is_scratch = m.fs == "tmpfs" && m.source == SCRATCH_SOURCE;
+            if found.is_none() && !is_scratch {
                 continue;
             }
             let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());

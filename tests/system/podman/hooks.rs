@@ -207,6 +207,24 @@ fn verdicts(kind: Kind) {
     }
 }
 
+/// How containers ended, where Podman's events are in the journal: the first runs of one that is restarted too.
+pub fn in_the_journal() {
+    let mut host = Host::new(Kind::Lvm);
+    let _hooks = Hooks::new(&host);
+    let _events = DropIn::new("65-events", "[engine]\nevents_logger = \"journald\"\n");
+    volumes(&host);
+    let wait = |host: &mut Host| drop(host.podman.outcome(&["wait", "job"]));
+    let third = "n=$(cat /quiet/n || echo 0); echo $((n + 1)) > /quiet/n; [ $n = 2 ]";
+    for (options, script, verdict) in [
+        (&["--restart=on-failure:5"][..], third, "success"),
+        (&[], "exit 1", "failure"),
+    ] {
+        for last in ended(&mut host, options, script, wait) {
+            assert_eq!(last["verdict"], verdict, "{script}: {last}");
+        }
+    }
+}
+
 /// Which containers use a volume is told.
 fn containers(kind: Kind) {
     let host = Host::new(kind);

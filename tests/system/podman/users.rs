@@ -254,4 +254,25 @@ fn rootless(kind: Kind) {
         check(&told, i == 0, true, &format!("{options:?}: {ids}"));
         host.published_after("cache", &before_it);
     }
+    // How a container ended is in the user's own files.
+    for (script, verdict) in [
+        ("exit 0", "success"),
+        ("exit 1", "failure"),
+        ("exec sleep 3600", "failure"),
+    ] {
+        let before = host.last("cache");
+        let head = ["run", "--detach", "--name", "ends", "-v", "cache:/cache"];
+        let tail = [host.podman.image.as_str(), "sh", "-c", script];
+        podman.done(&[&head[..], &tail].concat());
+        if script.starts_with("exit") {
+            podman.done(&["wait", "ends"]);
+        }
+        podman.done(&["rm", "--force", "--time", "0", "ends"]);
+        let mut last = Value::Null;
+        wait_until(|| {
+            last = host.last("cache");
+            last != before
+        });
+        assert_eq!(last["verdict"], verdict, "{script}: {last}");
+    }
 }
