@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags,
 };
 
@@ -145,6 +145,23 @@ impl Mounted {
             userns: u64::try_from(namespace.as_raw_fd()).expect("a descriptor"),
             ..MountAttributes::default()
         };
+        self.set_attributes(&attributes)
+    }
+
+    /// Lets nothing be written through this mount, and what is mounted in others of the same
+    /// directory not show in it. Before the mount is attached anywhere.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn make_read_only(&self) -> io::Result<()> {
+        self.set_attributes(&MountAttributes {
+            set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()),
+            propagation: u64::from(MountPropagationFlags::PRIVATE.bits()),
+            ..MountAttributes::default()
+        })
+    }
+
+    fn set_attributes(&self, attributes: &MountAttributes) -> io::Result<()> {
         // SAFETY: the path is an empty C string, and the structure as long as is said.
         let result = unsafe {
             libc::syscall(
@@ -152,7 +169,7 @@ impl Mounted {
                 self.mount.as_raw_fd(),
                 c"".as_ptr(),
                 libc::AT_EMPTY_PATH,
-                &raw const attributes,
+                std::ptr::from_ref(attributes),
                 size_of::<MountAttributes>(),
             )
         };
@@ -161,17 +178,6 @@ impl Mounted {
         } else {
             Err(io::Error::last_os_error())
         }
-    }
-
-    /// Lets nothing be written to the file system any more, through any mount of it.
-    ///
-    /// # Errors
-    /// What the kernel says: EBUSY while a file in it is open for writing.
-    pub fn make_read_only(&self) -> io::Result<()> {
-        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-        let context = rustix::mount::fspick(&self.mount, "", flags)?;
-        rustix::mount::fsconfig_set_flag(&context, "ro")?;
-        Ok(rustix::mount::fsconfig_reconfigure(&context)?)
     }
 
     /// Holds on to a mount that is attached at `at` already: after a restart.

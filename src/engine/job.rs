@@ -5,7 +5,7 @@
 //! Each cache in it (a *late mount*) is a volume of its own to the rest of the
 //! engine, one that is never used again after its lease: [`Volume::late_of`].
 //!
-//! Beside the socket is the client program, a file system of its own that nobody can write to.
+//! Beside the socket is the client program, below a read-only mount.
 //!
 //! The job may write in the directory, so nothing in it is reached by its path alone:
 //! a place is opened beneath the root, through no link and no other mount, and
@@ -44,16 +44,13 @@ use crate::userns::Ids;
 pub(super) const SOURCE: &str = "lvm-cache-friend-job";
 
 /// How much a job can write in its job volume's own directory.
-const DIR_SIZE: Bytes = Bytes::mib(1);
+const DIR_SIZE: u64 = 1 << 20;
 
 /// The socket's name in it.
 const SOCKET: &str = "socket";
 
-/// The directory in it that the client is mounted on.
+/// The client's directory in it.
 const BIN: &str = "bin";
-
-/// What the mount table shows for that.
-const BIN_SOURCE: &str = "lvm-cache-friend-bin";
 
 /// The client's name in that, and what it is: see build.rs.
 const CLIENT: (&str, &[u8]) = (
@@ -286,14 +283,6 @@ impl Job {
     pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
         let mut now = lock(&self.now);
         now.containers.insert(container.to_owned(), ids.clone());
-        drop(now);
-        // crun (1.8.1) binds no more than a volume's own mount into a container with a user namespace. What is
-        // mounted from then on gets there.
-        if !ids.is_host()
-            && let Err(error) = renew_client(&self.dir)
-        {
-            warn!(volume = self.name(), %error, "the client program cannot be mounted again");
-        }
     }
 
     /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
@@ -372,7 +361,9 @@ impl Engine {
                 e,
             )
         };
-        let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        let size = Bytes(DIR_SIZE + CLIENT.1.len() as u64);
+        let dir = Mounted::scratch(size, SOURCE).map_err(failed)?;
+        put_client(&dir).map_err(failed)?;
         own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
@@ -389,7 +380,7 @@ impl Engine {
     /// Makes the socket in a job volume's directory, beside the client, and has it served.
     pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
         let failed = |making| move |e| io_error(making, Path::new(job.name()), e);
-        put_client(&job.dir).map_err(failed("mounting the client program of"))?;
+        cover_client(&job.dir).map_err(failed("mounting the client program of"))?;
         let listener = listen(&job.dir).map_err(failed("making the socket of"))?;
         let _ = self.settings.jobs.send(JobSocket {
             job: Arc::clone(job),
@@ -699,37 +690,32 @@ impl Engine {
     }
 }
 
-/// Mounts the client program in the directory, where that has none from an earlier life.
+/// Puts the client program into a directory that nobody else sees yet.
 fn put_client(dir: &Mounted) -> io::Result<()> {
-    match rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let place = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
-        Ok(place) => place,
+    let (name, program) = CLIENT;
+    rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755))?;
+    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::openat(bin, name, flags, Mode::empty())?);
+    file.write_all(program)?;
+    Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?)
+}
+
+/// Covers the client's directory with a read-only mount of itself, unless that is done.
+fn cover_client(dir: &Mounted) -> io::Result<()> {
+    let bin = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
+        Ok(bin) => bin,
         Err(error) => match Errno::from_io_error(&error) {
+            // The mount is there.
             Some(Errno::XDEV) => return Ok(()),
-            // A job that could take it away, being privileged, has put this there.
-            Some(Errno::LOOP | Errno::NOTDIR) => return Ok(()),
+            // An earlier version made none, or the job has moved it away.
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(()),
             _ => return Err(error),
         },
     };
-    let (name, program) = CLIENT;
-    let bin = Mounted::scratch(Bytes(program.len() as u64 + 4096), BIN_SOURCE)?;
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::openat(bin.root(), name, flags, Mode::empty())?);
-    file.write_all(program)?;
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?;
-    drop(file);
-    bin.make_read_only()?;
-    bin.attach_upon(place.as_fd())
-}
-
-/// Mounts it anew.
-fn renew_client(dir: &Mounted) -> io::Result<()> {
-    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
-    mount::detach_following(Path::new(&format!("/proc/self/fd/{}", bin.as_raw_fd())))?;
-    put_client(dir)
+    let cover = Mounted::clone_of(bin.as_fd())?;
+    cover.make_read_only()?;
+    cover.attach_upon(bin.as_fd())
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.

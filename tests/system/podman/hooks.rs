@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Body, Host, mountpoint};
 use crate::support::PROGRAM;
 use crate::support::daemon::{Daemon, SOCKET};
-use crate::support::podman::{DropIn, LENT_CLIENT, ask_function, create};
+use crate::support::podman::{DropIn, create};
 use crate::support::site::Kind;
 use crate::support::wait_until;
 
@@ -55,7 +55,8 @@ const USED: [(&str, &str); 4] = [
 /// Where each of them is written to, by what the shell function `begin` does first.
 const BEGIN: &str = "begin() {
     for job in late late-strict; do
-        printf 'mount x\\n' | ask /$job/socket
+        # Started again, it has that already.
+        /$job/bin/lvm-cache-friend restore x || :
         grep -q \" /$job/x \" /proc/self/mounts
     done
     for place in /quiet /strict /late/x /late-strict/x; do date +%N > $place/y; done
@@ -81,8 +82,8 @@ fn volumes(host: &Host) {
 /// Starts the container `job` with all of [`USED`], and `script` in it after [`BEGIN`].
 fn start(host: &Host, options: &[&str], script: &str) {
     let volumes = USED.iter().flat_map(|(_, mount)| ["-v", mount]);
-    let volumes: Vec<_> = volumes.chain(LENT_CLIENT).collect();
-    let script = format!("{}{BEGIN}{script}", ask_function());
+    let volumes: Vec<_> = volumes.collect();
+    let script = format!("{BEGIN}{script}");
     let head = ["run", "--detach", "--name", "job"];
     let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
     host.podman
@@ -267,14 +268,12 @@ fn over_a_kill(kind: Kind) {
         let point = [("LVM_CACHE_FRIEND_FAILPOINT", "unmount.1")];
         let daemon = Daemon::start_with(&host.site.config, Path::new(SOCKET), &point);
         let script = format!(
-            "{}if [ -d /late ]; then printf 'mount x\\n' | ask /late/socket; date +%N > /late/x/y; else date +%N > /quiet/y; fi\nexit {code}",
-            ask_function()
+            "if [ -d /late ]; then /late/bin/lvm-cache-friend restore x; date +%N > /late/x/y; else date +%N > /quiet/y; fi\nexit {code}"
         );
         let mount = format!("{volume}:{mount}");
         let head = ["run", "--name", "job", "-v", &mount];
         let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
-        host.podman
-            .outcome(&[&head[..], &LENT_CLIENT, &tail].concat());
+        host.podman.outcome(&[&head[..], &tail].concat());
         daemon.died();
         host.daemon = Some(host.site.serve());
         let id = crate::support::podman::CLIENT;

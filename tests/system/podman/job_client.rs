@@ -46,13 +46,14 @@ impl Said {
 /// object, or a text's beginning.
 type Case<'a> = (&'a str, i32, &'a str, Value);
 
-/// Runs the commands of `cases` in one container, which ends with `end`.
-fn run(host: &Host, cases: &[Case<'_>], end: &str) {
+/// Runs the commands of `cases` in one container, which has `options` and ends with `end`.
+fn run(host: &Host, options: &[&str], cases: &[Case<'_>], end: &str) {
     let commands: Vec<_> = cases.iter().map(|case| case.0).collect();
     let script = format!("{PRELUDE}{}\n{end}", commands.join("\n"));
     let image = &host.podman.image;
-    let run = ["run", "--rm", "-v", VOLUME, image, "sh", "-uc", &script];
-    let done = host.podman.outcome(&run);
+    let head = ["run", "--rm", "-v", VOLUME];
+    let tail = [image.as_str(), "sh", "-uc", &script];
+    let done = host.podman.outcome(&[&head[..], options, &tail].concat());
     let records = done.stdout.split_terminator('\u{1e}');
     let said: Vec<_> = records.map(Said::of).collect();
     assert_eq!(said.len(), cases.len(), "{done:?}");
@@ -81,6 +82,7 @@ fn job_client(kind: Kind) {
     host.podman.create("job", &["type=job"]);
     run(
         &host,
+        &[],
         &[
             // Nothing matches.
             (
@@ -254,9 +256,29 @@ fn job_client(kind: Kind) {
         Kind::Reflink => "reflink",
         Kind::Lvm => crate::support::lvm::TestVg::NAME,
     };
+    // In a user namespace, where an old crun shows nothing that was mounted in the job volume before.
     run(
         &host,
+        &["--userns=auto:size=2000"],
         &[
+            (
+                "c sh -c ': > /run/lvm-cache-friend/bin/lvm-cache-friend'",
+                1,
+                "can't create",
+                json!(null),
+            ),
+            (
+                "c rm /run/lvm-cache-friend/bin/lvm-cache-friend",
+                1,
+                "can't remove",
+                json!(null),
+            ),
+            (
+                "c chmod 777 /run/lvm-cache-friend/bin",
+                1,
+                "bin: ",
+                json!(null),
+            ),
             (
                 "t restore cargo --key 'linux one' --lookup-only --path file --json",
                 0,

@@ -37,7 +37,7 @@ fn job_volumes(kind: Kind) {
     "
     .replace("\n        ", "\n");
     let ncat = request.trim();
-    let socat = ncat.replace("ncat -U ", "socat - UNIX:");
+    let socat = ncat.replace("ncat -U ", "socat -t 60 - UNIX:");
     for (ask, script, published, said) in [
         (ncat, "date > cargo/x; exit 1", false, "restored=base"),
         (

@@ -23,21 +23,6 @@ pub const CLIENT: &str = "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b16
 /// Where Podman reads drop-ins from.
 const DROP_INS: &str = "/etc/containers/containers.conf.d";
 
-/// Options of `podman run` that lend a container this machine's ncat.
-pub const LENT_CLIENT: [&str; 6] = [
-    "-v",
-    "/usr:/usr:ro",
-    "-v",
-    "/lib:/lib:ro",
-    "-v",
-    "/lib64:/lib64:ro",
-];
-
-/// A shell function for there, `ask SOCKET`: says its standard input on a job volume's socket, and shows what is answered.
-pub fn ask_function() -> String {
-    "PATH=/bin:/usr/bin\nask() { ncat -U \"$1\"; }\n".to_owned()
-}
-
 /// Podman with no containers and no volumes. Dropping it removes those that there are then.
 pub struct Podman {
     pub image: String,
