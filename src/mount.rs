@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags,
 };
 
@@ -161,6 +161,17 @@ impl Mounted {
         } else {
             Err(io::Error::last_os_error())
         }
+    }
+
+    /// Lets nothing be written to the file system any more, through any mount of it.
+    ///
+    /// # Errors
+    /// What the kernel says: EBUSY while a file in it is open for writing.
+    pub fn make_read_only(&self) -> io::Result<()> {
+        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+        let context = rustix::mount::fspick(&self.mount, "", flags)?;
+        rustix::mount::fsconfig_set_flag(&context, "ro")?;
+        Ok(rustix::mount::fsconfig_reconfigure(&context)?)
     }
 
     /// Holds on to a mount that is attached at `at` already: after a restart.

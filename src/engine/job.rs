@@ -5,12 +5,15 @@
 //! Each cache in it (a *late mount*) is a volume of its own to the rest of the
 //! engine, one that is never used again after its lease: [`Volume::late_of`].
 //!
+//! Beside the socket is the client program, a file system of its own that nobody can write to.
+//!
 //! The job may write in the directory, so nothing in it is reached by its path alone:
 //! a place is opened beneath the root, through no link and no other mount, and
 //! what is mounted is taken away by the descriptor that it was mounted with.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -23,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::start::{SeenLate, fs_of};
+use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
@@ -45,6 +48,18 @@ const DIR_SIZE: Bytes = Bytes::mib(1);
 
 /// The socket's name in it.
 const SOCKET: &str = "socket";
+
+/// The directory in it that the client is mounted on.
+const BIN: &str = "bin";
+
+/// What the mount table shows for that.
+const BIN_SOURCE: &str = "lvm-cache-friend-bin";
+
+/// The client's name in that, and what it is: see build.rs.
+const CLIENT: (&str, &[u8]) = (
+    "lvm-cache-friend",
+    include_bytes!(concat!(env!("OUT_DIR"), "/job-client")),
+);
 
 /// A job volume in use, for whoever serves its socket.
 #[derive(Debug)]
@@ -271,6 +286,14 @@ impl Job {
     pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
         let mut now = lock(&self.now);
         now.containers.insert(container.to_owned(), ids.clone());
+        drop(now);
+        // crun (1.8.1) binds no more than a volume's own mount into a container with a user namespace. What is
+        // mounted from then on gets there.
+        if !ids.is_host()
+            && let Err(error) = renew_client(&self.dir)
+        {
+            warn!(volume = self.name(), %error, "the client program cannot be mounted again");
+        }
     }
 
     /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
@@ -363,10 +386,11 @@ impl Engine {
         })
     }
 
-    /// Makes the socket in a job volume's directory and has it served.
+    /// Makes the socket in a job volume's directory, beside the client, and has it served.
     pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
-        let listener = listen(&job.dir)
-            .map_err(|e| io_error("making the socket of", Path::new(job.name()), e))?;
+        let failed = |making| move |e| io_error(making, Path::new(job.name()), e);
+        put_client(&job.dir).map_err(failed("mounting the client program of"))?;
+        let listener = listen(&job.dir).map_err(failed("making the socket of"))?;
         let _ = self.settings.jobs.send(JobSocket {
             job: Arc::clone(job),
             listener,
@@ -393,7 +417,8 @@ impl Engine {
                 continue;
             };
             let found = seen.iter().position(|seen| seen.device == m.device);
-            if found.is_none() && m.fs != "tmpfs" {
+            let is_scratch = m.fs == "tmpfs" && m.source == SCRATCH_SOURCE;
+            if found.is_none() && !is_scratch {
                 continue;
             }
             let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
@@ -672,6 +697,39 @@ impl Engine {
             self.settle_lease(&late.volume, late.lease, verdict, None);
         }
     }
+}
+
+/// Mounts the client program in the directory, where that has none from an earlier life.
+fn put_client(dir: &Mounted) -> io::Result<()> {
+    match rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let place = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
+        Ok(place) => place,
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::XDEV) => return Ok(()),
+            // A job that could take it away, being privileged, has put this there.
+            Some(Errno::LOOP | Errno::NOTDIR) => return Ok(()),
+            _ => return Err(error),
+        },
+    };
+    let (name, program) = CLIENT;
+    let bin = Mounted::scratch(Bytes(program.len() as u64 + 4096), BIN_SOURCE)?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::openat(bin.root(), name, flags, Mode::empty())?);
+    file.write_all(program)?;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?;
+    drop(file);
+    bin.make_read_only()?;
+    bin.attach_upon(place.as_fd())
+}
+
+/// Mounts it anew.
+fn renew_client(dir: &Mounted) -> io::Result<()> {
+    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
+    mount::detach_following(Path::new(&format!("/proc/self/fd/{}", bin.as_raw_fd())))?;
+    put_client(dir)
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.

@@ -2,11 +2,14 @@
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
+mod action;
 mod caches;
 mod churn;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
+mod nested;
 mod options;
 mod users;
 
@@ -33,8 +36,11 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            nested::BODIES,
             churn::BODIES,
             users::BODIES,
+            job_client::BODIES,
+            action::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {

@@ -34,25 +34,22 @@ const SCRIPT: &str = r#"
     look /cache
     cd /run/lvm-cache-friend
     mkdir own; stat -c '%u:%g' own; rmdir own
-    printf 'mount late\n> users\n< users\n' | perl -e '@CLIENT@' /run/lvm-cache-friend/socket | tail -1
+    bin/lvm-cache-friend restore late --key users | tail -1
     look /run/lvm-cache-friend/late
     cat /proc/self/uid_map
 "#;
 
 /// One job as the user 1000 inside, and what it says: of the volume, of the late mount, and its ids.
 fn job(run: impl Fn(&[&str]) -> String, image: &str, options: &[&str]) -> (String, String) {
-    let script = SCRIPT.replace("@CLIENT@", &crate::support::JOB_CLIENT.replace('\n', " "));
     let volumes = [
         "-v",
         "cache:/cache",
         "-v",
         "job:/run/lvm-cache-friend:rslave",
     ];
-    let lent = ["/usr", "/lib", "/lib64"].map(|dir| format!("{dir}:{dir}:ro"));
-    let lent: Vec<_> = lent.iter().flat_map(|lent| ["-v", lent]).collect();
     let head = ["run", "--rm", "--user", "1000:1000"];
-    let tail = [image, "/bin/sh", "-ec", &script];
-    let said = run(&[&head[..], &volumes, &lent, options, &tail].concat());
+    let tail = [image, "/bin/sh", "-ec", SCRIPT];
+    let said = run(&[&head[..], &volumes, options, &tail].concat());
     let lines: Vec<_> = said.lines().collect();
     let ids = lines
         .iter()
