@@ -22,24 +22,39 @@ const ENTRIES: usize = 2000;
 const ROUNDS: usize = 11;
 
 fn main() {
-    assert!(nix::unistd::geteuid().is_root(), "needs root: it mounts file systems");
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "needs root: it mounts file systems"
+    );
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     isolate();
     let (image, disk) = (dir.path().join("image"), dir.path().join("disk"));
     fs::File::create(&image).unwrap().set_len(16 << 30).unwrap();
     fs::create_dir(&disk).unwrap();
     run(Command::new("mkfs.xfs").arg("-q").arg(&image));
-    run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&disk));
+    run(Command::new("mount")
+        .args(["-o", "loop"])
+        .arg(&image)
+        .arg(&disk));
     let (config, store) = (dir.path().join("config.toml"), disk.join("caches"));
     run(friend(&config, &["init", "--base-size", "1G", "--reflink"]).arg(&store));
 
-    println!("the daemon's resident memory with no entry: {:.1} MiB", resident(&config));
+    println!(
+        "the daemon's resident memory with no entry: {:.1} MiB",
+        resident(&config)
+    );
     fill(&store);
     println!("with {ENTRIES}: {:.1} MiB", resident(&config));
 
     let daemon = Daemon::start(&config);
     println!("median of {ROUNDS}, in milliseconds, with {ENTRIES} entries:");
-    for arguments in [&["list"][..], &["list", "--json"], &["tree"], &["tree", "--json"], &["stats"]] {
+    for arguments in [
+        &["list"][..],
+        &["list", "--json"],
+        &["tree"],
+        &["tree", "--json"],
+        &["stats"],
+    ] {
         let command = || run(&mut friend(&config, arguments));
         println!("{:<14}{:>8.1}", arguments.join(" "), median(command));
     }
@@ -58,7 +73,14 @@ fn isolate() {
     for flag in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
         mount(none, "/", none, MsFlags::MS_REC | flag, none).unwrap();
     }
-    mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
+    mount(
+        Some("run"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755"),
+    )
+    .unwrap();
 }
 
 /// Chains, branches and tags as a repository has them: each entry from one of the last before it.
@@ -137,8 +159,16 @@ impl Daemon {
     /// In MiB.
     fn resident(&self) -> f64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().trim_end_matches("kB").trim().parse::<f64>().unwrap() / 1024.0
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        line.trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse::<f64>()
+            .unwrap()
+            / 1024.0
     }
 }
 

@@ -46,7 +46,7 @@ use crate::mount::{self, Mounted};
 use crate::storage::{Listing, Store, StoreError};
 use crate::userns::Ids;
 pub use job::{Job, JobSocket, LateView, Saved};
-pub use tally::{Failed, Hits, Stats, Tally};
+pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 use upkeep::Upkeep;
 use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
 

@@ -37,6 +37,48 @@ const LEASE_BUCKETS: [f64; 9] = [
     1.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0,
 ];
 
+/// What may be restored: the words that Mounts are counted by.
+pub const RESTORED: [&str; 7] = [
+    Restored::Exact.as_str(),
+    Restored::Fallback.as_str(),
+    Restored::Base.as_str(),
+    Restored::Empty.as_str(),
+    Restored::Kept.as_str(),
+    Restored::Scratch.as_str(),
+    Restored::Earlier.as_str(),
+];
+
+/// Why no entry is made where one could not be, whatever was in the way.
+const FAILED: &str = "it failed";
+
+/// Why no entry is made of a lease: what is counted.
+pub const UNPUBLISHED: [&str; 9] = [
+    "no save tags",
+    "the job discarded it",
+    "publish=never",
+    "the work failed",
+    "no success verdict",
+    "it did not end cleanly",
+    "nothing changed",
+    "the volume is in use again, or removed",
+    FAILED,
+];
+
+/// Why a request is refused: a word for each kind, few, as each is a time series.
+pub const REFUSED: [&str; 11] = [
+    "no such volume",
+    "volume exists",
+    "option",
+    "no match",
+    "stopping",
+    "damaged",
+    "job request",
+    "store full",
+    "store timeout",
+    "store",
+    "system",
+];
+
 /// What was counted.
 #[derive(Debug)]
 pub struct Tally {
@@ -204,12 +246,13 @@ impl Tally {
 
     /// None was made, as `reason` has it.
     pub(super) fn not_published(&self, reason: &str) {
+        debug_assert!(UNPUBLISHED.contains(&reason), "{reason}");
         count(&mut lock(&self.counts).stats.unpublished, reason);
     }
 
     /// None could be made.
     pub(super) fn publish_failed(&self, message: String) {
-        self.not_published("it failed");
+        self.not_published(FAILED);
         self.failed("publish", message);
     }
 
@@ -222,6 +265,7 @@ impl Tally {
     /// A request was refused, or did not succeed.
     pub fn refused(&self, error: &EngineError) {
         let reason = reason(error);
+        debug_assert!(REFUSED.contains(&reason), "{reason}");
         count(&mut lock(&self.counts).stats.refused, reason);
         self.failed(reason, error.to_string());
     }
@@ -273,7 +317,7 @@ fn percentile(micros: &[u64], percent: usize) -> Option<f64> {
     Some(*micros.get(rank - 1)? as f64 / 1000.0)
 }
 
-/// A word for each kind of refusal: few, for each is a time series.
+/// One of [`REFUSED`].
 fn reason(error: &EngineError) -> &'static str {
     match error {
         EngineError::NoSuchVolume(_) => "no such volume",

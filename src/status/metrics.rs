@@ -12,13 +12,10 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::commands::rows::{Kind, Rows};
-use crate::engine::Engine;
+use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
 
 type Labels = Vec<(&'static str, String)>;
-
-/// What is restored: each has a series from the start on, so that a first one is a change.
-const RESTORED: [&str; 6] = ["exact", "fallback", "base", "empty", "kept", "scratch"];
 
 /// All metrics. Without a listing those of the store are left out: a value of another time would
 /// be taken for the present one.
@@ -51,14 +48,12 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
         stats.leases as f64,
     );
 
-    let mut mounts: BTreeMap<_, _> = RESTORED.map(|how| (how.to_owned(), 0)).into();
-    mounts.extend(stats.mounts);
     counters(
         &mut all,
         "mounts",
         "Mounts of caches, by what was restored",
-        "restored",
-        mounts,
+        ("restored", &RESTORED),
+        &stats.mounts,
     );
     let hits = [
         ("exact", stats.hits.exact),
@@ -70,8 +65,8 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
         &mut all,
         "lookups",
         "Mounts of volumes with criteria, by whether the first of them matched, a later one, or none",
-        "result",
-        hits,
+        ("result", &[]),
+        &hits,
     );
     all.register_with_unit(
         "mount",
@@ -110,15 +105,15 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
         &mut all,
         "unpublished",
         "Leases that no entry was made of",
-        "reason",
-        stats.unpublished,
+        ("reason", &UNPUBLISHED),
+        &stats.unpublished,
     );
     counters(
         &mut all,
         "refusals",
         "Requests that were refused or failed",
-        "reason",
-        stats.refused,
+        ("reason", &REFUSED),
+        &stats.refused,
     );
     counter(
         &mut all,
@@ -206,16 +201,22 @@ fn counter(all: &mut Registry, name: &str, help: &str, unit: Option<Unit>, value
     }
 }
 
+/// A counter for each value of a label. Those that are `known` are given from the start on, so that a
+/// first one is a change.
 fn counters(
     all: &mut Registry,
     name: &str,
     help: &str,
-    label: &'static str,
-    values: BTreeMap<String, u64>,
+    (label, known): (&'static str, &[&str]),
+    counts: &BTreeMap<String, u64>,
 ) {
     let family = Family::<Labels, Counter>::default();
-    for (value, count) in values {
-        family.get_or_create(&vec![(label, value)]).inc_by(count);
+    for value in known {
+        drop(family.get_or_create(&vec![(label, (*value).to_owned())]));
+    }
+    for (value, count) in counts {
+        let labels = vec![(label, value.clone())];
+        family.get_or_create(&labels).inc_by(*count);
     }
     all.register(name, help, family);
 }

@@ -270,7 +270,7 @@ fn lineage(rows: &Rows, stats: &Stats, now: u64) -> Markup {
                     " The newest " (ENTRIES) " of " (entries) " entries: " code { "lvm-cache-friend tree" } " shows all."
                 }
             }
-            (scrolled("Lineage", &picture(&lines, &labels, &format!("{} entries and what each was made from; the table below says the same", shown.len() - bases))))
+            (scrolled("Picture of the lineage", &picture(&lines, &labels, &format!("{} entries and what each was made from; the table below says the same", shown.len() - bases))))
             details {
                 summary { "The same as a table" }
                 (scrolled("Entries", &html! {

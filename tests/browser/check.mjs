@@ -33,7 +33,7 @@ try {
         if (wide > 0) problems.push(`${name}: ${wide} pixels wider than a screen of ${width}`);
 
         // All that can be focused is reached by Tab, and its focus is seen.
-        const focusable = await page.locator("a, summary, [tabindex]").count();
+        const focusable = await page.locator("a:visible, summary:visible, [tabindex]:visible").count();
         const reached = new Set();
         for (let n = 0; n < focusable; n++) {
             await page.keyboard.press("Tab");

@@ -2,11 +2,15 @@
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
+mod action;
 mod caches;
+mod churn;
 mod client;
 pub mod doctor;
 mod hooks;
+mod job_client;
 mod jobs;
+mod nested;
 mod options;
 mod users;
 
@@ -33,7 +37,11 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            nested::BODIES,
+            churn::BODIES,
             users::BODIES,
+            job_client::BODIES,
+            action::BODIES,
             doctor::BODIES,
         ]
         .concat();
@@ -41,6 +49,14 @@ pub fn tests() -> Vec<Test> {
             test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
         }));
     }
+    tests.push(
+        test(
+            Tier::Guest(Group::Systemd),
+            "podman::verdicts_in_the_journal",
+            hooks::in_the_journal,
+        )
+        .timeout(900),
+    );
     tests.push(test(
         Tier::Guest(Group::Podman),
         "podman::made_by_hand",
