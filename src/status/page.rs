@@ -107,7 +107,8 @@ fn pool(full: Capacity, rows: &Rows) -> Markup {
             p.alert { strong { "Nearly full: " } "remove entries, or give the pool more room." }
         }
         dl.meters {
-            @for (part, percent) in full.parts() {
+            // A part that this store has not is never in use.
+            @for (part, percent) in full.parts().into_iter().filter(|(part, percent)| *part == "data" || *percent > 0.0) {
                 div {
                     dt id={"meter-" (part)} { (part) }
                     dd {
@@ -144,7 +145,7 @@ fn leases(volumes: &[VolumeView], all: usize) -> Markup {
             (scrolled("Volumes in use", &html! {
                 table {
                     thead { tr {
-                        @for head in ["Volume", "Restored", "By", "From", "Written", "Mount ms", "Containers"] {
+                        @for head in ["Volume", "Restored", "By", "From", "Written", "Containers"] {
                             th scope="col" { (head) }
                         }
                     } }
@@ -154,7 +155,6 @@ fn leases(volumes: &[VolumeView], all: usize) -> Markup {
                         td { (said(volume, "criterion")) }
                         td { code { (said(volume, "from")) } }
                         td { (written(volume)) }
-                        td { (said(volume, "mount_ms")) }
                         td { (said(volume, "containers")) }
                     } } }
                 }

@@ -410,7 +410,7 @@ fn in_a_browser() {
     plugin.mount("web", "test");
     look(port, "data");
     let page = get("/");
-    for words in ["acme/web", "&lt;b&gt;", "1 of", "fallback", "no match"] {
+    for words in ["acme/web", "&lt;b&gt;", "1 of", "Fallback hits", "no match"] {
         assert!(page.contains(words), "{words:?} is not in {page}");
     }
     assert!(!page.contains("<b>bold"), "what others write is text");
@@ -441,7 +441,7 @@ fn real_data(plugin: &Plugin) {
     save("linux a1", "linux feature-x b1");
     save("linux b1", "linux feature-x b2");
     save("linux a2", "linux fix-y c1");
-    save("linux main", "linux main a4");
+    save("linux a9; linux main", "linux main a4");
     let scoped = json!({"restore": "linux main", "save": "linux main d1", "scope": "acme/web"});
     job(plugin, &scoped, "scoped").unwrap();
     job(
