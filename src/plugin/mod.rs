@@ -236,7 +236,7 @@ async fn not_a_post(body: Payload) -> Refusal {
     drop(body);
     Refusal::new(
         StatusCode::METHOD_NOT_ALLOWED,
-        "the volume-plugin protocol's requests are POSTs, and /metrics and / are to be got",
+        "the volume-plugin protocol's requests are POSTs",
     )
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::Engine;
+use crate::plugin::wire::Refusal;
 use crate::storage::Listing;
 
 /// How long a page waits for the store.
@@ -57,8 +58,8 @@ pub fn router(engine: Arc<Engine>) -> Router {
         turn: Arc::new(Semaphore::new(1)),
     });
     Router::new()
-        .route("/", get(page))
-        .route("/metrics", get(metrics))
+        .route("/", get(page).fallback(not_a_get))
+        .route("/metrics", get(metrics).fallback(not_a_get))
         .with_state(status)
 }
 
@@ -98,6 +99,11 @@ async fn page(State(status): State<Arc<Status>>) -> Response {
 
 async fn metrics(State(status): State<Arc<Status>>) -> Response {
     answer(metrics::CONTENT_TYPE, status.made(metrics::text).await)
+}
+
+async fn not_a_get() -> Refusal {
+    let why = "the status page and the metrics are to be got: GET / and GET /metrics";
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, why)
 }
 
 fn answer(content_type: &'static str, body: String) -> Response {

@@ -102,7 +102,7 @@ fn pool(full: Capacity, rows: &Rows) -> Markup {
         .fold(0.0, f64::max);
     html! {
         @if worst >= TOO_FULL {
-            p.alert { strong { "Full: " } "jobs fail when they write, and nothing is published. Remove entries, or give the pool more room." }
+            p.alert { strong { "Full: " } "jobs are about to fail when they write. Remove entries, or give the pool more room." }
         } @else if worst >= NEARLY_FULL {
             p.alert { strong { "Nearly full: " } "remove entries, or give the pool more room." }
         }
@@ -113,7 +113,7 @@ fn pool(full: Capacity, rows: &Rows) -> Markup {
                     dt id={"meter-" (part)} { (part) }
                     dd {
                         meter aria-labelledby={"meter-" (part)} min="0" max="100" optimum="0"
-                            low=(NEARLY_FULL) high=(TOO_FULL) value=(format!("{percent:.1}")) {}
+                            low=(NEARLY_FULL) high=(TOO_FULL) value=(percent) {}
                         " " (format!("{percent:.1}")) " %"
                         @if part == "data" { " of " (full.data_size) }
                     }

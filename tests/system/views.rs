@@ -336,9 +336,10 @@ fn metrics() {
     // Nothing else is to be had there, and no GET of the plugin's.
     let request = "POST /VolumeDriver.List HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0";
     assert_eq!(tcp(request).0, 404);
-    let stream = UnixStream::connect(SOCKET).unwrap();
-    let request = "POST /metrics HTTP/1.1\r\nHost: plugin\r\nContent-Length: 0";
-    assert_eq!(http(stream, request).0, 405);
+    for endpoint in ["", "metrics"] {
+        let (status, answer) = plugin.call(endpoint, &json!({}));
+        assert!(status == 405 && answer["Err"].is_string(), "{answer}");
+    }
 
     // Without the store it says so, and what it knows itself.
     let away = format!("{}-away", site.store());
