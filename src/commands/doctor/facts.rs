@@ -29,8 +29,9 @@ pub const SOCKET: &str = "lvm-cache-friend.socket";
 /// What the driver is called in Podman's configuration, and our volumes' driver.
 pub const DRIVER: &str = "lvm-cache-friend";
 
-/// How long Podman may take, in seconds: it waits for locks of containers that start.
-const PODMAN_SECONDS: &str = "20";
+/// How long Podman may take, in seconds: it waits for locks of containers that start, and `info` asks
+/// the package manager of each program that it runs.
+const PODMAN_SECONDS: &str = "60";
 
 /// How long the daemon may take: systemd may have to start it first.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(10);
