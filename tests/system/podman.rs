@@ -42,7 +42,6 @@ pub fn tests() -> Vec<Test> {
             users::BODIES,
             job_client::BODIES,
             action::BODIES,
-            doctor::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
@@ -62,6 +61,7 @@ pub fn tests() -> Vec<Test> {
         "podman::made_by_hand",
         caches::made_by_hand,
     ));
+    tests.extend(doctor::tests());
     tests
 }
 

@@ -25,11 +25,11 @@ const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
 
 fn in_a_group() {
     let _vg = TestVg::fresh();
-    follow("--vg VG --size 100G", "--vg testvg --size 5G");
+    follow("--vg VG --size 100G", "--vg testvg --size 5G", doctor);
 }
 
 fn in_a_file() {
-    follow("--loop", "--loop");
+    follow("--loop", "--loop", || {});
     let image = "/var/lib/lvm-cache-friend.img";
     let device = sh(&format!(
         "losetup --noheadings --output NAME --associated {image}"
@@ -42,8 +42,8 @@ fn in_a_file() {
 }
 
 /// Follows the quick start with the way to prepare storage that has `wanted` in it, and `instead` in its place; then looks
-/// whether what it makes does what the README promises.
-fn follow(wanted: &str, instead: &str) {
+/// whether what it makes does what the README promises, and `more`.
+fn follow(wanted: &str, instead: &str, more: fn()) {
     let image = busybox_image();
     // The guest has no network to join.
     let _network = DropIn::new("60-test", "[containers]\nnetns = \"none\"\n");
@@ -131,7 +131,7 @@ fn follow(wanted: &str, instead: &str) {
         "what was written over the restart is there: {dates}"
     );
 
-    doctor();
+    more();
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");
@@ -183,11 +183,7 @@ fn doctor() {
         "mkdir -p {dir}; printf '[Service]\\nPrivateTmp=yes\\n' > {dir}/test.conf; systemctl daemon-reload"
     ));
     finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
-    run("systemctl", ["restart", unit]);
-    finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
-    sh(&format!(
-        "rm -r {dir}; systemctl daemon-reload; systemctl restart {unit}"
-    ));
+    sh(&format!("rm -r {dir}; systemctl daemon-reload"));
 
     let stop = ["stop", "lvm-cache-friend.socket", unit];
     run("systemctl", stop);
@@ -202,7 +198,6 @@ fn doctor() {
     finds(config, "units", "wrong", "unmask", &["daemon", "socket"]);
     run("systemctl", ["unmask", "--runtime", unit]);
     run("systemctl", ["start", "lvm-cache-friend.socket", unit]);
-    well(config);
 }
 
 fn count_entries() -> usize {

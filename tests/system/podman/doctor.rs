@@ -10,17 +10,26 @@ use lvm_cache_friend::config::Settings;
 use lvm_cache_friend::storage::NewLv;
 use serde_json::{Value, json};
 
+use super::Host;
 use super::hooks::Hooks;
-use super::{Body, Host};
+use crate::harness::{Group, Test, Tier, test};
 use crate::support::PROGRAM;
 use crate::support::command::{outcome_of, run};
 use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::lvm::TestVg;
 use crate::support::podman::DropIn;
-use crate::support::site::Kind;
+use crate::support::site::{Kind, Site};
 use crate::support::wait_until;
 
-pub const BODIES: &[Body] = &[("doctor", doctor), ("doctor_without_anything", bare)];
+/// Each fault that this machine's own kernel lets one make, and the rest in guests: those of units are in the quick
+/// start's ([`crate::quickstart`]).
+pub fn tests() -> Vec<Test> {
+    vec![
+        test(Tier::Reflink, "podman::doctor", doctor).timeout(900),
+        test(Tier::Reflink, "podman::doctor_without_anything", bare),
+        test(Tier::Guest(Group::Lvm), "podman::doctor_of_a_pool", pool),
+    ]
+}
 
 /// What `doctor --json` finds with a configuration. Its exit status says whether something is wrong.
 pub fn findings(config: &Path) -> Vec<Value> {
@@ -94,7 +103,7 @@ impl Drop for Instead<'_> {
     }
 }
 
-fn bare(kind: Kind) {
+fn bare() {
     let config = Path::new("/run/none/config.toml");
     let text = outcome_of(
         Command::new(PROGRAM)
@@ -110,11 +119,30 @@ fn bare(kind: Kind) {
     assert!(!text.stdout.contains('\u{1b}'), "{text:?}");
     assert!(text.stderr.contains("things are wrong"), "{text:?}");
     assert!(findings(config).len() > 10, "each check says something");
-    let _ = kind;
 }
 
-fn doctor(kind: Kind) {
-    let mut host = Host::new(kind);
+/// What needs LVM.
+fn pool() {
+    let site = Site::new(Kind::Lvm);
+    let finds = |check: &str, words: &str| {
+        // No daemon runs, and Podman knows nothing of it.
+        let follows = ["daemon", "socket", "podman", "hooks"];
+        finds(&site.config, check, "wrong", words, &follows);
+    };
+    {
+        let _loadable = Instead::nothing("/lib/modules");
+        let _loaded = Instead::nothing("/sys/module");
+        finds("kernel", "no dm-thin-pool");
+    }
+    let pool = format!("{}/friend-pool", TestVg::NAME);
+    run("lvchange", ["--errorwhenfull", "n", &pool]);
+    finds("pool", &format!("--errorwhenfull y {pool}"));
+    let _renamed = site.broken();
+    finds("store", "vgs testvg");
+}
+
+fn doctor() {
+    let mut host = Host::new(Kind::Reflink);
     let hooks = Hooks::new(&host);
     let config = host.site.config.clone();
     let finds = |check: &str, state: &str, words: &str, follows: &[&str]| {
@@ -156,11 +184,7 @@ fn doctor(kind: Kind) {
     {
         let _known = Instead::text("/proc/filesystems", "nodev\ttmpfs\n\text4\n");
         let _loadable = Instead::nothing("/lib/modules");
-        let _loaded = (kind == Kind::Lvm).then(|| Instead::nothing("/sys/module"));
         finds("kernel", "wrong", "no XFS", &[]);
-        if kind == Kind::Lvm {
-            finds("kernel", "wrong", "no dm-thin-pool", &[]);
-        }
     }
 
     let store = Settings::load(&config).unwrap().store.open().unwrap();
@@ -171,47 +195,35 @@ fn doctor(kind: Kind) {
     };
     store.create(&odd, Bytes::mib(4)).unwrap();
     finds("leftovers", "wrong", "friend-odd", &[]);
-    if kind == Kind::Reflink {
-        // As a clock leaves it that was ahead.
-        let tags = Path::new(&host.site.store()).join("friend-odd/tags.json");
-        let mut record: Value = serde_json::from_slice(&fs::read(&tags).unwrap()).unwrap();
-        record["created"] = json!(record["created"].as_u64().unwrap() + 86_400);
-        fs::write(&tags, record.to_string()).unwrap();
-        finds("clock", "wrong", "set-ntp", &["leftovers"]);
-    }
+    // As a clock leaves it that was ahead.
+    let tags = Path::new(&host.site.store()).join("friend-odd/tags.json");
+    let mut record: Value = serde_json::from_slice(&fs::read(&tags).unwrap()).unwrap();
+    record["created"] = json!(record["created"].as_u64().unwrap() + 86_400);
+    fs::write(&tags, record.to_string()).unwrap();
+    finds("clock", "wrong", "set-ntp", &["leftovers"]);
     store.remove(&odd.name).unwrap();
     well(&config);
 
-    match kind {
-        Kind::Reflink => {
-            let filler = Path::new(&host.site.store()).with_file_name("filler");
-            let free = run("df", ["--output=avail", "-k", &host.site.store()]);
-            let free: u64 = free.lines().nth(1).unwrap().trim().parse().unwrap();
-            run(
-                "fallocate",
-                [
-                    "--length",
-                    &format!("{}K", free - free / 30),
-                    filler.to_str().unwrap(),
-                ],
-            );
-            finds("pool", "wrong", "remove entries", &[]);
-            fs::remove_file(filler).unwrap();
-            // XFS gives the space back a moment later.
-            let has_room = || {
-                findings(&config)
-                    .iter()
-                    .any(|f| f["check"] == "pool" && f["state"] == "ok")
-            };
-            wait_until(has_room);
-        }
-        Kind::Lvm => {
-            let pool = format!("{}/friend-pool", TestVg::NAME);
-            run("lvchange", ["--errorwhenfull", "n", &pool]);
-            finds("pool", "wrong", &format!("--errorwhenfull y {pool}"), &[]);
-            run("lvchange", ["--errorwhenfull", "y", &pool]);
-        }
-    }
+    let filler = Path::new(&host.site.store()).with_file_name("filler");
+    let free = run("df", ["--output=avail", "-k", &host.site.store()]);
+    let free: u64 = free.lines().nth(1).unwrap().trim().parse().unwrap();
+    run(
+        "fallocate",
+        [
+            "--length",
+            &format!("{}K", free - free / 30),
+            filler.to_str().unwrap(),
+        ],
+    );
+    finds("pool", "wrong", "remove entries", &[]);
+    fs::remove_file(filler).unwrap();
+    // XFS gives the space back a moment later.
+    let has_room = || {
+        findings(&config)
+            .iter()
+            .any(|f| f["check"] == "pool" && f["state"] == "ok")
+    };
+    wait_until(has_room);
 
     // Podman's trap: the daemon's volume, and a local one of that name in Podman.
     host.daemon()
@@ -276,18 +288,10 @@ fn doctor(kind: Kind) {
     );
     store.remove(&doomed.name).unwrap();
     drop(store);
-    match kind {
-        Kind::Reflink => {
-            let dir = host.site.store();
-            fs::rename(&dir, format!("{dir}-away")).unwrap();
-            finds("store", "wrong", "is mounted", &["daemon", "socket"]);
-            fs::rename(format!("{dir}-away"), dir).unwrap();
-        }
-        Kind::Lvm => {
-            let _renamed = host.site.broken();
-            finds("store", "wrong", "vgs testvg", &["daemon", "socket"]);
-        }
-    }
+    let dir = host.site.store();
+    fs::rename(&dir, format!("{dir}-away")).unwrap();
+    finds("store", "wrong", "is mounted", &["daemon", "socket"]);
+    fs::rename(format!("{dir}-away"), dir).unwrap();
 
     let mut unshared = Command::new("unshare");
     unshared
