@@ -136,8 +136,8 @@ pub struct List {
     #[arg(long)]
     pub json: bool,
 
+    /// Whether it is shown again and again.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub watch: Watch,
 }
 
@@ -148,8 +148,8 @@ pub struct Tree {
     #[arg(long)]
     pub json: bool,
 
+    /// Whether it is shown again and again.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub watch: Watch,
 }
 
@@ -160,8 +160,8 @@ pub struct Stats {
     #[arg(long)]
     pub json: bool,
 
+    /// Whether it is shown again and again.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub watch: Watch,
 }
 

@@ -15,7 +15,7 @@
 //! # The rooms
 //!
 //! Dependencies point one way: [`cache`] ← [`storage`] ← [`engine`] ←
-//! [`plugin`] ← [`commands`] and [`serve`].
+//! [`plugin`] ← [`commands`] ← [`status`] ← [`serve`].
 //!
 //! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
 //!   and what an LV's tags make of it.
