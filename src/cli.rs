@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+pub use clap_complete::Shell;
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
@@ -56,6 +57,23 @@ pub enum Command {
     /// OCI runtime's state, or its configuration, from standard input.
     #[command(after_help = EXIT_CODES)]
     Hook(Hook),
+    /// Print a script that completes this program's commands in a shell.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: Shell,
+    },
+    /// Write man pages into a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// Print a configuration that shows and explains every setting.
+    #[command(hide = true)]
+    ExampleConfig,
 }
 
 /// Where the caches will be: exactly one of three.
@@ -218,6 +236,10 @@ mod tests {
             ("hook precreate", None),
             ("hook createRuntime", None),
             ("hook poststop", None),
+            ("completions bash", None),
+            ("completions dash", Some(ErrorKind::InvalidValue)),
+            ("man /d", None),
+            ("example-config", None),
             ("hook", Some(ErrorKind::MissingRequiredArgument)),
             ("hook prestart", Some(ErrorKind::InvalidValue)),
             ("serve --log-level debug", None),

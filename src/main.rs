@@ -17,6 +17,9 @@ fn main() -> ExitCode {
         Command::Import(args) => commands::import::run(config, args),
         Command::Remove(args) => commands::remove::run(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
+        Command::Completions { shell } => commands::generate::completions(*shell),
+        Command::Man { dir } => commands::generate::man(dir),
+        Command::ExampleConfig => commands::generate::example_config(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,7 @@
 //! What the commands do. Each reads the store itself: none but `remove` of a
 //! volume and `hook` needs the daemon, or cares whether one runs.
 
+pub mod generate;
 pub mod hook;
 pub mod import;
 pub mod init;
