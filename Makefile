@@ -5,8 +5,9 @@ demo:
 	@demo/run
 
 # Installs what is missing, then runs every test of every tier, those in virtual machines too.
-test: deb rpm
+test:
 	tests/vm/deps nextest
+	$(MAKE) deb rpm
 	cargo nextest run --locked --features failpoints
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell

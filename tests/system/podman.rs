@@ -4,6 +4,7 @@
 
 mod caches;
 mod client;
+mod docs;
 mod hooks;
 mod jobs;
 mod options;
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     ] {
         let bodies = [
             client::BODIES,
+            docs::BODIES,
             caches::BODIES,
             options::BODIES,
             hooks::BODIES,

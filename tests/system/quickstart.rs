@@ -1,114 +1,55 @@
-//! README's quick start, its own commands, in a guest with systemd.
-
-use std::path::Path;
-use std::process::Command;
+//! README's quick start, its own commands, in a guest with systemd. In a volume group: see [`crate::package`].
 
 use serde_json::Value;
 
+use crate::docs::{block, type_in};
 use crate::harness::{Group, Test, Tier, test};
-use crate::support::command::{run, sh, succeed};
-use crate::support::lvm::TestVg;
-use crate::support::podman::DropIn;
-use crate::support::{PROGRAM, busybox_image, wait_until};
+use crate::package;
+use crate::support::command::{run, sh};
+use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
-    let guest = Tier::Guest(Group::Systemd);
     vec![
-        test(guest, "quickstart::in_a_group", in_a_group).timeout(900),
-        test(guest, "quickstart::in_a_file", in_a_file).timeout(900),
+        test(
+            Tier::Guest(Group::Systemd),
+            "quickstart::in_a_file",
+            in_a_file,
+        )
+        .timeout(900)
+        .before(package::build),
     ]
 }
 
-const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
-
-fn in_a_group() {
-    let _vg = TestVg::fresh();
-    follow("--vg VG --size 100G", "--vg testvg --size 5G");
-}
-
 fn in_a_file() {
-    follow("--loop", "--loop");
-    let image = "/var/lib/lvm-cache-friend.img";
-    let device = sh(&format!(
-        "losetup --noheadings --output NAME --associated {image}"
-    ));
-    let device = device.trim();
-    let group = run("pvs", ["--noheadings", "--options", "vg_name", device]);
-    run("vgremove", ["--force", "--yes", group.trim()]);
-    run("losetup", ["--detach", device]);
-    std::fs::remove_file(image).unwrap();
-}
+    let image = package::prepare();
+    package::install();
+    // The other place that is no volume group, as far as init goes.
+    sh("mkdir /var/lib/lvm-cache-friend
+        truncate -s 2G /tmp/xfs
+        mkfs.xfs -q /tmp/xfs
+        mount -o loop /tmp/xfs /var/lib/lvm-cache-friend");
+    let elsewhere = "lvm-cache-friend --config /tmp/reflink.toml ";
+    type_in(&block("init-reflink").replace("lvm-cache-friend init", &format!("{elsewhere}init")));
+    let listed = type_in(&format!("{elsewhere}list"));
+    assert!(listed.contains("base"), "{listed}");
+    sh("umount /var/lib/lvm-cache-friend
+        rmdir /var/lib/lvm-cache-friend");
 
-/// Follows the quick start with the way to prepare storage that has `wanted` in it, and `instead` in its place; then looks
-/// whether what it makes does what the README promises.
-fn follow(wanted: &str, instead: &str) {
-    let image = busybox_image();
-    // The guest has no network to join.
-    let _network = DropIn::new("60-test", "[containers]\nnetns = \"none\"\n");
-    let blocks = commands("## Quick start");
-    let (install, prepare, start) = (
-        &blocks[0],
-        &blocks[1..blocks.len() - 1],
-        &blocks[blocks.len() - 1],
-    );
-    let prepare = prepare
-        .iter()
-        .find(|block| block.contains(wanted))
-        .expect("a way to prepare storage");
-
-    type_in(
-        &install
-            .replace("cargo build --release\n", "")
-            .replace("target/release/lvm-cache-friend", PROGRAM),
-    );
-    type_in(&prepare.replace(wanted, instead));
-    let again = type_in(&prepare.replace(wanted, instead));
+    type_in(&block("init-loop"));
+    let again = type_in(&block("init-loop"));
     assert!(again.contains("nothing to do"), "init again: {again}");
-    let said = type_in(&start.replace("docker.io/library/busybox", &image));
+    let said = type_in(&block("start"));
     assert!(said.contains("KIND"), "the table at its end: {said}");
-
-    let entries = |count: usize| wait_until(|| count_entries() == count);
     entries(1);
-    let container = |script: &str| {
-        run(
-            "podman",
-            [
-                "run",
-                "--rm",
-                "-v",
-                "try:/cache",
-                &image,
-                "sh",
-                "-c",
-                script,
-            ],
-        )
-    };
+    let container = |script: &str| package::container("try", &image, script);
     let dates = container("date >> /cache/dates; cat /cache/dates");
     assert_eq!(dates.lines().count(), 2, "restored, and one more: {dates}");
     entries(2);
 
     // The daemon is restarted under a container: that writes on, and its lease is published at its end.
-    let waits = "until [ -e /cache/go ]; do sleep 0.1; done; date >> /cache/dates";
-    run(
-        "podman",
-        [
-            "run",
-            "-d",
-            "--name",
-            "long",
-            "-v",
-            "try:/cache",
-            &image,
-            "sh",
-            "-c",
-            waits,
-        ],
-    );
+    package::start_container("long", "try", &image);
     run("systemctl", ["restart", "lvm-cache-friend.service"]);
-    run("podman", ["exec", "long", "touch", "/cache/go"]);
-    assert_eq!(run("podman", ["wait", "long"]).trim(), "0");
-    run("podman", ["rm", "long"]);
+    package::end_container("long");
     entries(3);
     let inspect = [
         "volume",
@@ -133,72 +74,39 @@ fn follow(wanted: &str, instead: &str) {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");
     }
-    let warnings = run(
-        "journalctl",
-        [
-            "--quiet",
-            "--unit",
-            "lvm-cache-friend.service",
-            "--priority",
-            "warning",
-            "--output",
-            "cat",
-        ],
+    assert_eq!(
+        package::warnings(),
+        "",
+        "the daemon has nothing to complain of"
     );
-    assert_eq!(warnings, "", "the daemon has nothing to complain of");
 
     run("podman", ["volume", "rm", "try"]);
-    // With the socket: otherwise the next connection would start the service again.
-    run(
-        "systemctl",
-        [
-            "disable",
-            "--now",
-            "lvm-cache-friend.socket",
-            "lvm-cache-friend.service",
-        ],
-    );
-    run("journalctl", ["--quiet", "--rotate", "--vacuum-time", "1s"]);
-    sh(
-        "rm -r /etc/lvm-cache-friend /usr/share/containers/oci/hooks.d/50-lvm-cache-friend-* /etc/containers/containers.conf.d/50-lvm-cache-friend.conf
+    type_in(&block("purge"));
+    take_down("/var/lib/lvm-cache-friend.img");
+}
+
+/// Waits until there are so many entries.
+pub fn entries(count: usize) {
+    wait_until(|| {
+        let rows: Vec<Value> =
+            serde_json::from_str(&run("lvm-cache-friend", ["list", "--json"])).unwrap();
+        rows.iter().filter(|row| row["kind"] == "entry").count() == count
+    });
+}
+
+/// Removes a volume group in a file, and what the daemon left for containers that might still run.
+fn take_down(image: &str) {
+    let device = sh(&format!(
+        "losetup --noheadings --output NAME --associated {image}"
+    ));
+    let device = device.trim();
+    let group = run("pvs", ["--noheadings", "--options", "vg_name", device]);
+    run("vgremove", ["--force", "--yes", group.trim()]);
+    run("losetup", ["--detach", device]);
+    sh(&format!(
+        "rm {image}
         ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
-        rm -rf /run/lvm-cache-friend",
-    );
-}
-
-fn count_entries() -> usize {
-    let rows: Vec<Value> =
-        serde_json::from_str(&run("lvm-cache-friend", ["list", "--json"])).unwrap();
-    rows.iter().filter(|row| row["kind"] == "entry").count()
-}
-
-/// The commands in a section of the README, block by block.
-fn commands(heading: &str) -> Vec<String> {
-    let readme = std::fs::read_to_string(Path::new(REPOSITORY).join("README.md")).unwrap();
-    let section = readme
-        .split_once(&format!("\n{heading}\n"))
-        .expect("the section")
-        .1;
-    let section = section
-        .split_once("\n## ")
-        .map_or(section, |(section, _)| section);
-    let blocks = section.split("```sh\n").skip(1);
-    blocks
-        .map(|block| {
-            block
-                .split_once("```")
-                .expect("the block's end")
-                .0
-                .to_owned()
-        })
-        .collect()
-}
-
-/// Runs commands as somebody in a checkout does who stops at the first that fails.
-fn type_in(commands: &str) -> String {
-    succeed(
-        Command::new("/bin/sh")
-            .args(["-ec", commands])
-            .current_dir(REPOSITORY),
-    )
+        rm -rf /run/lvm-cache-friend
+        journalctl --quiet --rotate --vacuum-time 1s"
+    ));
 }
