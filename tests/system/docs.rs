@@ -76,13 +76,9 @@ fn blocks() -> Result<BTreeMap<String, String>, String> {
                     let text = before.strip_prefix(name)?.strip_suffix(" -->")?;
                     (!text.is_empty()).then_some(text)
                 };
-                match (language, mark("<!-- run: "), mark("<!-- not run: ")) {
-                    ("sh", Some(id), None) => {
-                        if blocks.insert(id.to_owned(), content).is_some() {
-                            return Err(format!("{place}: a second block {id}"));
-                        }
-                    }
-                    ("sh", None, Some(_)) => {}
+                let run = match (language, mark("<!-- run: "), mark("<!-- not run: ")) {
+                    ("sh", Some(id), None) => Some(id),
+                    ("sh", None, Some(_)) => None,
                     ("sh", _, _) => {
                         return Err(format!(
                             "{place}: the line before it says neither <!-- run: ID --> nor <!-- not run: REASON -->"
@@ -91,7 +87,12 @@ fn blocks() -> Result<BTreeMap<String, String>, String> {
                     ("bash" | "shell" | "console", _, _) => {
                         return Err(format!("{place}: commands are in blocks of `sh`"));
                     }
-                    _ => {}
+                    _ => None,
+                };
+                if let Some(id) = run
+                    && blocks.insert(id.to_owned(), content).is_some()
+                {
+                    return Err(format!("{place}: a second block {id}"));
                 }
             }
             before = line;

@@ -51,7 +51,7 @@ fn content() {
     make("deb");
     make("rpm");
     let deb = newest("debian", "deb");
-    run("lintian", ["--fail-on", "error".as_ref(), deb.as_os_str()]);
+    run("lintian", ["--fail-on", "error", deb.to_str().unwrap()]);
 
     let list = |package: &str| -> Vec<String> {
         let name = |line: &str| line.trim_start_matches('.').to_owned();
@@ -254,7 +254,10 @@ fn before_the_reboot() {
 
     // An upgrade under a container: the daemon is another, the socket is not, and the lease ends as any.
     start_container("long", "try", &image);
-    let (daemon, socket) = (property(SERVICE, "MainPID"), property(SOCKET, "InvocationID"));
+    let (daemon, socket) = (
+        property(SERVICE, "MainPID"),
+        property(SOCKET, "InvocationID"),
+    );
     type_in(&block("upgrade").replace("./lvm-cache-friend_NEW.deb", "/share/newer.deb"));
     let version = ["--show", "--showformat", "${Version}", "lvm-cache-friend"];
     assert_eq!(run("dpkg-query", version), "9");
@@ -320,9 +323,11 @@ fn after_the_reboot() {
     run("podman", ["volume", "rm", "try"]);
 
     // The file is behind no loop device since the boot; the daemon's start sees to that.
-    sh("mv /etc/lvm-cache-friend/loop.toml /etc/lvm-cache-friend/config.toml
+    sh(
+        "mv /etc/lvm-cache-friend/loop.toml /etc/lvm-cache-friend/config.toml
         losetup --associated /var/lib/caches.img | grep . && exit 1
-        systemctl restart lvm-cache-friend.service");
+        systemctl restart lvm-cache-friend.service",
+    );
     let driver = [
         "volume",
         "create",

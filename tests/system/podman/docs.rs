@@ -11,11 +11,10 @@ fn as_documented(kind: Kind) {
     let host = Host::new(kind);
     let podman = &host.podman;
     let job = |block: String| {
-        type_in(
-            &block
-                .replace("IMAGE", &podman.image)
-                .replace(" make", " sh -c 'touch /cache/file || ls /run/lvm-cache-friend/socket'"),
-        )
+        type_in(&block.replace("IMAGE", &podman.image).replace(
+            " make",
+            " sh -c 'touch /cache/file || ls /run/lvm-cache-friend/socket'",
+        ))
     };
     job(block("glance"));
     wait_until(|| host.entries_tagged(&["linux", "dc5e8c"]).len() == 1);
