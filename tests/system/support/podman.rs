@@ -200,10 +200,12 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // Containers that have volumes go with them.
-        let ended = self.outcome(&["volume", "rm", "-af"]);
-        if ended.status != 0 {
-            println!("podman volume rm -af: {ended:?}");
+        // Containers first: `volume rm --force` of one that is just ending can wait for ever (Podman 4.3).
+        for all in [&["rm", "-af", "--time", "0"][..], &["volume", "rm", "-af"]] {
+            let ended = self.outcome(all);
+            if ended.status != 0 {
+                println!("podman {all:?}: {ended:?}");
+            }
         }
     }
 }
