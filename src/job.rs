@@ -252,7 +252,7 @@ impl Place {
             }
             Request::Save { path, tags } => {
                 let saved = engine
-                    .save_late(job, &place(&path)?, &tags)
+                    .save_late(job, &place(&path)?, &tags, self.limits.saves)
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
                     "{}ok saved={} tags={} ms={}\n",

@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::Path;
-use std::time::Duration;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Spec, State};
 use serde_json::json;
@@ -24,8 +26,11 @@ use crate::mount;
 use crate::plugin::client;
 use crate::podman::Events;
 
-/// How long the daemon may take to answer. Podman waits for the hook.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(800);
+/// How long a hook that tells something may take in all. Podman waits for it.
+const BOUND: Duration = Duration::from_millis(900);
+
+/// How much of that Podman's journal may take. The rest is the daemon's.
+const JOURNAL: Duration = Duration::from_millis(500);
 
 /// Longest input that is read, in bytes. Podman's configurations have some 20 KiB.
 const MAX_INPUT: u64 = 16 << 20;
@@ -41,28 +46,46 @@ const GUARD: &str = "lvm-cache-friend.volume";
 pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     // A RUST_LOG that does not parse is no reason for a container to fail.
     let _ = logging::start_in_hook(LogLevel::Warn);
-    let mut input = String::new();
-    let read = io::stdin().take(MAX_INPUT).read_to_string(&mut input);
-    if args.stage == Stage::Precreate {
+    let stage = args.stage;
+    if stage == Stage::Precreate {
+        let input = input().map_err(failed("standard input"))?;
         // What comes out is what the container gets: nothing is changed.
-        read.map_err(failed("standard input"))?;
         let spec: Result<Spec, _> = serde_json::from_str(&input);
         guard(config, &spec, &input).inspect_err(tell_caller)?;
         let told = spec
             .map_err(|e| format!("the container's configuration: {e}"))
             .and_then(|spec| tell_of_start(config, &spec));
         if let Err(missed) = told {
-            warn!(stage = ?args.stage, missed, "in a user namespace, its volumes have the host's owners");
+            warn!(
+                ?stage,
+                missed, "in a user namespace, its volumes have the host's owners"
+            );
         }
         return print(&input);
     }
-    let told = read
-        .map_err(|error| error.to_string())
-        .and_then(|_| tell(config, args.stage, &input));
+    let began = Instant::now();
+    let config = config.to_owned();
+    let (done, answer) = mpsc::channel();
+    // Whatever it waits for then, it ends with this process.
+    thread::spawn(move || {
+        let told = input()
+            .map_err(|error| error.to_string())
+            .and_then(|input| tell(&config, stage, &input, began));
+        let _ = done.send(told);
+    });
+    let told = answer
+        .recv_timeout(BOUND)
+        .unwrap_or_else(|_| Err(format!("not done within {} ms", BOUND.as_millis())));
     if let Err(missed) = told {
-        warn!(stage = ?args.stage, missed, "the daemon was not told of a container");
+        warn!(?stage, missed, "the daemon was not told of a container");
     }
     Ok(())
+}
+
+fn input() -> io::Result<String> {
+    let mut input = String::new();
+    io::stdin().take(MAX_INPUT).read_to_string(&mut input)?;
+    Ok(input)
 }
 
 /// Writes why a container is refused to the standard error of the Podman that runs the
@@ -95,7 +118,7 @@ fn tell_of_start(config: &Path, spec: &Spec) -> Result<(), String> {
         "UidMappings": linux.and_then(|linux| linux.uid_mappings().as_ref()).unwrap_or(&Vec::new()),
         "GidMappings": linux.and_then(|linux| linux.gid_mappings().as_ref()).unwrap_or(&Vec::new()),
     });
-    client::call(&settings.socket, "Friend.Starting", &body, ANSWER_TIMEOUT)
+    client::call(&settings.socket, "Friend.Starting", &body, BOUND)
         .map(drop)
         .map_err(|error| error.to_string())
 }
@@ -110,7 +133,7 @@ fn settings(config: &Path) -> Result<Option<Settings>, String> {
 }
 
 /// Tells the daemon of a container that starts or has ended.
-fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
+fn tell(config: &Path, stage: Stage, state: &str, began: Instant) -> Result<(), String> {
     let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
     let Some(settings) = settings(config)? else {
         return Ok(());
@@ -123,13 +146,14 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
     let volumes: Vec<_> = volumes.keys().collect();
     let mut body = json!({"Container": state.id(), "Volumes": volumes});
     let endpoint = if stage == Stage::Poststop {
-        body["ExitCode"] = Events::of_caller().exit_code(state.id()).into();
+        let code = Events::of_caller().exit_code(state.id(), began + JOURNAL);
+        body["ExitCode"] = code.into();
         "Friend.Ended"
     } else {
         body["Pid"] = (*state.pid()).into();
         "Friend.Started"
     };
-    client::call(&settings.socket, endpoint, &body, ANSWER_TIMEOUT)
+    client::call(&settings.socket, endpoint, &body, BOUND)
         .map(drop)
         .map_err(|error| error.to_string())
 }

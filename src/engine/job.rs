@@ -70,6 +70,8 @@ struct Now {
     closed: bool,
     /// `None`: being made.
     mounts: BTreeMap<LatePath, Option<Late>>,
+    /// Checkpoints that were made, or are being made.
+    saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
     /// The containers that have it, as far as hooks told, and their ids.
@@ -234,6 +236,23 @@ impl Job {
         })
     }
 
+    /// Counts one more checkpoint, if `make` makes one: each takes room that nobody gets back while
+    /// it is an entry.
+    fn count_save<T>(
+        &self,
+        most: usize,
+        make: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        {
+            let mut now = lock(&self.now);
+            if now.saves >= most {
+                return Err(refused(format!("a job has at most {most} checkpoints")));
+            }
+            now.saves += 1;
+        }
+        make().inspect_err(|_| lock(&self.now).saves -= 1)
+    }
+
     /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
     /// through no link, and on no other mount, whatever the job does meanwhile.
     fn place(&self, path: &LatePath) -> io::Result<OwnedFd> {
@@ -355,30 +374,43 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes a job volume's lease up again after a restart: `lates` has what is mounted in it.
+    /// Takes a job volume's lease up again after a restart, with those of `mounts` that are in it.
+    /// What goes on leaves `seen`.
     pub(super) fn go_on_job(
         self: &Arc<Self>,
         volume: &Arc<Volume>,
         at: &MountPoint,
-        lates: Vec<(MountPoint, Option<SeenLate>)>,
+        mounts: &[MountPoint],
+        seen: &mut Vec<SeenLate>,
     ) -> io::Result<Arc<Job>> {
         let dir = Mounted::in_place(&at.at)?;
         if dir.device_number()? != at.device {
             return Err(Errno::STALE.into());
         }
         let job = self.job(volume, dir);
-        for (m, seen) in lates {
-            let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
-            let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
+        for m in mounts {
+            let Ok(inside) = m.at.strip_prefix(&at.at) else {
                 continue;
             };
-            match self.go_on_late(&job, &path, &m, seen) {
-                Ok(late) => {
+            let found = seen.iter().position(|seen| seen.device == m.device);
+            if found.is_none() && m.fs != "tmpfs" {
+                continue;
+            }
+            let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
+            let went_on = path
+                .and_then(|path| LatePath::parse(path, &[]))
+                .and_then(|path| {
+                    let late = self.go_on_late(&job, &path, m, found.map(|at| &seen[at]));
+                    Ok((path, late.map_err(|e| e.to_string())?))
+                });
+            match went_on {
+                Ok((path, late)) => {
                     info!(volume = job.name(), %path, "its mount goes on");
                     lock(&job.now).mounts.insert(path, Some(late));
+                    found.map(|at| seen.swap_remove(at));
                 }
                 Err(error) => {
-                    warn!(volume = job.name(), %path, %error, "its mount cannot be taken hold of");
+                    warn!(volume = job.name(), at = %m.at.display(), error, "its mount cannot be taken hold of: it is not published");
                 }
             }
         }
@@ -390,7 +422,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         m: &MountPoint,
-        seen: Option<SeenLate>,
+        seen: Option<&SeenLate>,
     ) -> io::Result<Late> {
         // The job may have moved what is around the mount since the table was read.
         let place = open_beneath(job.dir.root(), path.as_str(), ResolveFlags::empty())?;
@@ -413,7 +445,7 @@ impl Engine {
                 if seen.failed {
                     lock(&job.now).verdict = Verdict::Failure;
                 }
-                (seen.spec, backing, mark)
+                (seen.spec.clone(), backing, mark)
             }
             None => {
                 let spec = job.volume.spec.of_request(&[], &[]).unwrap_or_default();
@@ -529,6 +561,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         tags: &[Tag],
+        most: usize,
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -557,7 +590,7 @@ impl Engine {
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
         let written = device.and_then(crate::fs::sectors_written).ok();
-        let entry = self.publish_mounted(&spec, &lv, &source)?;
+        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing

@@ -4,6 +4,10 @@
 
 #![allow(dead_code)]
 
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
 pub mod census;
 pub mod command;
 pub mod content;
@@ -30,10 +34,24 @@ pub fn temp_dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory for the test")
 }
 
-/// Waits until something is so; a test that waits for ever is ended by its timeout.
+/// By when what a test waits for must be so, on this machine and in an emulated guest. Far beyond what it takes, and below the
+/// time that a test has: what fails then is the test, with its place and the daemon's log.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(120), Duration::from_secs(300)];
+
+/// Waits until something is so.
+#[track_caller]
 pub fn wait_until(mut so: impl FnMut() -> bool) {
+    // What tests/vm/run puts there is only in guests.
+    let in_guest = Path::new("/run/vm/command").exists();
+    let patience = PATIENCE[usize::from(in_guest)];
+    let since = Instant::now();
     while !so() {
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(
+            since.elapsed() < patience,
+            "what is waited for here is not so after {} s",
+            patience.as_secs()
+        );
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
