@@ -16,6 +16,9 @@ fn main() -> ExitCode {
         Command::Show(args) => commands::show::run(config, args),
         Command::Import(args) => commands::import::run(config, args),
         Command::Remove(args) => commands::remove::run(config, args),
+        Command::Pin(args) => commands::pin::run(config, args, true),
+        Command::Unpin(args) => commands::pin::run(config, args, false),
+        Command::Gc(args) => commands::gc::run(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
     };
     match done {

@@ -208,12 +208,12 @@ impl fmt::Display for Reason {
         match self {
             Self::Age(limit) => write!(f, "published more than {} ago", span(*limit)),
             Self::Unused(limit) => write!(f, "not used for more than {}", span(*limit)),
-            Self::Entries(limit) => write!(f, "more than {limit} entries"),
+            Self::Entries(limit) => write!(f, "more entries than {limit}"),
             Self::ScopeEntries(limit, Some(scope)) => {
-                write!(f, "more than {limit} entries in scope {scope}")
+                write!(f, "more entries in scope {scope} than {limit}")
             }
             Self::ScopeEntries(limit, None) => {
-                write!(f, "more than {limit} entries without scope")
+                write!(f, "more entries without scope than {limit}")
             }
             Self::Floor(bound, space) => write!(
                 f,
@@ -327,10 +327,11 @@ pub fn plan<'a>(
             }
         }
     }
-    if refused && going.iter().all(Option::is_none) {
-        if let Some(first) = going.first_mut() {
-            *first = Some(Reason::Refused);
-        }
+    if refused
+        && going.iter().all(Option::is_none)
+        && let Some(first) = going.first_mut()
+    {
+        *first = Some(Reason::Refused);
     }
     let victims = order.into_iter().zip(going);
     victims
@@ -477,31 +478,31 @@ mod tests {
             (
                 "a x; b x; c x",
                 all(limits(2, 0, 0)),
-                "a: more than 2 entries",
+                "a: more entries than 2",
             ),
             // Used counts, not published; but the newest of a tag set goes last.
             (
                 "a x created=9 used=1; b x created=8; c x created=7",
                 all(limits(2, 0, 0)),
-                "b: more than 2 entries",
+                "b: more entries than 2",
             ),
             (
                 "a x created=9; b y created=2; c y created=1",
                 all(limits(1, 0, 0)),
-                "b: more than 1 entries; a: more than 1 entries",
+                "b: more entries than 1; a: more entries than 1",
             ),
             // Tags are a set, and belong to a scope.
             (
                 "a x y created=9 scope=s; b y x created=2 scope=s; c x y created=1",
                 all(limits(1, 0, 0)),
-                "a: more than 1 entries; b: more than 1 entries",
+                "a: more entries than 1; b: more entries than 1",
             ),
             // What stays whatever happens; pinned entries do not count.
             ("a x pin; b x use; c y", all(limits(2, 0, 0)), ""),
             (
                 "a x pin; b x use; c y",
                 all(limits(1, 0, 0)),
-                "c: more than 1 entries",
+                "c: more entries than 1",
             ),
             (
                 "a x created=9 use; b x created=8 pin; c x created=8",
@@ -525,12 +526,12 @@ mod tests {
                     limits(1, 0, 0),
                     &[("big", limits(2, 0, 0)), ("-", limits(0, 0, 0))],
                 ),
-                "a: more than 1 entries in scope s",
+                "a: more entries in scope s than 1",
             ),
             (
                 "a x; b y",
                 scopes(limits(0, 0, 0), &[("-", limits(1, 0, 0))]),
-                "a: more than 1 entries without scope",
+                "a: more entries without scope than 1",
             ),
             (
                 "a x created=5 scope=s; b x created=5 scope=t",
@@ -621,7 +622,7 @@ mod tests {
             ("", Policy::default(), ""),
             ("a x pin; b x use", Policy::default(), ""),
             ("a x; b x", Policy::default(), "a: no room for a new volume"),
-            ("a x; b x", all(limits(1, 0, 0)), "a: more than 1 entries"),
+            ("a x; b x", all(limits(1, 0, 0)), "a: more entries than 1"),
         ] {
             let entries = entries(given);
             let plan = plan(&entries, &Fill::default(), &policy, NOW, |_| None, true);

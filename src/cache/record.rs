@@ -24,6 +24,8 @@ pub const VOLUME: &str = "friend:volume:";
 pub const FROM: &str = "friend:from:";
 /// Never evicted.
 pub const PIN: &str = "friend:pin";
+/// Prefix of the day (UTC, `2026-11-25`) on which something was last restored from an entry.
+pub const USED: &str = "friend:used:";
 /// To be removed; never matched, never mounted.
 pub const DOOMED: &str = "friend:doomed";
 /// Content not ready yet: being imported, or a kept volume before its first use.
@@ -61,6 +63,8 @@ pub enum Role {
         tags: Vec<Tag>,
         /// Never evicted.
         pinned: bool,
+        /// The end of the day on which it was last used, seconds since 1970; 0: never yet.
+        used: u64,
         /// Lineage.
         from: Option<LvName>,
     },
@@ -153,6 +157,7 @@ impl Role {
                 scope: found.scope,
                 tags: found.cache,
                 pinned: found.pinned,
+                used: found.used,
                 from: found.from,
             }
         })
@@ -166,6 +171,7 @@ struct Found {
     scope: Scope,
     from: Option<LvName>,
     pinned: bool,
+    used: u64,
     making: bool,
     failed: bool,
     /// There is a tag that only volumes have.
@@ -189,6 +195,9 @@ impl Found {
                 once(&mut found.scope, SCOPE, scope_name(rest).ok_or_else(bad)?)?;
             } else if let Some(rest) = text.strip_prefix(FROM) {
                 once(&mut found.from, FROM, rest.parse().map_err(|_| bad())?)?;
+            } else if let Some(rest) = text.strip_prefix(USED) {
+                // Whoever tagged it twice by hand: the later day counts.
+                found.used = found.used.max(end_of_day(rest).ok_or_else(bad)?);
             } else if let Some(rest) = text.strip_prefix(VOLUME) {
                 found.of_volume = true;
                 once(&mut found.volume, VOLUME, rest.parse().map_err(|_| bad())?)?;
@@ -214,6 +223,27 @@ impl Found {
         found.cache.dedup();
         Ok(found)
     }
+}
+
+/// The tag of an entry that was used at `now`, seconds since 1970.
+#[must_use]
+pub fn used_tag(now: u64) -> Option<Tag> {
+    let seconds = i64::try_from(now).ok()?;
+    let time = jiff::Timestamp::from_second(seconds).ok()?;
+    Some(tag(USED, &time.strftime("%Y-%m-%d").to_string()))
+}
+
+/// The last second of a day as [`used_tag`] writes it.
+fn end_of_day(day: &str) -> Option<u64> {
+    let date: jiff::civil::Date = day.parse().ok()?;
+    let end = date
+        .at(23, 59, 59, 0)
+        .to_zoned(jiff::tz::TimeZone::UTC)
+        .ok()?;
+    let written = date.to_string() == day;
+    u64::try_from(end.timestamp().as_second())
+        .ok()
+        .filter(|_| written)
 }
 
 /// Fills `slot` with what only one tag may say.
@@ -295,6 +325,7 @@ mod tests {
                 scope,
                 tags,
                 pinned,
+                used,
                 from,
             } => {
                 let mut text = format!("entry {}", list(tags));
@@ -308,6 +339,9 @@ mod tests {
                 }
                 if *pinned {
                     text += ", pinned";
+                }
+                if *used > 0 {
+                    text += &format!(", used {used}");
                 }
                 text
             }
@@ -375,6 +409,22 @@ mod tests {
             (
                 "friend:snapshot friend:cache:a friend:scope:main friend:from:friend-x friend:pin",
                 "entry a, scope main, from friend-x, pinned",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02",
+                "entry a, used 172799",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02 friend:used:1970-01-01",
+                "entry a, used 172799",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:19700102",
+                "unclear: friend:used:19700102 does not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1969-12-31",
+                "unclear: friend:used:1969-12-31 does not parse",
             ),
             ("friend:snapshot friend:cache:a friend:cache:a", "entry a"),
             ("friend:snapshot friend:cache:a someone:else", "entry a"),
@@ -525,6 +575,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn days_of_use() {
+        for (now, want) in [
+            (0, Some("friend:used:1970-01-01")),
+            (86_399, Some("friend:used:1970-01-01")),
+            (86_400, Some("friend:used:1970-01-02")),
+            (1_764_072_000, Some("friend:used:2025-11-25")),
+            (u64::MAX, None),
+        ] {
+            let tag = used_tag(now);
+            assert_eq!(tag.as_ref().map(Tag::as_str), want, "{now}");
+        }
+    }
+
     proptest! {
         #[test]
         fn volumes_come_back(
@@ -556,7 +620,7 @@ mod tests {
             let want = if spec.save.is_empty() {
                 Role::Plain
             } else {
-                Role::Entry { scope: spec.scope, tags: spec.save, pinned: false, from }
+                Role::Entry { scope: spec.scope, tags: spec.save, pinned: false, used: 0, from }
             };
             prop_assert_eq!(Role::from_tags(&all), want);
         }
