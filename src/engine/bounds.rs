@@ -51,7 +51,7 @@ pub struct Evicted {
 }
 
 /// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not
-/// settled, or whose volume is mounted now; and what `used` says was used since `since`, seconds since 1970.
+/// settled, or whose volume is mounted now; and what `used` says was used after `since`, seconds since 1970.
 #[must_use]
 pub fn entries(
     listing: &Listing,
@@ -75,7 +75,7 @@ pub fn entries(
                 created: lv.created,
                 used: used.get(&lv.name).map_or(day, |used| day.max(*used)),
                 pinned,
-                in_use: used.get(&lv.name).is_some_and(|used| *used >= since),
+                in_use: used.get(&lv.name).is_some_and(|used| *used > since),
                 scope,
                 tags,
             }),
@@ -281,7 +281,7 @@ impl Engine {
             // Those just published, too, are in the store's listing soon enough.
             state
                 .used
-                .retain(|lv, used| *used >= since || there.contains(lv));
+                .retain(|lv, used| *used > since || there.contains(lv));
             state.noted.retain(|lv, _| there.contains(lv));
             entries
         };

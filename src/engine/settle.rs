@@ -399,6 +399,8 @@ impl Engine {
         entries.push(entry.clone());
         state.index = Arc::new(Index::new(entries));
         state.generation += 1;
+        // Nor does it go at once: it is what the next job looks for.
+        state.used.insert(entry.lv.clone(), entry.created);
         state.born.insert(entry.lv.clone(), (Instant::now(), entry));
         drop(state);
         self.upkeep.tidy();

@@ -269,11 +269,14 @@ fn of_data(kind: Kind) {
     plugin.create("job", &json!({"save": "job", "restore": "job"}));
     let at = plugin.mount("job", "x");
     slowly(&at.join("big"), 60);
+    let mut more = 0;
     wait_until(|| {
-        if site.census().entries().contains(&b) {
-            slowly(&at.join("more"), 4);
+        let is_there = site.census().entries().contains(&b);
+        if is_there && more < 25 {
+            more += 1;
+            slowly(&at.join(format!("more{more}")), 4);
         }
-        !site.census().entries().contains(&b)
+        !is_there
     });
     let log = daemon.log();
     assert!(log.contains("for data are in use"), "{log}");
@@ -311,7 +314,12 @@ fn never_shrunk(kind: Kind) {
     plugin.create("v", &json!({"size": "512M", "on-miss": "empty"}));
     plugin.remove("v");
 
-    for fs in ["xfs", "ext4"] {
+    // Growing a mounted ext4 takes CAP_SYS_RESOURCE, which root has not everywhere.
+    let types: &[&str] = match kind {
+        Kind::Reflink => &["xfs"],
+        Kind::Lvm => &["xfs", "ext4"],
+    };
+    for &fs in types {
         let size = |at: &Path| {
             let stat = nix::sys::statvfs::statvfs(at).unwrap();
             stat.blocks() * stat.fragment_size()
