@@ -221,11 +221,7 @@ impl Engine {
         let room = asks.iter().any(|ask| ask.room);
         let round = self.evict_once(room);
         let more = match &round {
-            Ok(evicted) if evicted.is_empty() => {
-                self.upkeep.fruitless();
-                false
-            }
-            Ok(_) => true,
+            Ok(evicted) => !evicted.is_empty(),
             Err(error) => {
                 warn!(%error, "nothing could be evicted");
                 false
@@ -255,6 +251,9 @@ impl Engine {
     fn evict_once(&self, refused: bool) -> Result<Vec<Evicted>, StoreError> {
         let listing = self.store.list()?;
         let plan = self.plan(&listing, None, refused)?;
+        if plan.is_empty() && self.is_short(&listing.capacity) {
+            self.upkeep.fruitless();
+        }
         for (lv, evicted) in &plan {
             match evict(&*self.store, lv, evicted) {
                 Ok(()) => {}
@@ -291,12 +290,8 @@ impl Engine {
 
     /// Has entries evicted where a lease that goes on leaves less free than there should be.
     pub(super) fn check_room(&self) {
-        let policy = &self.settings.policy;
         let short = match self.store.room() {
-            Ok(capacity) => {
-                let fill = capacity.fill();
-                fill.data.missing(policy.data) > 0 || fill.metadata.missing(policy.metadata) > 0
-            }
+            Ok(capacity) => self.is_short(&capacity),
             Err(StoreError::Full { .. }) => true,
             Err(error) => {
                 debug!(%error, "how full the store is cannot be told");
@@ -306,6 +301,13 @@ impl Engine {
         if short && self.upkeep.was_fruitful(FRUITLESS) {
             self.upkeep.tidy();
         }
+    }
+
+    fn is_short(&self, capacity: &Capacity) -> bool {
+        let (fill, policy) = (capacity.fill(), &self.settings.policy);
+        fill.data.missing(policy.data) > 0
+            || fill.metadata.missing(policy.metadata) > 0
+            || fill.group.missing(policy.group) > 0
     }
 
     /// Refuses a lease that would begin in a store without room, for its first writes would fail.

@@ -131,7 +131,7 @@ fn gc(site: &Site, options: &[&str]) -> Vec<String> {
 }
 
 fn used(census: &Census, entry: &str) -> usize {
-    let tags = &census.lvs[entry];
+    let Some(tags) = census.lvs.get(entry) else { panic!("{entry} not in {census:?}"); };
     tags.iter()
         .filter(|tag| tag.starts_with("friend:used:"))
         .count()
@@ -158,6 +158,7 @@ fn by_number(kind: Kind) {
     plugin.unmount("user", "x");
     plugin.remove("user");
     daemon.stop();
+    thread::sleep(Duration::from_millis(1100));
 
     // That it was used is known in another life, and without a daemon.
     let text = std::fs::read_to_string(&site.config).unwrap();
