@@ -25,7 +25,8 @@
 //!   [`userns`]: as whose.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
-//!   [`job`]: what containers ask for on a job volume's socket.
+//!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
+//!   program that asks, which each job volume has in it.
 //!   [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
@@ -40,6 +41,7 @@
 
 pub mod cache;
 pub mod cli;
+pub mod client;
 pub mod commands;
 pub mod config;
 pub mod engine;

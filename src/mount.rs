@@ -145,6 +145,23 @@ impl Mounted {
             userns: u64::try_from(namespace.as_raw_fd()).expect("a descriptor"),
             ..MountAttributes::default()
         };
+        self.set_attributes(&attributes)
+    }
+
+    /// Lets nothing be written through this mount, and what is mounted in others of the same
+    /// directory not show in it. Before the mount is attached anywhere.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn make_read_only(&self) -> io::Result<()> {
+        self.set_attributes(&MountAttributes {
+            set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()),
+            propagation: u64::from(MountPropagationFlags::PRIVATE.bits()),
+            ..MountAttributes::default()
+        })
+    }
+
+    fn set_attributes(&self, attributes: &MountAttributes) -> io::Result<()> {
         // SAFETY: the path is an empty C string, and the structure as long as is said.
         let result = unsafe {
             libc::syscall(
@@ -152,7 +169,7 @@ impl Mounted {
                 self.mount.as_raw_fd(),
                 c"".as_ptr(),
                 libc::AT_EMPTY_PATH,
-                &raw const attributes,
+                std::ptr::from_ref(attributes),
                 size_of::<MountAttributes>(),
             )
         };

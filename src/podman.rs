@@ -8,7 +8,6 @@
 //! nobody knows. `start` is written before the `died` of the same run, both under the
 //! container's lock: a `died` that a `start` follows is of an earlier run.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -61,12 +60,18 @@ impl Events {
     #[must_use]
     pub fn of_caller() -> Self {
         let parent = std::os::unix::process::parent_id();
-        let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words);
-        let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
-        let euid = nix::unistd::geteuid().as_raw();
-        let rootless = Rootless::find(euid, |name| std::env::var_os(name));
-        Self::find(&words, &configuration(rootless.as_ref()), rootless.as_ref())
+        let strings = |file: &str| -> Vec<String> {
+            let bytes = fs::read(format!("/proc/{parent}/{file}")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes);
+            text.split('\0').map(str::to_owned).collect()
+        };
+        // Podman gives a hook none of its environment.
+        let environment = strings("environ");
+        let variable = |name: &str| variable(&environment, name);
+        let ids = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let rootless = Rootless::find(&ids, variable);
+        let files = configuration(variable("CONTAINERS_CONF"), rootless.as_ref());
+        Self::find(&strings("cmdline"), &files, rootless.as_ref())
     }
 
     fn find(words: &[String], files: &[String], rootless: Option<&Rootless>) -> Self {
@@ -112,9 +117,15 @@ impl Events {
     }
 }
 
-/// The user whose Podman it is, where that is not root's. Podman runs as root of a user
-/// namespace then, and hands on in its environment what it was outside
-/// (containers/storage, pkg/unshare).
+/// What a variable is set to, in an environment as /proc/PID/environ has it.
+fn variable<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
+    let mut values = environment
+        .iter()
+        .filter_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    values.next().filter(|value| !value.is_empty())
+}
+
+/// The user whose Podman it is, where that is not root's.
 #[derive(Debug, PartialEq, Eq)]
 struct Rootless {
     config_dir: Option<PathBuf>,
@@ -122,13 +133,15 @@ struct Rootless {
 }
 
 impl Rootless {
-    fn find(euid: u32, variable: impl Fn(&str) -> Option<OsString>) -> Option<Self> {
-        let variable = |name| variable(name).filter(|value| !value.is_empty());
-        if euid == 0 && variable("_CONTAINERS_USERNS_CONFIGURED").is_none() {
+    /// `ids` is our own /proc/PID/uid_map: rootless Podman, and its hooks with it, is root of a user
+    /// namespace, and that root is the user outside. Its environment does not tell: what it sets there
+    /// as it joins the namespace is not what /proc shows.
+    fn find<'a>(ids: &str, variable: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
+        let first: Vec<_> = ids.lines().next()?.split_whitespace().collect();
+        let &["0", uid, "1"] = first.as_slice() else {
             return None;
-        }
-        let uid = variable("_CONTAINERS_ROOTLESS_UID").unwrap_or_else(|| euid.to_string().into());
-        let home = || Some(PathBuf::from(variable("HOME")?).join(".config"));
+        };
+        let home = || Some(Path::new(variable("HOME")?).join(".config"));
         Some(Self {
             config_dir: variable("XDG_CONFIG_HOME").map(PathBuf::from).or_else(home),
             runtime_dir: variable("XDG_RUNTIME_DIR")
@@ -154,9 +167,9 @@ struct Engine {
 
 /// The texts of all configuration files that Podman reads, in its order
 /// (containers.conf(5)).
-fn configuration(rootless: Option<&Rootless>) -> Vec<String> {
+fn configuration(only: Option<&str>, rootless: Option<&Rootless>) -> Vec<String> {
     let mut files = Vec::new();
-    if let Some(only) = std::env::var_os("CONTAINERS_CONF") {
+    if let Some(only) = only {
         files.push(PathBuf::from(only));
     } else {
         let user = rootless.and_then(|user| user.config_dir.as_deref());
@@ -333,37 +346,28 @@ mod tests {
                 runtime_dir: runtime_dir.into(),
             })
         };
-        for (euid, variables, want) in [
-            (0, "HOME=/root XDG_RUNTIME_DIR=/run/user/0", None),
-            // What conmon is given by root's.
+        let all = "HOME=/h XDG_CONFIG_HOME=/c XDG_RUNTIME_DIR=/r";
+        for (ids, variables, want) in [
+            ("         0          0 4294967295\n", all, None),
+            // Root's in a container.
+            ("0 100000 65536\n", all, None),
+            ("0 1 1000\n1000 0 1\n", all, None),
+            ("", all, None),
             (
-                0,
-                "_CONTAINERS_USERNS_CONFIGURED= _CONTAINERS_ROOTLESS_UID=",
-                None,
-            ),
-            (1000, "", user("", "/run/user/1000")),
-            (
-                1000,
-                "HOME=/home/a",
-                user("/home/a/.config", "/run/user/1000"),
+                "         0       1000          1\n         1     200000      65536\n",
+                all,
+                user("/c", "/r"),
             ),
             (
-                0,
-                "_CONTAINERS_USERNS_CONFIGURED=done _CONTAINERS_ROOTLESS_UID=1000 HOME=/home/a",
-                user("/home/a/.config", "/run/user/1000"),
+                "0 1000 1\n",
+                "HOME=/h XDG_CONFIG_HOME=",
+                user("/h/.config", "/run/user/1000"),
             ),
-            (
-                0,
-                "_CONTAINERS_USERNS_CONFIGURED=done XDG_RUNTIME_DIR=/tmp/r XDG_CONFIG_HOME=/c HOME=/h",
-                user("/c", "/tmp/r"),
-            ),
+            ("0 1000 1\n", "HOMES=/x XDG", user("", "/run/user/1000")),
         ] {
-            let found = Rootless::find(euid, |name| {
-                let mut all = variables.split(' ').filter_map(|pair| pair.split_once('='));
-                all.find(|(key, _)| *key == name)
-                    .map(|(_, value)| value.into())
-            });
-            assert_eq!(found, want, "{euid} {variables}");
+            let environment: Vec<_> = variables.split(' ').map(str::to_owned).collect();
+            let found = Rootless::find(ids, |name| variable(&environment, name));
+            assert_eq!(found, want, "{ids} {variables}");
         }
     }
 

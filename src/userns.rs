@@ -167,16 +167,15 @@ impl Ids {
         if users.0.is_empty() && groups.0.is_empty() {
             return Ok(outer.clone());
         }
-        let ids = Self {
-            users: users.within(&outer.users),
-            groups: groups.within(&outer.groups),
+        let made = |map: &IdMap, outer: &IdMap| {
+            let seen = map.is_sound().then(|| map.within(outer));
+            seen.filter(IdMap::is_sound)
+                .ok_or_else(|| format!("no user namespace can have these ids: {map:?}"))
         };
-        let sound = [users, groups, &ids.users, &ids.groups]
-            .iter()
-            .all(|map| map.is_sound());
-        sound
-            .then_some(ids)
-            .ok_or_else(|| format!("these are no tables of ids: {users:?}, {groups:?}"))
+        Ok(Self {
+            users: made(users, &outer.users)?,
+            groups: made(groups, &outer.groups)?,
+        })
     }
 
     /// Whether every id is itself.

@@ -27,7 +27,7 @@ use crate::plugin::client;
 use crate::podman::Events;
 
 /// How long a hook that tells something may take in all. Podman waits for it.
-const BOUND: Duration = Duration::from_millis(900);
+const BOUND: Duration = Duration::from_millis(800);
 
 /// How much of that Podman's journal may take. The rest is the daemon's.
 const JOURNAL: Duration = Duration::from_millis(500);
@@ -47,6 +47,8 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     // A RUST_LOG that does not parse is no reason for a container to fail.
     let _ = logging::start_in_hook(LogLevel::Warn);
     let stage = args.stage;
+    let began = Instant::now();
+    let of = config.to_owned();
     if stage == Stage::Precreate {
         let input = input().map_err(failed("standard input"))?;
         // What comes out is what the container gets: nothing is changed.
@@ -54,32 +56,32 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         guard(config, &spec, &input).inspect_err(tell_caller)?;
         let told = spec
             .map_err(|e| format!("the container's configuration: {e}"))
-            .and_then(|spec| tell_of_start(config, &spec));
+            .and_then(|spec| bounded(move || tell_of_start(&of, &spec)));
         if let Err(missed) = told {
             warn!(
-                ?stage,
-                missed, "in a user namespace, its volumes have the host's owners"
+                missed,
+                "in a user namespace, the container's volumes have the host's owners"
             );
         }
         return print(&input);
     }
-    let began = Instant::now();
-    let config = config.to_owned();
-    let (done, answer) = mpsc::channel();
-    // Whatever it waits for then, it ends with this process.
-    thread::spawn(move || {
-        let told = input()
-            .map_err(|error| error.to_string())
-            .and_then(|input| tell(&config, stage, &input, began));
-        let _ = done.send(told);
+    let told = bounded(move || {
+        let input = input().map_err(|error| error.to_string())?;
+        tell(&of, stage, &input, began)
     });
-    let told = answer
-        .recv_timeout(BOUND)
-        .unwrap_or_else(|_| Err(format!("not done within {} ms", BOUND.as_millis())));
     if let Err(missed) = told {
         warn!(?stage, missed, "the daemon was not told of a container");
     }
     Ok(())
+}
+
+/// Tells something, within the bound. Whatever that still waits for then ends with this process.
+fn bounded(tell: impl FnOnce() -> Result<(), String> + Send + 'static) -> Result<(), String> {
+    let (done, answer) = mpsc::channel();
+    thread::spawn(move || done.send(tell()));
+    answer
+        .recv_timeout(BOUND)
+        .unwrap_or_else(|_| Err(format!("not done within {} ms", BOUND.as_millis())))
 }
 
 fn input() -> io::Result<String> {

@@ -5,12 +5,15 @@
 //! Each cache in it (a *late mount*) is a volume of its own to the rest of the
 //! engine, one that is never used again after its lease: [`Volume::late_of`].
 //!
+//! Beside the socket is the client program, below a read-only mount.
+//!
 //! The job may write in the directory, so nothing in it is reached by its path alone:
 //! a place is opened beneath the root, through no link and no other mount, and
 //! what is mounted is taken away by the descriptor that it was mounted with.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -23,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::start::{SeenLate, fs_of};
+use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
@@ -41,10 +44,19 @@ use crate::userns::Ids;
 pub(super) const SOURCE: &str = "lvm-cache-friend-job";
 
 /// How much a job can write in its job volume's own directory.
-const DIR_SIZE: Bytes = Bytes::mib(1);
+const DIR_SIZE: u64 = 1 << 20;
 
 /// The socket's name in it.
 const SOCKET: &str = "socket";
+
+/// The client's directory in it.
+const BIN: &str = "bin";
+
+/// The client's name in that, and what it is: see build.rs.
+const CLIENT: (&str, &[u8]) = (
+    "lvm-cache-friend",
+    include_bytes!(concat!(env!("OUT_DIR"), "/job-client")),
+);
 
 /// A job volume in use, for whoever serves its socket.
 #[derive(Debug)]
@@ -349,7 +361,9 @@ impl Engine {
                 e,
             )
         };
-        let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        let size = Bytes(DIR_SIZE + CLIENT.1.len() as u64);
+        let dir = Mounted::scratch(size, SOURCE).map_err(failed)?;
+        put_client(&dir).map_err(failed)?;
         own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
@@ -363,10 +377,11 @@ impl Engine {
         })
     }
 
-    /// Makes the socket in a job volume's directory and has it served.
+    /// Makes the socket in a job volume's directory, beside the client, and has it served.
     pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
-        let listener = listen(&job.dir)
-            .map_err(|e| io_error("making the socket of", Path::new(job.name()), e))?;
+        let failed = |making| move |e| io_error(making, Path::new(job.name()), e);
+        cover_client(&job.dir).map_err(failed("mounting the client program of"))?;
+        let listener = listen(&job.dir).map_err(failed("making the socket of"))?;
         let _ = self.settings.jobs.send(JobSocket {
             job: Arc::clone(job),
             listener,
@@ -393,7 +408,8 @@ impl Engine {
                 continue;
             };
             let found = seen.iter().position(|seen| seen.device == m.device);
-            if found.is_none() && m.fs != "tmpfs" {
+            let is_scratch = m.fs == "tmpfs" && m.source == SCRATCH_SOURCE;
+            if found.is_none() && !is_scratch {
                 continue;
             }
             let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
@@ -675,6 +691,34 @@ impl Engine {
             self.settle_lease(&late.volume, late.lease, verdict, None);
         }
     }
+}
+
+/// Puts the client program into a directory that nobody else sees yet.
+fn put_client(dir: &Mounted) -> io::Result<()> {
+    let (name, program) = CLIENT;
+    rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755))?;
+    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::openat(bin, name, flags, Mode::empty())?);
+    file.write_all(program)?;
+    Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?)
+}
+
+/// Covers the client's directory with a read-only mount of itself, unless that is done.
+fn cover_client(dir: &Mounted) -> io::Result<()> {
+    let bin = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
+        Ok(bin) => bin,
+        Err(error) => match Errno::from_io_error(&error) {
+            // The mount is there.
+            Some(Errno::XDEV) => return Ok(()),
+            // An earlier version made none, or the job has moved it away.
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(()),
+            _ => return Err(error),
+        },
+    };
+    let cover = Mounted::clone_of(bin.as_fd())?;
+    cover.make_read_only()?;
+    cover.attach_upon(bin.as_fd())
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.

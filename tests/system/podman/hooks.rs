@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Body, Host, mountpoint};
 use crate::support::PROGRAM;
 use crate::support::daemon::{Daemon, SOCKET};
-use crate::support::podman::{DropIn, LENT_CLIENT, ask_function, create};
+use crate::support::podman::{DropIn, create};
 use crate::support::site::Kind;
 use crate::support::wait_until;
 
@@ -55,7 +55,8 @@ const USED: [(&str, &str); 4] = [
 /// Where each of them is written to, by what the shell function `begin` does first.
 const BEGIN: &str = "begin() {
     for job in late late-strict; do
-        printf 'mount x\\n' | ask /$job/socket
+        # Started again, it has that already.
+        /$job/bin/lvm-cache-friend restore x || :
         grep -q \" /$job/x \" /proc/self/mounts
     done
     for place in /quiet /strict /late/x /late-strict/x; do date +%N > $place/y; done
@@ -81,8 +82,8 @@ fn volumes(host: &Host) {
 /// Starts the container `job` with all of [`USED`], and `script` in it after [`BEGIN`].
 fn start(host: &Host, options: &[&str], script: &str) {
     let volumes = USED.iter().flat_map(|(_, mount)| ["-v", mount]);
-    let volumes: Vec<_> = volumes.chain(LENT_CLIENT).collect();
-    let script = format!("{}{BEGIN}{script}", ask_function());
+    let volumes: Vec<_> = volumes.collect();
+    let script = format!("{BEGIN}{script}");
     let head = ["run", "--detach", "--name", "job"];
     let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
     host.podman
@@ -206,6 +207,24 @@ fn verdicts(kind: Kind) {
     }
 }
 
+/// How containers ended, where Podman's events are in the journal: the first runs of one that is restarted too.
+pub fn in_the_journal() {
+    let mut host = Host::new(Kind::Lvm);
+    let _hooks = Hooks::new(&host);
+    let _events = DropIn::new("65-events", "[engine]\nevents_logger = \"journald\"\n");
+    volumes(&host);
+    let wait = |host: &mut Host| drop(host.podman.outcome(&["wait", "job"]));
+    let third = "n=$(cat /quiet/n || echo 0); echo $((n + 1)) > /quiet/n; [ $n = 2 ]";
+    for (options, script, verdict) in [
+        (&["--restart=on-failure:5"][..], third, "success"),
+        (&[], "exit 1", "failure"),
+    ] {
+        for last in ended(&mut host, options, script, wait) {
+            assert_eq!(last["verdict"], verdict, "{script}: {last}");
+        }
+    }
+}
+
 /// Which containers use a volume is told.
 fn containers(kind: Kind) {
     let host = Host::new(kind);
@@ -249,14 +268,12 @@ fn over_a_kill(kind: Kind) {
         let point = [("LVM_CACHE_FRIEND_FAILPOINT", "unmount.1")];
         let daemon = Daemon::start_with(&host.site.config, Path::new(SOCKET), &point);
         let script = format!(
-            "{}if [ -d /late ]; then printf 'mount x\\n' | ask /late/socket; date +%N > /late/x/y; else date +%N > /quiet/y; fi\nexit {code}",
-            ask_function()
+            "if [ -d /late ]; then /late/bin/lvm-cache-friend restore x; date +%N > /late/x/y; else date +%N > /quiet/y; fi\nexit {code}"
         );
         let mount = format!("{volume}:{mount}");
         let head = ["run", "--name", "job", "-v", &mount];
         let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
-        host.podman
-            .outcome(&[&head[..], &LENT_CLIENT, &tail].concat());
+        host.podman.outcome(&[&head[..], &tail].concat());
         daemon.died();
         host.daemon = Some(host.site.serve());
         let id = crate::support::podman::CLIENT;

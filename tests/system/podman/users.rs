@@ -34,25 +34,22 @@ const SCRIPT: &str = r#"
     look /cache
     cd /run/lvm-cache-friend
     mkdir own; stat -c '%u:%g' own; rmdir own
-    printf 'mount late\n> users\n< users\n' | perl -e '@CLIENT@' /run/lvm-cache-friend/socket | tail -1
+    bin/lvm-cache-friend restore late --key users | tail -1
     look /run/lvm-cache-friend/late
     cat /proc/self/uid_map
 "#;
 
 /// One job as the user 1000 inside, and what it says: of the volume, of the late mount, and its ids.
 fn job(run: impl Fn(&[&str]) -> String, image: &str, options: &[&str]) -> (String, String) {
-    let script = SCRIPT.replace("@CLIENT@", &crate::support::JOB_CLIENT.replace('\n', " "));
     let volumes = [
         "-v",
         "cache:/cache",
         "-v",
         "job:/run/lvm-cache-friend:rslave",
     ];
-    let lent = ["/usr", "/lib", "/lib64"].map(|dir| format!("{dir}:{dir}:ro"));
-    let lent: Vec<_> = lent.iter().flat_map(|lent| ["-v", lent]).collect();
     let head = ["run", "--rm", "--user", "1000:1000"];
-    let tail = [image, "/bin/sh", "-ec", &script];
-    let said = run(&[&head[..], &volumes, &lent, options, &tail].concat());
+    let tail = [image, "/bin/sh", "-ec", SCRIPT];
+    let said = run(&[&head[..], &volumes, options, &tail].concat());
     let lines: Vec<_> = said.lines().collect();
     let ids = lines
         .iter()
@@ -256,5 +253,26 @@ fn rootless(kind: Kind) {
         let (told, ids) = job(run, &host.podman.image, options);
         check(&told, i == 0, true, &format!("{options:?}: {ids}"));
         host.published_after("cache", &before_it);
+    }
+    // How a container ended is in the user's own files.
+    for (script, verdict) in [
+        ("exit 0", "success"),
+        ("exit 1", "failure"),
+        ("exec sleep 3600", "failure"),
+    ] {
+        let before = host.last("cache");
+        let head = ["run", "--detach", "--name", "ends", "-v", "cache:/cache"];
+        let tail = [host.podman.image.as_str(), "sh", "-c", script];
+        podman.done(&[&head[..], &tail].concat());
+        if script.starts_with("exit") {
+            podman.done(&["wait", "ends"]);
+        }
+        podman.done(&["rm", "--force", "--time", "0", "ends"]);
+        let mut last = Value::Null;
+        wait_until(|| {
+            last = host.last("cache");
+            last != before
+        });
+        assert_eq!(last["verdict"], verdict, "{script}: {last}");
     }
 }

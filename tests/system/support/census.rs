@@ -313,13 +313,13 @@ fn dm(name: &str) -> String {
     name.replace('-', "--")
 }
 
-/// Where volumes are mounted.
+/// Where volumes are mounted, and what is mounted in those.
 pub fn mounts() -> BTreeSet<PathBuf> {
     lvm_cache_friend::mount::table()
         .unwrap()
         .into_iter()
         .map(|mount| mount.at)
-        .filter(|at| at.parent() == Some(Path::new(MOUNT_DIR)))
+        .filter(|at| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR))
         .collect()
 }
 

@@ -22,12 +22,6 @@ pub mod vm;
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lvm-cache-friend");
 
-/// A client of a job volume's socket for `perl -e`, with the socket's path after it: says its standard input, and shows what
-/// is answered. Debian always has perl-base. It has no single quote, so that a shell can quote it.
-pub const JOB_CLIENT: &str = r#"use IO::Socket::UNIX; $SIG{PIPE} = "IGNORE";
-    my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die "connect: $!";
-    local $/; print $s scalar <STDIN>; $s->flush; $s->shutdown(1); print scalar <$s>;"#;
-
 /// A directory of the test's own on this machine's (or the guest's) own file system.
 pub fn temp_dir() -> tempfile::TempDir {
     std::fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).expect("Cargo's directory for tests");

@@ -9,10 +9,10 @@ use std::process::{Child, Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
+use super::busybox_image;
 use super::command::{Outcome, outcome_of, succeed};
 use super::daemon::Plugin;
 use super::site::Kind;
-use super::{JOB_CLIENT, busybox_image};
 
 /// The driver's name in the drop-in that is installed.
 pub const DRIVER: &str = "lvm-cache-friend";
@@ -22,21 +22,6 @@ pub const CLIENT: &str = "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b16
 
 /// Where Podman reads drop-ins from.
 const DROP_INS: &str = "/etc/containers/containers.conf.d";
-
-/// Options of `podman run` that lend a container this machine's perl: the image has no client of unix sockets.
-pub const LENT_CLIENT: [&str; 6] = [
-    "-v",
-    "/usr:/usr:ro",
-    "-v",
-    "/lib:/lib:ro",
-    "-v",
-    "/lib64:/lib64:ro",
-];
-
-/// A shell function for there, `ask SOCKET`: says its standard input on a job volume's socket, and shows what is answered.
-pub fn ask_function() -> String {
-    format!("PATH=/bin:/usr/bin\nask() {{ perl -e '{JOB_CLIENT}' \"$1\"; }}\n")
-}
 
 /// Podman with no containers and no volumes. Dropping it removes those that there are then.
 pub struct Podman {
@@ -215,10 +200,12 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // Containers that have volumes go with them.
-        let ended = self.outcome(&["volume", "rm", "-af"]);
-        if ended.status != 0 {
-            println!("podman volume rm -af: {ended:?}");
+        // Containers first: `volume rm --force` of one that is just ending can wait for ever (Podman 4.3).
+        for all in [&["rm", "-af", "--time", "0"][..], &["volume", "rm", "-af"]] {
+            let ended = self.outcome(all);
+            if ended.status != 0 {
+                println!("podman {all:?}: {ended:?}");
+            }
         }
     }
 }
