@@ -52,3 +52,4 @@ pub mod plugin;
 pub mod podman;
 pub mod serve;
 pub mod storage;
+pub mod supervisor;

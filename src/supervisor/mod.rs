@@ -1,0 +1,7 @@
+//! The supervisor: ephemeral GitHub runners, each a container for one job with caches of its own.
+//!
+//! - [`slot`]: what is done next, decided without I/O
+//! - [`scope`]: which caches a job may read and write
+
+pub mod scope;
+pub mod slot;
