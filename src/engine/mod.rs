@@ -597,6 +597,52 @@ impl Engine {
         }
     }
 
+    /// Says whose job it is that a job volume with `admit=later` is for: its requests are served from
+    /// now on, with these scopes. Said once; the same again changes nothing.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn admit(
+        &self,
+        name: &VolumeName,
+        options: &BTreeMap<String, String>,
+    ) -> Result<(), EngineError> {
+        let volume = self.volume(name)?;
+        let _op = lock(&volume.op);
+        let spec = volume.spec.admitted(options)?;
+        if let Some(known) = volume.for_requests() {
+            return if known == spec {
+                Ok(())
+            } else {
+                Err(EngineError::Exists(name.clone()))
+            };
+        }
+        let lv = match &lock(&volume.now).phase {
+            Phase::Leased(Lease {
+                backing: Backing::Job { lv, .. },
+                ..
+            })
+            | Phase::Stale(lv) => lv.clone(),
+            _ => None,
+        };
+        // First where another life of ours reads it: what a job was given must not be asked for again.
+        if let Some(lv) = lv {
+            let (old, new) = (volume.spec.to_tags(), spec.to_tags());
+            let without = |all: &[Tag], others: &[Tag]| -> Vec<Tag> {
+                let others: HashSet<_> = others.iter().collect();
+                all.iter()
+                    .filter(|tag| !others.contains(tag))
+                    .cloned()
+                    .collect()
+            };
+            self.store
+                .change_tags(&lv, &without(&new, &old), &without(&old, &new))?;
+        }
+        info!(volume = %name, scope = spec.scope.as_ref().map_or("-", Tag::as_str), "its job is known");
+        volume.admitted.send_replace(Some(spec));
+        Ok(())
+    }
+
     /// Removes a volume; a lease that goes on ends.
     ///
     /// # Errors

@@ -8,12 +8,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tokio::sync::watch;
 
 use super::job::Job;
 use super::{Verdict, lock};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::request::LatePath;
-use crate::cache::spec::{FsType, Publish, Reuse, Spec};
+use crate::cache::spec::{Admit, FsType, Publish, Reuse, Spec};
 use crate::mount::Mounted;
 
 /// A volume: a name, a specification, and what became of its logical volumes.
@@ -21,6 +22,8 @@ use crate::mount::Mounted;
 pub(super) struct Volume {
     pub name: VolumeName,
     pub spec: Spec,
+    /// With `admit=later`: what it says since its job is known.
+    pub admitted: watch::Sender<Option<Spec>>,
     /// Seconds since 1970.
     pub created: u64,
     /// The job volume that this is mounted in, and where.
@@ -278,6 +281,7 @@ impl Volume {
         Self {
             name,
             spec,
+            admitted: watch::Sender::new(None),
             created,
             late: None,
             op: Mutex::new(()),
@@ -287,6 +291,14 @@ impl Volume {
                 settling: Vec::new(),
                 last: None,
             }),
+        }
+    }
+
+    /// What a job's requests start from; `None` as long as nobody said whose job it is.
+    pub fn for_requests(&self) -> Option<Spec> {
+        match self.spec.admit {
+            Admit::AtOnce => Some(self.spec.clone()),
+            Admit::Later => self.admitted.borrow().clone(),
         }
     }
 

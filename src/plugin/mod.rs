@@ -78,9 +78,10 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/VolumeDriver.Mount", post(mount))
         .route("/VolumeDriver.Unmount", post(unmount))
         .route("/VolumeDriver.Capabilities", post(capabilities))
-        // Ours, for the hooks.
+        // Ours, for the hooks and the supervisor.
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
+        .route("/Friend.Admit", post(admit))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
         .with_state(app)
@@ -164,6 +165,15 @@ async fn started(State(app): State<Arc<App>>, body: Payload) -> Answer {
 
 async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
     app.tell(&body, wire::Use::verdict).await
+}
+
+async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let name = request.name()?;
+    let options = request.into_options();
+    app.work(move |engine| engine.admit(&name, &options))
+        .await?;
+    Ok(ok(&wire::Done {}))
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {

@@ -30,6 +30,7 @@ const BODIES: &[Body] = &[
     ("only_what_may_be_published_is", verdicts),
     ("a_checkpoint_is_of_one_instant", checkpoint),
     ("mounts_go_on_after_a_kill", over_a_kill),
+    ("none_gets_in_before_it_is_known", unknown),
     ("places_that_are_refused", places),
 ];
 
@@ -594,6 +595,78 @@ fn swapped(kind: Kind) {
     stop.store(true, Ordering::Relaxed);
     swapper.join().unwrap();
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+/// A job whose scope nobody has said yet gets nothing, and then what it was waiting for.
+fn unknown(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    jobs.entry("trusted", "linux", "trusted");
+    jobs.entry("unscoped", "linux", "-");
+    jobs.entry("own", "linux", "fork");
+    let at = jobs.job("job", &json!({"admit": "later", "publish": "on-success"}));
+    let wanted = "mount x\n> linux\n< linux new\n";
+    let early = thread::spawn({
+        let at = at.clone();
+        move || ask(&at, wanted)
+    });
+    let admit = |jobs: &Jobs, options: Value| {
+        let body = json!({"Name": "job", "Opts": options});
+        jobs.daemon().plugin().call("Friend.Admit", &body)
+    };
+    // What needs no scope is answered meanwhile; by the second answer the first request has long come.
+    assert_ok(&ask(&at, "status\n"));
+    let refused = admit(&jobs, json!({"scope": "fork", "size": "1T"}));
+    assert!(
+        refused.0 == 400 && refused.1["Err"].as_str().unwrap().contains("size"),
+        "{refused:?}"
+    );
+    assert_ok(&ask(&at, "status\n"));
+    assert!(!early.is_finished(), "{:?}", early.join());
+    assert!(!at.join("x").exists());
+
+    let options = json!({"scope": "fork", "read-scopes": "trusted", "save": "job-7"});
+    assert_eq!(admit(&jobs, options.clone()).0, 200);
+    let answer = early.join().unwrap();
+    assert_ok(&answer);
+    assert_eq!(
+        fs::read_to_string(at.join("x/who")).unwrap(),
+        "own",
+        "{answer}"
+    );
+    // Once is for ever, in another life of the daemon too.
+    for _ in 0..2 {
+        assert_eq!(admit(&jobs, options.clone()).0, 200);
+        let (status, body) = admit(&jobs, json!({"scope": "trusted"}));
+        assert_eq!(status, 409, "{body}");
+        let daemon = jobs.daemon.take().unwrap();
+        daemon.kill();
+        jobs.daemon = Some(jobs.site.serve());
+    }
+    assert_ok(&ask(&at, "mount y\n> other\n> linux\n"));
+    assert_eq!(fs::read_to_string(at.join("y/who")).unwrap(), "own");
+    fs::write(at.join("x/who"), "new").unwrap();
+    assert_ok(&ask(&at, "verdict success\n"));
+    let last = jobs.end("job", 2);
+    let rows = jobs.site.list();
+    let published = rows
+        .iter()
+        .find(|row| row["name"] == last["x"]["published"]);
+    let published = published.unwrap_or_else(|| panic!("{last}"));
+    assert_eq!(published["scope"], "fork");
+    assert!(
+        published["tags"].to_string().contains("job-7"),
+        "{published}"
+    );
+
+    for options in [
+        json!({"admit": "later"}),
+        json!({"type": "job", "admit": "later", "scope": "trusted"}),
+        json!({"type": "job", "admit": "soon"}),
+    ] {
+        let body = json!({"Name": "v", "Opts": options});
+        let why = jobs.daemon().plugin().refused("VolumeDriver.Create", &body);
+        assert!(why.contains("admit"), "{why}");
+    }
 }
 
 fn bounds(kind: Kind) {
