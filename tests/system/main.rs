@@ -8,6 +8,7 @@ mod cli;
 mod crash;
 mod damage;
 mod full;
+mod github;
 mod harness;
 mod jobs;
 mod lvm;
@@ -28,6 +29,7 @@ fn main() {
             crash::tests(),
             damage::tests(),
             full::tests(),
+            github::tests(),
             jobs::tests(),
             lvm::tests(),
             mounts::tests(),

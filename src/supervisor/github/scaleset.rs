@@ -5,6 +5,7 @@
 //! types.go): a registration token buys the address of the Actions service and a token for it, a
 //! session there has a queue of messages, and a message that was worked on is deleted.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::{HeaderName, Method, StatusCode, header};
@@ -37,8 +38,8 @@ struct Service {
 
 /// A client of one owner's scale sets.
 #[derive(Debug)]
-pub struct ScaleSets<'a> {
-    github: &'a GitHub,
+pub struct ScaleSets {
+    github: Arc<GitHub>,
     service: Option<Service>,
 }
 
@@ -129,10 +130,10 @@ impl Job {
     }
 }
 
-impl<'a> ScaleSets<'a> {
+impl ScaleSets {
     /// A client; nothing is asked yet.
     #[must_use]
-    pub const fn new(github: &'a GitHub) -> Self {
+    pub const fn new(github: Arc<GitHub>) -> Self {
         Self {
             github,
             service: None,
@@ -268,7 +269,7 @@ impl<'a> ScaleSets<'a> {
                 &bearer(&session.message_queue_access_token),
             ),
         ];
-        let github = self.github;
+        let github = Arc::clone(&self.github);
         let answer = github
             .ask_with(Method::GET, &url, &headers, NO_BODY, POLL)
             .await?;
@@ -351,7 +352,7 @@ impl<'a> ScaleSets<'a> {
         body: Option<&B>,
     ) -> Result<Answer, GitHubError> {
         for again in [true, false] {
-            let github = self.github;
+            let github = Arc::clone(&self.github);
             let service = self.service().await?;
             let url = url_of(&service.url, path);
             let headers = [(header::AUTHORIZATION, &service.authorization)];
@@ -375,7 +376,7 @@ impl<'a> ScaleSets<'a> {
             .as_ref()
             .is_none_or(|service| service.expires < now + 60)
         {
-            self.service = Some(connect(self.github).await?);
+            self.service = Some(connect(&self.github).await?);
         }
         Ok(self.service.as_ref().expect("just made"))
     }
