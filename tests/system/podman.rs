@@ -7,6 +7,7 @@ mod client;
 mod hooks;
 mod jobs;
 mod options;
+mod supervisor;
 
 use std::fs;
 use std::path::Path;
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            supervisor::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {

@@ -24,8 +24,8 @@ use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use octocrab::jsonwebtoken::{self, Algorithm, DecodingKey, Validation};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::support::command::run;
@@ -70,9 +70,7 @@ pub enum FaultKind {
 /// A request, as it came.
 #[derive(Debug, Clone)]
 pub struct Asked {
-    pub method: Method,
     pub path: String,
-    pub status: u16,
     pub at: Instant,
 }
 
@@ -249,9 +247,7 @@ impl Fake {
             });
         });
         let fake = Self { url, state, dir };
-        for (name, text) in [("token", TOKEN)] {
-            std::fs::write(fake.file(name), text).unwrap();
-        }
+        std::fs::write(fake.file("token"), TOKEN).unwrap();
         run(
             "chmod",
             ["-R".as_ref(), "go=".as_ref(), fake.dir.path().as_os_str()],
@@ -278,6 +274,11 @@ impl Fake {
 
     pub fn inject(&self, path: &'static str, kind: FaultKind, times: usize) {
         self.state().faults.push(Fault { path, kind, times });
+    }
+
+    /// Takes all installation tokens back.
+    pub fn forget_tokens(&self) {
+        self.state().tokens.clear();
     }
 
     /// Queues a job and gives its number.
@@ -396,9 +397,7 @@ async fn answer(
     };
     if !standin {
         state.asked.push(Asked {
-            method,
             path,
-            status: status.as_u16(),
             at: Instant::now(),
         });
     }
@@ -921,7 +920,7 @@ impl State {
                 }
                 let session = self.serial;
                 self.serial += 1;
-                self.open(id, format!("session-{session}"), new.owner_name)
+                self.open(id, &format!("session-{session}"), &new.owner_name)
             }
             ("PATCH", [id, "sessions", session]) => {
                 empty(body)?;
@@ -930,7 +929,7 @@ impl State {
                     Some(own) if own.id == *session => own.owner.clone(),
                     _ => return Err(refused(404, "no such session")),
                 };
-                self.open(id, (*session).to_owned(), owner)
+                self.open(id, session, &owner)
             }
             ("DELETE", [id, "sessions", session]) => {
                 let set = self
@@ -966,16 +965,16 @@ impl State {
         }
     }
 
-    fn open(&mut self, id: u64, session: String, owner: String) -> Said {
+    fn open(&mut self, id: u64, session: &str, owner: &str) -> Said {
         let token = self.secret("queue");
         let statistics = self.statistics();
         let url = format!("{}/queue/{id}", self.base);
         let life = Duration::from_secs(self.session_life);
         let set = self.sets.get_mut(&id).unwrap();
         set.session = Some(Session {
-            id: session.clone(),
+            id: session.to_owned(),
             token: token.clone(),
-            owner: owner.clone(),
+            owner: owner.to_owned(),
             token_until: Instant::now() + life,
             polled: Instant::now(),
             capacity: 0,
@@ -1181,11 +1180,4 @@ impl State {
             self.finish(id, "abandoned");
         }
     }
-}
-
-/// A configuration's table that says who we are.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub enum Who {
-    Token,
-    App,
 }
