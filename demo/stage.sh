@@ -166,6 +166,7 @@ set_stage() {
 netns = "none"
 [engine]
 events_logger = "file"
+hooks_dir = ["$stage/hooks.d"]
 tmp_dir = "$stage/containers/libpod"
 volume_path = "$stage/containers/volumes"
 volume_plugin_timeout = 60
@@ -180,6 +181,11 @@ driver = "overlay"
 runroot = "$stage/containers/run"
 graphroot = "$stage/containers/storage"
 CONF
+    mkdir hooks.d
+    for hook in "$demo"/../hooks.d/*.json; do
+        jq --arg program "$program" --arg config "$stage/config.toml" \
+            '.hook.path = $program | .hook.args[1:1] = ["--config", $config]' "$hook" >"hooks.d/${hook##*/}"
+    done
     unseen "$demo/../tests/vm/busybox-image" "$image"
     cp -r "$demo/project" .
 }

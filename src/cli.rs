@@ -1,11 +1,13 @@
 //! The command line's shape.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
+use crate::client;
 use crate::config::DEFAULT_FILE;
 use crate::logging::LogLevel;
 
@@ -62,6 +64,21 @@ pub enum Command {
     /// OCI runtime's state, or its configuration, from standard input.
     #[command(after_help = EXIT_CODES)]
     Hook(Hook),
+    /// In a job: mount the best cache in the job volume, and have paths lead to it.
+    #[command(override_help = client::RESTORE)]
+    Restore(Client),
+    /// In a job: publish what a cache holds now, while the job goes on.
+    #[command(override_help = client::SAVE)]
+    Save(Client),
+    /// In a job: have what is in a cache not published when the job ends.
+    #[command(override_help = client::DISCARD)]
+    Discard(Client),
+    /// In a job: say what is mounted in the job volume.
+    #[command(override_help = client::STATUS)]
+    Status(Client),
+    /// In a job: say how the job's work ended.
+    #[command(override_help = client::VERDICT)]
+    Verdict(Client),
 }
 
 /// Where the caches will be: exactly one of three.
@@ -251,6 +268,14 @@ pub enum Stage {
     Poststop,
 }
 
+/// What [`client`] reads itself, as it does in a job volume, where it is without this program.
+#[derive(Debug, Args)]
+pub struct Client {
+    /// Its arguments, as they are.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<OsString>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,6 +307,10 @@ mod tests {
             ("hook precreate", None),
             ("hook createRuntime", None),
             ("hook poststop", None),
+            ("restore cargo --key a --path /x", None),
+            ("restore --json --key a cargo --config", None),
+            ("status --no-such-option", None),
+            ("restore --help", Some(ErrorKind::DisplayHelp)),
             ("hook", Some(ErrorKind::MissingRequiredArgument)),
             ("hook prestart", Some(ErrorKind::InvalidValue)),
             ("serve --log-level debug", None),

@@ -102,6 +102,9 @@ pub struct JobLimits {
     pub terms: usize,
     /// Caches mounted at once.
     pub mounts: usize,
+    /// Checkpoints in one use of the job volume (after a restart of the daemon, from then on). At
+    /// its end each mount may be published once more.
+    pub saves: usize,
     /// Connections at once.
     pub connections: usize,
     /// From a request's first byte to its last.
@@ -116,6 +119,7 @@ impl Default for JobLimits {
             criteria: 10,
             terms: 64,
             mounts: 32,
+            saves: 16,
             connections: 64,
             request_time: Duration::from_secs(30),
         }
@@ -404,12 +408,13 @@ fn text(store: &StoreConfig) -> String {
          #log-level = {level}\n\
          \n\
          # What one job may do on the socket of its job volume: bytes of a line, criteria of a\n\
-         # request, its terms and tags, caches mounted at once, connections at once, and the time\n\
-         # that a request may take to arrive.\n\
+         # request, its terms and tags, caches mounted at once, checkpoints saved in one use,\n\
+         # connections at once, and the time that a request may take to arrive.\n\
          #job.line = {line}\n\
          #job.criteria = {criteria}\n\
          #job.terms = {terms}\n\
          #job.mounts = {mounts}\n\
+         #job.saves = {saves}\n\
          #job.connections = {connections}\n\
          #job.request-time = {request_time}\n\
          \n\
@@ -426,6 +431,7 @@ fn text(store: &StoreConfig) -> String {
         criteria = job.criteria,
         terms = job.terms,
         mounts = job.mounts,
+        saves = job.saves,
         connections = job.connections,
         request_time = quoted("30s"),
     )

@@ -21,6 +21,7 @@ use crate::config::JobLimits;
 use crate::engine::{Engine, Job, JobSocket, LateView};
 use crate::mount;
 use crate::plugin::wire::printable;
+use crate::userns::Ids;
 
 /// How many requests of all jobs are worked on at once: each has a thread.
 pub const MAX_WORK: usize = 32;
@@ -241,7 +242,7 @@ impl Place {
                     ));
                 }
                 let view = engine
-                    .mount_late(job, &at, &criteria, &save, self.limits.mounts)
+                    .mount_late(job, &at, &criteria, &save, self.limits.mounts, &peer.ids)
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
                     "{}ok {} ms={} path={}\n",
@@ -261,7 +262,7 @@ impl Place {
             }
             Request::Save { path, tags } => {
                 let saved = engine
-                    .save_late(job, &place(&path)?, &tags)
+                    .save_late(job, &place(&path)?, &tags, self.limits.saves)
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
                     "{}ok saved={} tags={} ms={}\n",
@@ -334,8 +335,9 @@ fn told(view: &LateView) -> String {
 }
 
 /// Whoever is at the other end, as the kernel tells.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Peer {
+    ids: Ids,
     /// Where it has the job volume mounted.
     targets: Vec<String>,
     /// That place, where nothing mounted later is seen.
@@ -349,7 +351,14 @@ impl Peer {
             mount::table_in(&file).ok()
         });
         let device = job.device_number().ok();
-        let mut peer = Self::default();
+        let mut peer = Self {
+            // A client that is gone already has none: files are this host's then.
+            ids: pid
+                .and_then(|pid| Ids::of_process(pid).ok())
+                .unwrap_or_else(Ids::host),
+            targets: Vec::new(),
+            deaf: None,
+        };
         let mut hears = false;
         for m in table.unwrap_or_default() {
             let whole = Some(m.device) == device && m.root.as_os_str() == "/";

@@ -21,10 +21,12 @@
 //!   and what an LV's tags make of it.
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks. [`exec`] runs the tools.
-//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows.
+//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
+//!   [`userns`]: as whose.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
-//!   [`job`]: what containers ask for on a job volume's socket.
+//!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
+//!   program that asks, which each job volume has in it.
 //!   [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
@@ -39,6 +41,7 @@
 
 pub mod cache;
 pub mod cli;
+pub mod client;
 pub mod commands;
 pub mod config;
 pub mod engine;
@@ -53,3 +56,4 @@ pub mod podman;
 pub mod serve;
 pub mod storage;
 pub mod supervisor;
+pub mod userns;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use lvm_cache_friend::cli::{Cli, Command};
+use lvm_cache_friend::client;
 use lvm_cache_friend::commands::{self, Failure};
 
 fn main() -> ExitCode {
@@ -19,6 +20,11 @@ fn main() -> ExitCode {
         Command::Supervise(args) => commands::runners::supervise(config, args),
         Command::Runners(args) => commands::runners::runners(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
+        Command::Restore(raw) => return client::run("restore", &raw.args),
+        Command::Save(raw) => return client::run("save", &raw.args),
+        Command::Discard(raw) => return client::run("discard", &raw.args),
+        Command::Status(raw) => return client::run("status", &raw.args),
+        Command::Verdict(raw) => return client::run("verdict", &raw.args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,7 +14,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -29,12 +29,25 @@ use rustix::mount::{
 use crate::cache::spec::FsType;
 use crate::cache::units::Bytes;
 use crate::fs::{self, Content};
+use crate::userns::Ids;
 
 /// What every mount gets. `noatime`, because reading a cache must not write to
 /// it: a lease that only read is told by its device's written sectors.
 const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOATIME);
+
+/// The flag of mount_setattr(2) for an idmapped mount, and its argument: struct mount_attr of <linux/mount.h>.
+const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+
+#[repr(C)]
+#[derive(Default)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns: u64,
+}
 
 /// A file system could not be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +131,53 @@ impl Mounted {
         Context::open("tmpfs")
             .and_then(|context| context.mount(source, &options))
             .map_err(|(source, _messages)| source)
+    }
+
+    /// Shows files as whoever has `ids` would see them if he had made them: what is on the device
+    /// as a user's of that namespace. Once, before the mount is attached anywhere.
+    ///
+    /// # Errors
+    /// EINVAL where the kernel cannot do it for this file system, or what else it says.
+    pub fn map_ids(&self, ids: &Ids) -> io::Result<()> {
+        let namespace = ids.namespace()?;
+        let attributes = MountAttributes {
+            set: MOUNT_ATTR_IDMAP,
+            userns: u64::try_from(namespace.as_raw_fd()).expect("a descriptor"),
+            ..MountAttributes::default()
+        };
+        self.set_attributes(&attributes)
+    }
+
+    /// Lets nothing be written through this mount, and what is mounted in others of the same
+    /// directory not show in it. Before the mount is attached anywhere.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn make_read_only(&self) -> io::Result<()> {
+        self.set_attributes(&MountAttributes {
+            set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()),
+            propagation: u64::from(MountPropagationFlags::PRIVATE.bits()),
+            ..MountAttributes::default()
+        })
+    }
+
+    fn set_attributes(&self, attributes: &MountAttributes) -> io::Result<()> {
+        // SAFETY: the path is an empty C string, and the structure as long as is said.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                self.mount.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH,
+                std::ptr::from_ref(attributes),
+                size_of::<MountAttributes>(),
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// Holds on to a mount that is attached at `at` already: after a restart.

@@ -5,26 +5,28 @@
 //! holds. But the `died` event with the code has been written before Podman 4.3 and
 //! later run the hook (libpod/container_internal.go), so it is read where Podman's
 //! event logger keeps it: a file, or the journal. With `events_logger = "none"`
-//! nobody knows.
+//! nobody knows. `start` is written before the `died` of the same run, both under the
+//! container's lock: a `died` that a `start` follows is of an earlier run.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-/// Where Podman keeps its files if nobody says otherwise, as root.
+use crate::exec;
+
+/// Where root's Podman keeps its files if nobody says otherwise.
 const TMP_DIR: &str = "/run/libpod";
 
 /// How much of the events file's end is read, in bytes. Some hundred events: what
 /// other containers can add between an end and its hook.
 const TAIL: u64 = 256 << 10;
 
-/// The journal takes what it is sent a moment later.
-const JOURNAL_WAIT: Duration = Duration::from_millis(600);
+/// Events that begin a run of a container, or end it.
+const RUNS: [&str; 3] = ["start", "restore", "died"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Logger {
@@ -58,13 +60,21 @@ impl Events {
     #[must_use]
     pub fn of_caller() -> Self {
         let parent = std::os::unix::process::parent_id();
-        let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words);
-        let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
-        Self::find(&words, &configuration())
+        let strings = |file: &str| -> Vec<String> {
+            let bytes = fs::read(format!("/proc/{parent}/{file}")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes);
+            text.split('\0').map(str::to_owned).collect()
+        };
+        // Podman gives a hook none of its environment.
+        let environment = strings("environ");
+        let variable = |name: &str| variable(&environment, name);
+        let ids = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let rootless = Rootless::find(&ids, variable);
+        let files = configuration(variable("CONTAINERS_CONF"), rootless.as_ref());
+        Self::find(&strings("cmdline"), &files, rootless.as_ref())
     }
 
-    fn find(words: &[String], files: &[String]) -> Self {
+    fn find(words: &[String], files: &[String], rootless: Option<&Rootless>) -> Self {
         let option = |name: &str| {
             let at = words.iter().position(|word| word == name)?;
             words.get(at + 1).filter(|word| !word.is_empty())
@@ -82,7 +92,10 @@ impl Events {
         }
         let logger = option("--events-backend").cloned().or(logger);
         let tmp_dir = option("--tmpdir").map(PathBuf::from).or(tmp_dir);
-        let tmp_dir = tmp_dir.unwrap_or_else(|| TMP_DIR.into());
+        let tmp_dir = tmp_dir.unwrap_or_else(|| match rootless {
+            Some(user) => user.runtime_dir.join("libpod/tmp"),
+            None => TMP_DIR.into(),
+        });
         Self {
             logger: logger.as_deref().and_then(Logger::named),
             file: file.unwrap_or_else(|| tmp_dir.join("events/events.log")),
@@ -90,16 +103,50 @@ impl Events {
     }
 
     /// The exit code of a container's last run, 128 and the signal's number where one
-    /// ended it; `None` where nobody says.
+    /// ended it; `None` where nobody says. The journal takes what it is sent a moment
+    /// later, so it is asked again until `deadline`.
     #[must_use]
-    pub fn exit_code(&self, container: &str) -> Option<i32> {
+    pub fn exit_code(&self, container: &str, deadline: Instant) -> Option<i32> {
         let in_file = || in_file(&tail(&self.file).ok()?, container);
         match self.logger {
             Some(Logger::File) => in_file(),
-            Some(Logger::Journal) => in_journal(container),
+            Some(Logger::Journal) => in_journal(container, deadline),
             Some(Logger::None) => None,
-            None => in_file().or_else(|| in_journal(container)),
+            None => in_file().or_else(|| in_journal(container, deadline)),
         }
+    }
+}
+
+/// What a variable is set to, in an environment as /proc/PID/environ has it.
+fn variable<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
+    let mut values = environment
+        .iter()
+        .filter_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    values.next().filter(|value| !value.is_empty())
+}
+
+/// The user whose Podman it is, where that is not root's.
+#[derive(Debug, PartialEq, Eq)]
+struct Rootless {
+    config_dir: Option<PathBuf>,
+    runtime_dir: PathBuf,
+}
+
+impl Rootless {
+    /// `ids` is our own /proc/PID/uid_map: rootless Podman, and its hooks with it, is root of a user
+    /// namespace, and that root is the user outside. Its environment does not tell: what it sets there
+    /// as it joins the namespace is not what /proc shows.
+    fn find<'a>(ids: &str, variable: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
+        let first: Vec<_> = ids.lines().next()?.split_whitespace().collect();
+        let &["0", uid, "1"] = first.as_slice() else {
+            return None;
+        };
+        let home = || Some(Path::new(variable("HOME")?).join(".config"));
+        Some(Self {
+            config_dir: variable("XDG_CONFIG_HOME").map(PathBuf::from).or_else(home),
+            runtime_dir: variable("XDG_RUNTIME_DIR")
+                .map_or_else(|| Path::new("/run/user").join(uid), PathBuf::from),
+        })
     }
 }
 
@@ -118,25 +165,29 @@ struct Engine {
     tmp_dir: Option<PathBuf>,
 }
 
-/// The texts of all configuration files that root's Podman reads, in its order
+/// The texts of all configuration files that Podman reads, in its order
 /// (containers.conf(5)).
-fn configuration() -> Vec<String> {
+fn configuration(only: Option<&str>, rootless: Option<&Rootless>) -> Vec<String> {
     let mut files = Vec::new();
-    if let Some(only) = std::env::var_os("CONTAINERS_CONF") {
+    if let Some(only) = only {
         files.push(PathBuf::from(only));
     } else {
-        for conf in [
-            "/usr/share/containers/containers.conf",
-            "/etc/containers/containers.conf",
-        ] {
-            files.push(conf.into());
-            let drop_ins = fs::read_dir(format!("{conf}.d")).into_iter().flatten();
+        let user = rootless.and_then(|user| user.config_dir.as_deref());
+        for dir in [Path::new("/usr/share"), Path::new("/etc")]
+            .into_iter()
+            .chain(user)
+        {
+            let conf = dir.join("containers/containers.conf");
+            let drop_ins = fs::read_dir(conf.with_extension("conf.d"))
+                .into_iter()
+                .flatten();
             let mut drop_ins: Vec<_> = drop_ins
                 .flatten()
                 .map(|entry| entry.path())
                 .filter(|path| path.extension().is_some_and(|e| e == "conf"))
                 .collect();
             drop_ins.sort();
+            files.push(conf);
             files.extend(drop_ins);
         }
     }
@@ -168,20 +219,23 @@ fn in_file(text: &str, container: &str) -> Option<i32> {
         .rev()
         .filter(|line| line.contains(container))
         .filter_map(|line| serde_json::from_str::<Event>(line).ok())
-        .find(|event| event.id == container && event.status == "died")
+        .find(|event| event.id == container && RUNS.contains(&event.status.as_str()))
+        .filter(|event| event.status == "died")
         .map(|event| event.code.unwrap_or(0))
 }
 
-fn in_journal(container: &str) -> Option<i32> {
-    let deadline = Instant::now() + JOURNAL_WAIT;
+fn in_journal(container: &str, deadline: Instant) -> Option<i32> {
+    let mut query = vec![
+        "--quiet".to_owned(),
+        "--output=json".to_owned(),
+        "--output-fields=PODMAN_EVENT,PODMAN_EXIT_CODE".to_owned(),
+        "--lines=1".to_owned(),
+        format!("PODMAN_ID={container}"),
+    ];
+    query.extend(RUNS.map(|event| format!("PODMAN_EVENT={event}")));
     loop {
-        let output = Command::new("journalctl")
-            .args(["--quiet", "--output=json", "--lines=1", "PODMAN_EVENT=died"])
-            .arg(format!("PODMAN_ID={container}"))
-            .output()
-            .ok()?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let code = in_journal_entry(&text);
+        let last = exec::run("journalctl", &query).ok()?;
+        let code = in_journal_entry(&String::from_utf8_lossy(&last));
         if code.is_some() || Instant::now() >= deadline {
             return code;
         }
@@ -189,13 +243,19 @@ fn in_journal(container: &str) -> Option<i32> {
     }
 }
 
+/// The exit code in the last of a container's entries; `None` where that says no end.
 fn in_journal_entry(text: &str) -> Option<i32> {
     #[derive(Deserialize)]
     struct Entry {
+        #[serde(rename = "PODMAN_EVENT")]
+        event: String,
         #[serde(rename = "PODMAN_EXIT_CODE", default)]
         code: Option<String>,
     }
     let entry: Entry = serde_json::from_str(text.lines().next()?).ok()?;
+    if entry.event != "died" {
+        return None;
+    }
     entry.code.map_or(Ok(0), |code| code.parse()).ok()
 }
 
@@ -209,29 +269,53 @@ mod tests {
         let conf = "[engine]\nevents_logger = \"file\"\ntmp_dir = \"/run/conf\"\n";
         let none = "[engine]\nevents_logger = \"none\"\n[containers]\nnetns = \"none\"\n";
         let path = "[engine]\nevents_logfile_path = \"/var/log/events\"\n";
-        for (words, files, logger, file) in [
-            ("", vec![], None, "/run/libpod/events/events.log"),
+        let user = || {
+            Some(Rootless {
+                config_dir: None,
+                runtime_dir: "/run/user/7".into(),
+            })
+        };
+        for (words, files, rootless, logger, file) in [
+            ("", vec![], None, None, "/run/libpod/events/events.log"),
+            (
+                "",
+                vec![],
+                user(),
+                None,
+                "/run/user/7/libpod/tmp/events/events.log",
+            ),
             (
                 of_cleanup,
                 vec![],
+                user(),
+                Some(Logger::File),
+                "/run/own/events/events.log",
+            ),
+            (
+                of_cleanup,
+                vec![],
+                None,
                 Some(Logger::File),
                 "/run/own/events/events.log",
             ),
             (
                 of_cleanup,
                 vec![none],
+                None,
                 Some(Logger::File),
                 "/run/own/events/events.log",
             ),
             (
                 "podman\0run\0x",
                 vec![conf],
+                None,
                 Some(Logger::File),
                 "/run/conf/events/events.log",
             ),
             (
                 "podman\0run\0x",
                 vec![conf, none],
+                None,
                 Some(Logger::None),
                 "/run/conf/events/events.log",
             ),
@@ -239,12 +323,13 @@ mod tests {
                 "podman\0--tmpdir",
                 vec![path, "no toml ="],
                 None,
+                None,
                 "/var/log/events",
             ),
         ] {
             let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
             let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
-            let found = Events::find(&words, &files);
+            let found = Events::find(&words, &files, rootless.as_ref());
             let want = Events {
                 logger,
                 file: file.into(),
@@ -254,17 +339,54 @@ mod tests {
     }
 
     #[test]
+    fn whose_podman_it_is() {
+        let user = |config_dir: &str, runtime_dir: &str| {
+            Some(Rootless {
+                config_dir: (!config_dir.is_empty()).then(|| config_dir.into()),
+                runtime_dir: runtime_dir.into(),
+            })
+        };
+        let all = "HOME=/h XDG_CONFIG_HOME=/c XDG_RUNTIME_DIR=/r";
+        for (ids, variables, want) in [
+            ("         0          0 4294967295\n", all, None),
+            // Root's in a container.
+            ("0 100000 65536\n", all, None),
+            ("0 1 1000\n1000 0 1\n", all, None),
+            ("", all, None),
+            (
+                "         0       1000          1\n         1     200000      65536\n",
+                all,
+                user("/c", "/r"),
+            ),
+            (
+                "0 1000 1\n",
+                "HOME=/h XDG_CONFIG_HOME=",
+                user("/h/.config", "/run/user/1000"),
+            ),
+            ("0 1000 1\n", "HOMES=/x XDG", user("", "/run/user/1000")),
+        ] {
+            let environment: Vec<_> = variables.split(' ').map(str::to_owned).collect();
+            let found = Rootless::find(ids, |name| variable(&environment, name));
+            assert_eq!(found, want, "{ids} {variables}");
+        }
+    }
+
+    #[test]
     fn ends_in_the_events_file() {
         let text = r#"{"ID":"abc","Status":"died","ContainerExitCode":3,"Name":"one","Type":"container"}
 {"ID":"abc","Status":"start","Name":"one","Type":"container"}
 {"ID":"abc","Status":"died","Name":"one","Type":"container"}
 {"ID":"abd","Status":"died","ContainerExitCode":137,"Name":"abc","Type":"container"}
+{"ID":"abf","Status":"died","ContainerExitCode":1,"Type":"container"}
+{"ID":"abf","Status":"restart","Type":"container"}
+{"ID":"abe","Status":"died","ContainerExitCode":1,"Type":"container"}
 {"ID":"abe","Status":"start","Type":"container"}
 {"ID":"abe","Status":"di"#;
         for (container, code) in [
             ("abc", Some(0)),
             ("abd", Some(137)),
             ("abe", None),
+            ("abf", Some(1)),
             ("a", None),
         ] {
             assert_eq!(in_file(text, container), code, "{container}");
@@ -274,11 +396,13 @@ mod tests {
     #[test]
     fn ends_in_the_journal() {
         for (text, code) in [
-            (r#"{"PODMAN_EXIT_CODE":"3","MESSAGE":"x"}"#, Some(3)),
-            (r#"{"MESSAGE":"x"}"#, Some(0)),
+            (r#"{"PODMAN_EVENT":"died","PODMAN_EXIT_CODE":"3"}"#, Some(3)),
+            (r#"{"PODMAN_EVENT":"died","MESSAGE":"x"}"#, Some(0)),
+            (r#"{"PODMAN_EVENT":"start"}"#, None),
             ("", None),
             ("nonsense", None),
-            (r#"{"PODMAN_EXIT_CODE":"much"}"#, None),
+            (r#"{"MESSAGE":"x"}"#, None),
+            (r#"{"PODMAN_EVENT":"died","PODMAN_EXIT_CODE":"much"}"#, None),
         ] {
             assert_eq!(in_journal_entry(text), code, "{text}");
         }

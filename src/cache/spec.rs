@@ -203,7 +203,7 @@ words! {
 }
 
 /// Owner of the volume's root directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Owner {
     /// User id.
     pub uid: u32,

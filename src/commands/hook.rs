@@ -5,11 +5,13 @@
 //! A hook never makes a container fail, but for that last one's refusal: whatever
 //! else goes wrong is logged, and the exit code is 0.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Spec, State};
 use serde_json::json;
@@ -24,8 +26,11 @@ use crate::mount;
 use crate::plugin::client;
 use crate::podman::Events;
 
-/// How long the daemon may take to answer. Podman waits for the hook.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(800);
+/// How long a hook that tells something may take in all. Podman waits for it.
+const BOUND: Duration = Duration::from_millis(800);
+
+/// How much of that Podman's journal may take. The rest is the daemon's.
+const JOURNAL: Duration = Duration::from_millis(500);
 
 /// Longest input that is read, in bytes. Podman's configurations have some 20 KiB.
 const MAX_INPUT: u64 = 16 << 20;
@@ -41,21 +46,48 @@ const GUARD: &str = "lvm-cache-friend.volume";
 pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     // A RUST_LOG that does not parse is no reason for a container to fail.
     let _ = logging::start_in_hook(LogLevel::Warn);
-    let mut input = String::new();
-    let read = io::stdin().take(MAX_INPUT).read_to_string(&mut input);
-    if args.stage == Stage::Precreate {
+    let stage = args.stage;
+    let began = Instant::now();
+    let of = config.to_owned();
+    if stage == Stage::Precreate {
+        let input = input().map_err(failed("standard input"))?;
         // What comes out is what the container gets: nothing is changed.
-        read.map_err(failed("standard input"))?;
-        guard(config, &input).inspect_err(tell_caller)?;
+        let spec: Result<Spec, _> = serde_json::from_str(&input);
+        guard(config, &spec, &input).inspect_err(tell_caller)?;
+        let told = spec
+            .map_err(|e| format!("the container's configuration: {e}"))
+            .and_then(|spec| bounded(move || tell_of_start(&of, &spec)));
+        if let Err(missed) = told {
+            warn!(
+                missed,
+                "in a user namespace, the container's volumes have the host's owners"
+            );
+        }
         return print(&input);
     }
-    let told = read
-        .map_err(|error| error.to_string())
-        .and_then(|_| tell(config, args.stage, &input));
+    let told = bounded(move || {
+        let input = input().map_err(|error| error.to_string())?;
+        tell(&of, stage, &input, began)
+    });
     if let Err(missed) = told {
-        warn!(stage = ?args.stage, missed, "the daemon was not told of a container");
+        warn!(?stage, missed, "the daemon was not told of a container");
     }
     Ok(())
+}
+
+/// Tells something, within the bound. Whatever that still waits for then ends with this process.
+fn bounded(tell: impl FnOnce() -> Result<(), String> + Send + 'static) -> Result<(), String> {
+    let (done, answer) = mpsc::channel();
+    thread::spawn(move || done.send(tell()));
+    answer
+        .recv_timeout(BOUND)
+        .unwrap_or_else(|_| Err(format!("not done within {} ms", BOUND.as_millis())))
+}
+
+fn input() -> io::Result<String> {
+    let mut input = String::new();
+    io::stdin().take(MAX_INPUT).read_to_string(&mut input)?;
+    Ok(input)
 }
 
 /// Writes why a container is refused to the standard error of the Podman that runs the
@@ -71,51 +103,88 @@ fn tell_caller(why: &Failure) {
     }
 }
 
+/// Tells the daemon which ids a container will have that is about to start.
+fn tell_of_start(config: &Path, spec: &Spec) -> Result<(), String> {
+    let Some(settings) = settings(config)? else {
+        return Ok(());
+    };
+    let mut volumes = volumes(spec, &settings.mount_dir);
+    // The runtime does the same to these, and cannot do it twice.
+    volumes.retain(|_, mapped| !*mapped);
+    if volumes.is_empty() {
+        return Ok(());
+    }
+    let linux = spec.linux().as_ref();
+    let body = json!({
+        "Volumes": volumes.keys().collect::<Vec<_>>(),
+        "UidMappings": linux.and_then(|linux| linux.uid_mappings().as_ref()).unwrap_or(&Vec::new()),
+        "GidMappings": linux.and_then(|linux| linux.gid_mappings().as_ref()).unwrap_or(&Vec::new()),
+    });
+    client::call(&settings.socket, "Friend.Starting", &body, BOUND)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// The settings; `None` where nothing is prepared, so that there is no volume of ours.
+fn settings(config: &Path) -> Result<Option<Settings>, String> {
+    match Settings::load(config) {
+        Ok(settings) => Ok(Some(settings)),
+        Err(ConfigError::Missing(_)) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Tells the daemon of a container that starts or has ended.
-fn tell(config: &Path, stage: Stage, state: &str) -> Result<(), String> {
+fn tell(config: &Path, stage: Stage, state: &str, began: Instant) -> Result<(), String> {
     let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
-    let settings = match Settings::load(config) {
-        Ok(settings) => settings,
-        // Nothing is prepared, so there is no volume of ours.
-        Err(ConfigError::Missing(_)) => return Ok(()),
-        Err(error) => return Err(error.to_string()),
+    let Some(settings) = settings(config)? else {
+        return Ok(());
     };
     let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| e.to_string())?;
     let volumes = volumes(&spec, &settings.mount_dir);
     if volumes.is_empty() {
         return Ok(());
     }
+    let volumes: Vec<_> = volumes.keys().collect();
     let mut body = json!({"Container": state.id(), "Volumes": volumes});
     let endpoint = if stage == Stage::Poststop {
-        body["ExitCode"] = Events::of_caller().exit_code(state.id()).into();
+        let code = Events::of_caller().exit_code(state.id(), began + JOURNAL);
+        body["ExitCode"] = code.into();
         "Friend.Ended"
     } else {
         body["Pid"] = (*state.pid()).into();
         "Friend.Started"
     };
-    client::call(&settings.socket, endpoint, &body, ANSWER_TIMEOUT)
+    client::call(&settings.socket, endpoint, &body, BOUND)
         .map(drop)
         .map_err(|error| error.to_string())
 }
 
-/// The volumes of ours that a container has mounted, or parts of them.
-fn volumes(spec: &Spec, mount_dir: &Path) -> BTreeSet<String> {
-    let name = |source: &PathBuf| {
+/// The volumes of ours that a container has mounted, or parts of them, and whether the runtime
+/// is to make an idmapped mount of one.
+fn volumes(spec: &Spec, mount_dir: &Path) -> BTreeMap<String, bool> {
+    let name = |source: &Path| {
         let below = source.strip_prefix(mount_dir).ok()?;
         let name = below.iter().next()?.to_str()?;
         name.parse::<VolumeName>().ok()?;
         Some(name.to_owned())
     };
-    let mounts = spec.mounts().iter().flatten();
-    let sources = mounts.filter_map(|mount| mount.source().as_ref());
-    sources.filter_map(name).collect()
+    let mut volumes = BTreeMap::new();
+    for mount in spec.mounts().iter().flatten() {
+        if let Some(name) = mount.source().as_deref().and_then(name) {
+            let mut options = mount.options().iter().flatten();
+            *volumes.entry(name).or_default() |=
+                options.any(|o| o.starts_with("idmap") || o.starts_with("ridmap"));
+        }
+    }
+    volumes
 }
 
 /// Refuses a container in which one of the volumes that it is annotated with is not
 /// a mount of ours: Podman makes a local volume of any name that it does not know.
-fn guard(config: &Path, text: &str) -> Result<(), Failure> {
+fn guard(config: &Path, spec: &Result<Spec, serde_json::Error>, text: &str) -> Result<(), Failure> {
     let refused = |why: String| Err(Failure::Failed(why));
-    let spec: Spec = match serde_json::from_str(text) {
+    let spec = match spec {
         Ok(spec) => spec,
         // Without the word there is nothing to guard.
         Err(_) if !text.contains(GUARD) => return Ok(()),
@@ -175,7 +244,7 @@ mod tests {
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/a", "type": "bind", "source": "/m/one", "options": ["rbind"]},
-                {"destination": "/b", "type": "bind", "source": "/m/two/below"},
+                {"destination": "/b", "type": "bind", "source": "/m/two/below", "options": ["idmap"]},
                 {"destination": "/c", "type": "bind", "source": "/m"},
                 {"destination": "/d", "type": "bind", "source": "/mm/three"},
                 {"destination": "/e", "type": "bind", "source": "/m/one"},
@@ -184,6 +253,10 @@ mod tests {
         });
         let spec: Spec = serde_json::from_value(spec).unwrap();
         let found = volumes(&spec, Path::new("/m"));
-        assert_eq!(found.iter().collect::<Vec<_>>(), ["one", "two"]);
+        let want = [("one", false), ("two", true)];
+        assert_eq!(
+            found,
+            want.map(|(name, mapped)| (name.to_owned(), mapped)).into()
+        );
     }
 }

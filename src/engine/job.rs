@@ -5,12 +5,15 @@
 //! Each cache in it (a *late mount*) is a volume of its own to the rest of the
 //! engine, one that is never used again after its lease: [`Volume::late_of`].
 //!
+//! Beside the socket is the client program, below a read-only mount.
+//!
 //! The job may write in the directory, so nothing in it is reached by its path alone:
 //! a place is opened beneath the root, through no link and no other mount, and
 //! what is mounted is taken away by the descriptor that it was mounted with.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -23,11 +26,11 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::start::{SeenLate, fs_of};
+use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, SAVE};
 use crate::cache::request::LatePath;
@@ -35,15 +38,25 @@ use crate::cache::select::Criterion;
 use crate::cache::spec::{Admit, Publish, Spec};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
+use crate::userns::Ids;
 
 /// What the mount table shows for a job volume's directory.
 pub(super) const SOURCE: &str = "lvm-cache-friend-job";
 
 /// How much a job can write in its job volume's own directory.
-const DIR_SIZE: Bytes = Bytes::mib(1);
+const DIR_SIZE: u64 = 1 << 20;
 
 /// The socket's name in it.
 const SOCKET: &str = "socket";
+
+/// The client's directory in it.
+const BIN: &str = "bin";
+
+/// The client's name in that, and what it is: see build.rs.
+const CLIENT: (&str, &[u8]) = (
+    "lvm-cache-friend",
+    include_bytes!(concat!(env!("OUT_DIR"), "/job-client")),
+);
 
 /// A job volume in use, for whoever serves its socket.
 #[derive(Debug)]
@@ -69,8 +82,12 @@ struct Now {
     closed: bool,
     /// `None`: being made.
     mounts: BTreeMap<LatePath, Option<Late>>,
+    /// Checkpoints that were made, or are being made.
+    saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
+    /// The containers that have it, as far as hooks told, and their ids.
+    containers: BTreeMap<String, Ids>,
 }
 
 /// A cache in a job volume.
@@ -245,6 +262,23 @@ impl Job {
         })
     }
 
+    /// Counts one more checkpoint, if `make` makes one: each takes room that nobody gets back while
+    /// it is an entry.
+    fn count_save<T>(
+        &self,
+        most: usize,
+        make: impl FnOnce() -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        {
+            let mut now = lock(&self.now);
+            if now.saves >= most {
+                return Err(refused(format!("a job has at most {most} checkpoints")));
+            }
+            now.saves += 1;
+        }
+        make().inspect_err(|_| lock(&self.now).saves -= 1)
+    }
+
     /// The directory that is mounted upon, which is made where it is missing. Beneath the root,
     /// through no link, and on no other mount, whatever the job does meanwhile.
     fn place(&self, path: &LatePath) -> io::Result<OwnedFd> {
@@ -257,6 +291,20 @@ impl Job {
             here = open_beneath(here.as_fd(), name, ResolveFlags::NO_XDEV)?;
         }
         Ok(here)
+    }
+
+    /// Takes note of a container that has the job volume.
+    pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
+        let mut now = lock(&self.now);
+        now.containers.insert(container.to_owned(), ids.clone());
+    }
+
+    /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
+    /// of its own there, as rootless Podman does. Its own, where no container of these is known.
+    fn ids_for(&self, peer: &Ids) -> Ids {
+        let now = lock(&self.now);
+        let around = now.containers.values().filter(|ids| peer.are_part_of(ids));
+        around.min_by_key(|ids| ids.count()).unwrap_or(peer).clone()
     }
 
     /// Lets nothing be mounted any more, and gives what is.
@@ -327,7 +375,10 @@ impl Engine {
                 e,
             )
         };
-        let dir = Mounted::scratch(DIR_SIZE, SOURCE).map_err(failed)?;
+        let size = Bytes(DIR_SIZE + CLIENT.1.len() as u64);
+        let dir = Mounted::scratch(size, SOURCE).map_err(failed)?;
+        put_client(&dir).map_err(failed)?;
+        own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))
     }
 
@@ -340,10 +391,11 @@ impl Engine {
         })
     }
 
-    /// Makes the socket in a job volume's directory and has it served.
+    /// Makes the socket in a job volume's directory, beside the client, and has it served.
     pub(super) fn serve_job(&self, job: &Arc<Job>) -> Result<(), EngineError> {
-        let listener = listen(&job.dir)
-            .map_err(|e| io_error("making the socket of", Path::new(job.name()), e))?;
+        let failed = |making| move |e| io_error(making, Path::new(job.name()), e);
+        cover_client(&job.dir).map_err(failed("mounting the client program of"))?;
+        let listener = listen(&job.dir).map_err(failed("making the socket of"))?;
         let _ = self.settings.jobs.send(JobSocket {
             job: Arc::clone(job),
             listener,
@@ -351,30 +403,44 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes a job volume's lease up again after a restart: `lates` has what is mounted in it.
+    /// Takes a job volume's lease up again after a restart, with those of `mounts` that are in it.
+    /// What goes on leaves `seen`.
     pub(super) fn go_on_job(
         self: &Arc<Self>,
         volume: &Arc<Volume>,
         at: &MountPoint,
-        lates: Vec<(MountPoint, Option<SeenLate>)>,
+        mounts: &[MountPoint],
+        seen: &mut Vec<SeenLate>,
     ) -> io::Result<Arc<Job>> {
         let dir = Mounted::in_place(&at.at)?;
         if dir.device_number()? != at.device {
             return Err(Errno::STALE.into());
         }
         let job = self.job(volume, dir);
-        for (m, seen) in lates {
-            let path = m.at.strip_prefix(&at.at).ok().and_then(Path::to_str);
-            let Some(path) = path.and_then(|path| LatePath::parse(path, &[]).ok()) else {
+        for m in mounts {
+            let Ok(inside) = m.at.strip_prefix(&at.at) else {
                 continue;
             };
-            match self.go_on_late(&job, &path, &m, seen) {
-                Ok(late) => {
+            let found = seen.iter().position(|seen| seen.device == m.device);
+            let is_scratch = m.fs == "tmpfs" && m.source == SCRATCH_SOURCE;
+            if found.is_none() && !is_scratch {
+                continue;
+            }
+            let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
+            let went_on = path
+                .and_then(|path| LatePath::parse(path, &[]))
+                .and_then(|path| {
+                    let late = self.go_on_late(&job, &path, m, found.map(|at| &seen[at]));
+                    Ok((path, late.map_err(|e| e.to_string())?))
+                });
+            match went_on {
+                Ok((path, late)) => {
                     info!(volume = job.name(), %path, "its mount goes on");
                     lock(&job.now).mounts.insert(path, Some(late));
+                    found.map(|at| seen.swap_remove(at));
                 }
                 Err(error) => {
-                    warn!(volume = job.name(), %path, %error, "its mount cannot be taken hold of");
+                    warn!(volume = job.name(), at = %m.at.display(), error, "its mount cannot be taken hold of: it is not published");
                 }
             }
         }
@@ -386,7 +452,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         m: &MountPoint,
-        seen: Option<SeenLate>,
+        seen: Option<&SeenLate>,
     ) -> io::Result<Late> {
         // The job may have moved what is around the mount since the table was read.
         let place = open_beneath(job.dir.root(), path.as_str(), ResolveFlags::empty())?;
@@ -409,7 +475,7 @@ impl Engine {
                 if seen.failed {
                     lock(&job.now).verdict = Verdict::Failure;
                 }
-                (seen.spec, backing, mark)
+                (seen.spec.clone(), backing, mark)
             }
             None => {
                 let spec = job.volume.spec.of_request(&[], &[]).unwrap_or_default();
@@ -426,7 +492,8 @@ impl Engine {
         })
     }
 
-    /// Mounts the best entry for a job, or what its job volume says that stands in.
+    /// Mounts the best entry for a job, or what its job volume says that stands in. `peer`: the ids of
+    /// whoever asks.
     ///
     /// # Errors
     /// See [`EngineError`].
@@ -437,6 +504,7 @@ impl Engine {
         criteria: &[Criterion],
         save: &[Tag],
         most: usize,
+        peer: &Ids,
     ) -> Result<LateView, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -462,6 +530,11 @@ impl Engine {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
+        let ids = job.ids_for(peer);
+        match &lease.backing {
+            Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),
+            _ => own_scratch(lease.mounted(), &volume.spec, &ids).map_err(failed)?,
+        }
         let own = lease.mounted().mount_fd();
         let mut now = lock(&job.now);
         let attached = if now.closed {
@@ -518,6 +591,7 @@ impl Engine {
         job: &Arc<Job>,
         path: &LatePath,
         tags: &[Tag],
+        most: usize,
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
@@ -546,7 +620,7 @@ impl Engine {
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
         let written = device.and_then(crate::fs::sectors_written).ok();
-        let entry = self.publish_mounted(&spec, &lv, &source)?;
+        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing
@@ -628,6 +702,34 @@ impl Engine {
             self.settle_lease(&late.volume, late.lease, verdict, None);
         }
     }
+}
+
+/// Puts the client program into a directory that nobody else sees yet.
+fn put_client(dir: &Mounted) -> io::Result<()> {
+    let (name, program) = CLIENT;
+    rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755))?;
+    let bin = open_beneath(dir.root(), BIN, ResolveFlags::empty())?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::openat(bin, name, flags, Mode::empty())?);
+    file.write_all(program)?;
+    Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))?)
+}
+
+/// Covers the client's directory with a read-only mount of itself, unless that is done.
+fn cover_client(dir: &Mounted) -> io::Result<()> {
+    let bin = match open_beneath(dir.root(), BIN, ResolveFlags::NO_XDEV) {
+        Ok(bin) => bin,
+        Err(error) => match Errno::from_io_error(&error) {
+            // The mount is there.
+            Some(Errno::XDEV) => return Ok(()),
+            // An earlier version made none, or the job has moved it away.
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(()),
+            _ => return Err(error),
+        },
+    };
+    let cover = Mounted::clone_of(bin.as_fd())?;
+    cover.make_read_only()?;
+    cover.attach_upon(bin.as_fd())
 }
 
 /// A socket that everybody in a container may connect to, in a directory that its job may write in.

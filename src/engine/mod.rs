@@ -25,23 +25,25 @@ mod volume;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{fmt, fs, io, mem, thread};
 
 use nix::sys::stat::{fstat, stat};
+use rustix::fs::{Gid, Uid};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, info, warn};
 
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
 use crate::cache::select::{Entry, Index};
-use crate::cache::spec::{BadOption, Kind, OnError, Spec};
+use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
 use crate::cache::units::Bytes;
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
 use crate::storage::{Store, StoreError};
+use crate::userns::Ids;
 pub use job::{Job, JobSocket, LateView, Saved};
 use upkeep::Upkeep;
 use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
@@ -89,6 +91,15 @@ impl fmt::Display for Verdict {
             Self::Unknown => "unknown",
         })
     }
+}
+
+/// What a hook says of a container that uses volumes.
+#[derive(Debug, Clone)]
+pub enum Happened {
+    /// It runs, with these ids on this host where that is known.
+    Started(Option<Ids>),
+    /// It has ended so.
+    Ended(Verdict),
 }
 
 /// A volume as Get and List show it.
@@ -154,6 +165,8 @@ pub struct Engine {
     quiet: Condvar,
     upkeep: Upkeep,
     premounted: Arc<AtomicUsize>,
+    /// It was said that the kernel makes no idmapped mounts.
+    unmapped: AtomicBool,
 }
 
 /// What is known of the store, in memory. Never locked over I/O.
@@ -247,6 +260,7 @@ impl Engine {
             quiet: Condvar::new(),
             upkeep: Upkeep::default(),
             premounted: Arc::default(),
+            unmapped: AtomicBool::default(),
         });
         engine.take_up()?;
         engine.start_upkeep()?;
@@ -374,6 +388,7 @@ impl Engine {
         began: Instant,
     ) -> Result<Lease, Refused> {
         let mut lease = Lease::new(self.backing(volume, phase)?);
+        lease.shown = Some(Ids::host());
         let shown = self.show(lease.mounted(), at).and_then(|()| {
             // From here on the job's container can reach it.
             match &lease.backing {
@@ -563,9 +578,60 @@ impl Engine {
         lock(&volume.now).phase = next;
     }
 
-    /// Says that a container uses a volume's present lease (`Unknown`), or how it
-    /// ended. Nothing happens where there is no such lease.
-    pub fn container(&self, name: &VolumeName, container: &str, verdict: Verdict) {
+    /// Shows a volume in use as a container with the ids `ids` is to see it, which is about to
+    /// start: files are whoever's they were inside of the last one. Nothing happens where there is no lease.
+    ///
+    /// # Errors
+    /// See [`EngineError`]; the volume is still mounted, as it was.
+    pub fn fit(&self, name: &VolumeName, ids: &Ids) -> Result<(), EngineError> {
+        let volume = self.volume(name)?;
+        let _op = lock(&volume.op);
+        let mut now = lock(&volume.now);
+        let Phase::Leased(lease) = &mut now.phase else {
+            return Ok(());
+        };
+        if lease.shown.as_ref() == Some(ids) {
+            return Ok(());
+        }
+        let at = self.mountpoint(name);
+        let Backing::Lv { copy, open, .. } = &lease.backing else {
+            own_scratch(lease.mounted(), &volume.spec, ids)
+                .map_err(|e| io_error("changing the owner of", &at, e))?;
+            lease.shown = Some(ids.clone());
+            return Ok(());
+        };
+        let (lv, device, fs) = (copy.lv.clone(), copy.device.clone(), open.fs);
+        drop(now);
+        let device = device.map_or_else(|| self.store.activate(&lv), Ok)?;
+        let mounted =
+            Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e.into()))?;
+        self.map_ids(&mounted, ids);
+        mount::detach(&at).map_err(|e| io_error("unmounting", &at, e))?;
+        mounted
+            .attach(&at)
+            .map_err(|e| io_error("mounting at", &at, e))?;
+        if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
+            lease.shown = Some(ids.clone());
+        }
+        Ok(())
+    }
+
+    /// Has a mount that was never attached show files with `ids`; where the kernel cannot do that, they are
+    /// this host's.
+    fn map_ids(&self, mounted: &Mounted, ids: &Ids) {
+        if ids.is_host() {
+            return;
+        }
+        if let Err(error) = mounted.map_ids(ids)
+            && !self.unmapped.swap(true, Ordering::Relaxed)
+        {
+            error!(%error, "the kernel makes no idmapped mount: in a container with a user namespace, files have the host's owners (said once)");
+        }
+    }
+
+    /// Takes what a hook says of a container that uses a volume's present lease. Nothing
+    /// happens where there is no such lease.
+    pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) {
         let Ok(volume) = self.volume(name) else {
             return;
         };
@@ -576,7 +642,16 @@ impl Engine {
                 return;
             };
             let before = lease.verdict();
+            let verdict = match happened {
+                Happened::Started(_) => Verdict::Unknown,
+                Happened::Ended(verdict) => *verdict,
+            };
             lease.ends.insert(container.to_owned(), verdict);
+            if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
+                (&lease.backing, happened)
+            {
+                job.is_used_by(container, ids);
+            }
             let after = lease.verdict();
             let failed = after == Verdict::Failure;
             if (before == Verdict::Failure) == failed {
@@ -858,6 +933,17 @@ impl Engine {
     fn mountpoint(&self, name: &VolumeName) -> PathBuf {
         self.settings.mount_dir.join(name.as_str())
     }
+}
+
+/// Gives a directory in memory to its owner inside of a container: it needs no other mount, as
+/// it is nobody's afterwards.
+fn own_scratch(dir: &Mounted, spec: &Spec, ids: &Ids) -> io::Result<()> {
+    let Owner { uid, gid } = spec.owner.unwrap_or_default();
+    let Some((uid, gid)) = ids.outside(uid, gid) else {
+        return Ok(());
+    };
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    Ok(rustix::fs::fchown(dir.root(), Some(uid), Some(gid))?)
 }
 
 impl Lease {

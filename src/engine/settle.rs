@@ -22,6 +22,7 @@ use crate::failpoint::reach;
 use crate::fs::Content;
 use crate::mount::{self, Mounted};
 use crate::storage::{NewLv, StoreError};
+use crate::userns::Ids;
 
 /// How long a file system may stay mounted after its lease before that is
 /// reported: a mount namespace somewhere holds on to it.
@@ -131,8 +132,9 @@ impl Engine {
             self.end_lates(job, verdict);
         }
         // A kept volume that is not published stays mounted out of sight; only a
-        // mount that is attached can be cloned.
-        let slot = (volume.keeps() && matches!(lease.backing, Backing::Lv { .. }))
+        // mount that is attached can be cloned, and one with a container's ids is of no use to the next.
+        let plain = lease.shown.as_ref().is_some_and(Ids::is_host);
+        let slot = (volume.keeps() && plain && matches!(lease.backing, Backing::Lv { .. }))
             .then(|| Slot::take(&self.premounted, self.settings.premounted))
             .flatten();
         let held = slot.and_then(|slot| Some((slot, Mounted::attached(&at).ok()?)));

@@ -98,7 +98,8 @@ impl SeenLate {
             cut_short: false,
             mark: mark.clone(),
             published: false,
-            verdict: verdict(self.failed),
+            // A job may write to it still, and how that ends nobody will tell.
+            verdict: Verdict::Failure,
         }
     }
 
@@ -363,16 +364,7 @@ impl Engine {
             let lease = match (&plan.current, mount) {
                 (Some(current), Some(m)) if current.leased => self.go_on(&volume, current, &m),
                 (_, Some(m)) if m.source == job::SOURCE && plan.spec.kind == Kind::Job => {
-                    let mut inside = Vec::new();
-                    for late in lates.iter().filter(|late| late.at.starts_with(&m.at)) {
-                        let mut all = seen.lates.iter();
-                        let found = all.position(|seen| seen.device == late.device);
-                        let found = found.map(|at| seen.lates.swap_remove(at));
-                        if found.is_some() || late.fs == "tmpfs" {
-                            inside.push((late.clone(), found));
-                        }
-                    }
-                    self.go_on_job(&volume, &m, inside)
+                    self.go_on_job(&volume, &m, &lates, &mut seen.lates)
                         .and_then(|job| {
                             self.serve_job(&job).map_err(io::Error::other)?;
                             let lv = plan.current.as_ref().map(|current| current.lv.clone());
@@ -412,7 +404,7 @@ impl Engine {
                 self.clear(&m);
             }
         }
-        // Mounted where no job goes on: that ends them.
+        // Mounted where no job goes on, or where they could not be taken hold of: that ends them.
         for late in seen.lates {
             if late.making {
                 seen.leftover.push(late.lv);

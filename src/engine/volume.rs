@@ -16,6 +16,7 @@ use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::request::LatePath;
 use crate::cache::spec::{Admit, FsType, Publish, Reuse, Spec};
 use crate::mount::Mounted;
+use crate::userns::Ids;
 
 /// A volume: a name, a specification, and what became of its logical volumes.
 #[derive(Debug)]
@@ -190,6 +191,8 @@ pub(super) struct Lease {
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
     pub discarded: bool,
+    /// Whose ids its mount shows; `None` after a restart, where that is not known.
+    pub shown: Option<Ids>,
 }
 
 #[derive(Debug)]
@@ -220,6 +223,7 @@ impl Lease {
             ends: BTreeMap::new(),
             mark: None,
             discarded: false,
+            shown: None,
         }
     }
 

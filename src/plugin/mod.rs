@@ -14,20 +14,22 @@ pub mod socket;
 pub mod wire;
 
 use std::any::Any;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{FromRequest, State};
 use axum::http::{Request as HttpRequest, StatusCode, Uri};
 use axum::response::Response;
 use axum::routing::post;
+use axum::{Extension, Router};
 use http_body_util::BodyExt as _;
 use tokio::sync::Semaphore;
 
-use crate::engine::{Engine, EngineError, Verdict};
+use crate::engine::{Engine, EngineError, Happened};
+use crate::userns::Ids;
 use wire::{Refusal, Request, ok};
 
 /// Longest body that is read into memory, in bytes. The longest that makes sense,
@@ -54,6 +56,20 @@ pub const UNMOUNT_THREADS: usize = 64;
 /// after which Podman gives up, so that its user reads our answer.
 const WORK_WAIT: Duration = Duration::from_secs(4);
 
+/// Whoever is at the other end of a connection, as the kernel tells.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    pid: Option<i32>,
+}
+
+impl Peer {
+    fn ids(self) -> Result<Ids, Refusal> {
+        let unknown = || io::Error::from(io::ErrorKind::NotFound);
+        let ids = self.pid.ok_or_else(unknown).and_then(Ids::of_process);
+        ids.map_err(|e| Refusal::new(StatusCode::BAD_REQUEST, format!("your user namespace: {e}")))
+    }
+}
+
 struct App {
     engine: Arc<Engine>,
     work: Arc<Semaphore>,
@@ -79,6 +95,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/VolumeDriver.Unmount", post(unmount))
         .route("/VolumeDriver.Capabilities", post(capabilities))
         // Ours, for the hooks and the supervisor.
+        .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
         .route("/Friend.Admit", post(admit))
@@ -159,12 +176,41 @@ async fn unmount(State(app): State<Arc<App>>, body: Payload) -> Answer {
     Ok(ok(&wire::Done {}))
 }
 
-async fn started(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    app.tell(&body, |_| Verdict::Unknown).await
+async fn starting(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    body: Payload,
+) -> Answer {
+    let of = wire::Start::parse(&body.0)?;
+    let (names, ids) = (of.names()?, of.ids(&peer.ids()?)?);
+    app.work(move |engine| names.iter().try_for_each(|name| engine.fit(name, &ids)))
+        .await?;
+    Ok(ok(&wire::Done {}))
+}
+
+async fn started(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    body: Payload,
+) -> Answer {
+    let of = wire::Use::parse(&body.0)?;
+    let ids = match of.pid {
+        // Who runs containers in a namespace of his own speaks of none beyond it.
+        Some(pid) => {
+            let theirs = peer.ids()?;
+            Ids::of_process(pid)
+                .ok()
+                .filter(|ids| ids.are_part_of(&theirs))
+        }
+        None => None,
+    };
+    app.tell(of, Happened::Started(ids)).await
 }
 
 async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    app.tell(&body, wire::Use::verdict).await
+    let of = wire::Use::parse(&body.0)?;
+    let verdict = of.verdict();
+    app.tell(of, Happened::Ended(verdict)).await
 }
 
 async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
@@ -203,12 +249,11 @@ impl App {
     }
 
     /// Tells the engine of a container that uses volumes.
-    async fn tell(&self, body: &Payload, verdict: impl FnOnce(&wire::Use) -> Verdict) -> Answer {
-        let of = wire::Use::parse(&body.0)?;
-        let (verdict, names) = (verdict(&of), of.names()?);
+    async fn tell(&self, of: wire::Use, happened: Happened) -> Answer {
+        let names = of.names()?;
         self.work(move |engine| {
             for name in &names {
-                engine.container(name, &of.container, verdict);
+                engine.container(name, &of.container, &happened);
             }
             Ok(())
         })

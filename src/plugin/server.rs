@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -13,6 +13,8 @@ use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
+
+use super::Peer;
 
 /// How long a connection may stay without a whole request header: at its
 /// beginning, and between two requests. Podman makes a connection a command;
@@ -65,7 +67,10 @@ pub async fn serve(
                 .await
                 .expect("nobody closes the semaphore");
             let stream = accepted(&listener).await;
-            let service = TowerToHyperService::new(router.clone());
+            let peer = Peer {
+                pid: stream.peer_cred().ok().and_then(|cred| cred.pid()),
+            };
+            let service = TowerToHyperService::new(router.clone().layer(Extension(peer)));
             let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
             tokio::spawn(async move {
                 // What goes wrong here is the client's: it is gone, silent, or no HTTP.

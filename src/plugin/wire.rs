@@ -12,11 +12,13 @@ use std::collections::BTreeMap;
 use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::names::{BadName, VolumeName};
 use crate::engine::{EngineError, Verdict, VolumeView};
 use crate::storage::StoreError;
+use crate::userns::{IdMap, Ids};
 
 /// The protocol's media type. Podman and dockerd look at the body alone; others
 /// that speak to plugins expect it.
@@ -108,6 +110,9 @@ pub struct Use {
     volumes: Vec<String>,
     #[serde(default)]
     exit_code: Option<i32>,
+    /// Its first process, once it has one.
+    #[serde(default)]
+    pub pid: Option<i32>,
 }
 
 impl Use {
@@ -116,11 +121,10 @@ impl Use {
     /// # Errors
     /// When it is not of this shape, or the container's id is too long to be kept.
     pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
-        let bad = |problem: String| Refusal::new(StatusCode::BAD_REQUEST, problem);
-        let of: Self = serde_json::from_slice(body)
-            .map_err(|e| bad(format!("not what a hook says of a container: {e}")))?;
+        let of: Self = parse(body)?;
         if of.container.is_empty() || of.container.len() > MAX_ID {
-            return Err(bad(format!("Container has 1 to {MAX_ID} bytes")));
+            let problem = format!("Container has 1 to {MAX_ID} bytes");
+            return Err(Refusal::new(StatusCode::BAD_REQUEST, problem));
         }
         Ok(of)
     }
@@ -130,8 +134,7 @@ impl Use {
     /// # Errors
     /// When one cannot be a name.
     pub fn names(&self) -> Result<Vec<VolumeName>, Refusal> {
-        let names = self.volumes.iter();
-        Ok(names.map(|name| name.parse()).collect::<Result<_, _>>()?)
+        names(&self.volumes)
     }
 
     /// How it ended. A signal is a failure too, the one that the kernel sends for want of
@@ -144,6 +147,56 @@ impl Use {
             None => Verdict::Unknown,
         }
     }
+}
+
+/// What a hook says of a container that is about to start.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Start {
+    volumes: Vec<String>,
+    #[serde(default)]
+    uid_mappings: IdMap,
+    #[serde(default)]
+    gid_mappings: IdMap,
+}
+
+impl Start {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// When it is not of this shape.
+    pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        parse(body)
+    }
+
+    /// The volumes' names.
+    ///
+    /// # Errors
+    /// When one cannot be a name.
+    pub fn names(&self) -> Result<Vec<VolumeName>, Refusal> {
+        names(&self.volumes)
+    }
+
+    /// The ids that the container will have on this host, if somebody with the ids `outer` starts it.
+    ///
+    /// # Errors
+    /// When no user namespace can have them.
+    pub fn ids(&self, outer: &Ids) -> Result<Ids, Refusal> {
+        let ids = Ids::made_in(outer, &self.uid_mappings, &self.gid_mappings);
+        ids.map_err(|problem| Refusal::new(StatusCode::BAD_REQUEST, problem))
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|e| {
+        let problem = format!("not what a hook says of a container: {e}");
+        Refusal::new(StatusCode::BAD_REQUEST, problem)
+    })
+}
+
+fn names(names: &[String]) -> Result<Vec<VolumeName>, Refusal> {
+    let names = names.iter();
+    Ok(names.map(|name| name.parse()).collect::<Result<_, _>>()?)
 }
 
 /// A request that is refused or failed: a status of 4xx or 5xx, and why.

@@ -30,11 +30,10 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest answer, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// Labels of what is ours.
-pub const POOL: &str = "lvm-cache-friend.pool";
-/// The slot's number.
+/// The label with the slot's name of what is ours.
 pub const SLOT: &str = "lvm-cache-friend.slot";
-/// The runner's name.
+
+/// And the one with the runner's.
 pub const RUNNER: &str = "lvm-cache-friend.runner";
 
 /// A request that Podman did not grant.
@@ -196,7 +195,7 @@ impl Podman {
     ///
     /// # Errors
     /// See [`PodmanError`].
-    pub async fn containers(&self, pool: &str, slot: usize) -> Result<Vec<Container>, PodmanError> {
+    pub async fn containers(&self, slot: &str) -> Result<Vec<Container>, PodmanError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Listed {
@@ -210,7 +209,7 @@ impl Podman {
             exited_at: i64,
             labels: BTreeMap<String, String>,
         }
-        let path = format!("containers/json?all=true&filters={}", filters(pool, slot));
+        let path = format!("containers/json?all=true&filters={}", filters(slot));
         let listed: Vec<Listed> = self.get("listing containers", &path).await?.json()?;
         let time = |at: i64| u64::try_from(at).unwrap_or(0);
         Ok(listed
@@ -234,8 +233,7 @@ impl Podman {
     /// See [`PodmanError`].
     pub async fn volumes(
         &self,
-        pool: &str,
-        slot: usize,
+        slot: &str,
     ) -> Result<BTreeMap<String, BTreeSet<String>>, PodmanError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
@@ -243,8 +241,17 @@ impl Podman {
             name: String,
             labels: BTreeMap<String, String>,
         }
-        let path = format!("volumes/json?filters={}", filters(pool, slot));
-        let listed: Vec<Listed> = self.get("listing volumes", &path).await?.json()?;
+        let path = format!("volumes/json?filters={}", filters(slot));
+        let mut answer = self.get("listing volumes", &path).await?;
+        for _ in 0..3 {
+            // Podman lists nothing where one is removed meanwhile.
+            let vanished = String::from_utf8_lossy(&answer.body).contains("no such volume");
+            if answer.status.is_success() || !vanished {
+                break;
+            }
+            answer = self.get("listing volumes", &path).await?;
+        }
+        let listed: Vec<Listed> = answer.json()?;
         let mut volumes = BTreeMap::<_, BTreeSet<_>>::new();
         for volume in listed {
             let runner = volume.labels.get(RUNNER).cloned().unwrap_or_default();
@@ -408,10 +415,10 @@ impl Podman {
     }
 }
 
-fn filters(pool: &str, slot: usize) -> String {
-    let labels = [format!("{POOL}={pool}"), format!("{SLOT}={slot}")];
-    let text = json!({"label": labels}).to_string();
-    // Of a pool's name and JSON's own, these are what a query cannot have.
+/// One label: of several, Podman 4.3 takes volumes that have any.
+fn filters(slot: &str) -> String {
+    let text = json!({"label": [format!("{SLOT}={slot}")]}).to_string();
+    // Of a slot's name and JSON's own, these are what a query cannot have.
     text.replace('"', "%22")
         .replace('{', "%7B")
         .replace('}', "%7D")

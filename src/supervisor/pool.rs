@@ -15,7 +15,7 @@ use super::config::{Pool, Size};
 use super::github::rest::{NewRunner, Removed};
 use super::github::scaleset::ScaleSets;
 use super::github::{GitHub, GitHubError};
-use super::podman::{POOL, Podman, PodmanError, RUNNER, SLOT};
+use super::podman::{Podman, PodmanError, RUNNER, SLOT};
 use super::slot::{Action, Container, Job, Mode, Presence, Runner, Seen, Slot, State, decide};
 use crate::engine::Verdict;
 use crate::plugin::client::{self, ClientError};
@@ -422,9 +422,9 @@ impl Task<'_> {
     }
 
     async fn look(&mut self) -> Result<Seen, StepError> {
-        let (podman, pool) = (&self.worker.podman, &self.worker.pool.name);
-        let containers = podman.containers(pool, self.number).await?;
-        self.volumes = podman.volumes(pool, self.number).await?;
+        let podman = &self.worker.podman;
+        let containers = podman.containers(&self.name).await?;
+        self.volumes = podman.volumes(&self.name).await?;
         let secrets = podman.secrets(&format!("{}-", self.name)).await?;
         Ok(Seen {
             containers,
@@ -555,11 +555,7 @@ impl Task<'_> {
     }
 
     fn labels(&self, runner: &str) -> BTreeMap<&'static str, String> {
-        BTreeMap::from([
-            (POOL, self.worker.pool.name.clone()),
-            (SLOT, self.number.to_string()),
-            (RUNNER, runner.to_owned()),
-        ])
+        BTreeMap::from([(SLOT, self.name.clone()), (RUNNER, runner.to_owned())])
     }
 
     fn runner_name(&self) -> String {

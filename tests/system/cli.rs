@@ -4,12 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
@@ -19,7 +23,7 @@ use crate::support::command::{Outcome, outcome, run};
 use crate::support::daemon::Plugin;
 use crate::support::reflink::ReflinkFs;
 use crate::support::site::{Kind, Site};
-use crate::support::{temp_dir, wait_until};
+use crate::support::{PROGRAM, temp_dir, wait_until};
 
 pub fn tests() -> Vec<Test> {
     let reflink = |name: &str, body: fn(Kind)| {
@@ -40,6 +44,7 @@ pub fn tests() -> Vec<Test> {
         reflink("import_leaves_nothing_when_it_fails", import_fails),
         reflink("remove", remove),
         reflink("exit_codes", exit_codes),
+        test(Tier::Host, "cli::hooks_wait_for_no_daemon", hooks),
         lvm("init_again_changes_nothing", init_again),
         lvm("init_loop", init_loop),
         lvm("list_and_show_without_a_daemon", list_and_show),
@@ -77,6 +82,54 @@ fn mount_entry(plugin: &Plugin, name: &str, options: &Value) -> PathBuf {
         status == 200
     });
     PathBuf::from(answer["Mountpoint"].as_str().unwrap())
+}
+
+/// Hooks of containers while the daemon hangs: nobody takes their connections, and no more can wait for that.
+fn hooks() {
+    let dir = temp_dir();
+    let place = |name: &str| dir.path().join(name);
+    let socket = place("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let mut waiting = Vec::new();
+    let address = UnixAddr::new(&socket).unwrap();
+    loop {
+        let client = socket::socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_NONBLOCK,
+            None,
+        );
+        let client = client.unwrap();
+        match socket::connect(client.as_raw_fd(), &address) {
+            Ok(()) => waiting.push(client),
+            Err(error) => {
+                assert_eq!(error, nix::Error::EAGAIN, "after {}", waiting.len());
+                break;
+            }
+        }
+    }
+    let [socket, mounts] = [socket, place("mounts")].map(|path| path.display().to_string());
+    let config = format!("socket = {socket:?}\nmount-dir = {mounts:?}\n[reflink]\ndir = \"/x\"\n");
+    fs::write(place("config.toml"), config).unwrap();
+    let mount = json!({"destination": "/cache", "type": "bind", "source": format!("{mounts}/one")});
+    let spec = json!({"ociVersion": "1.0.2", "mounts": [mount]});
+    fs::write(place("config.json"), spec.to_string()).unwrap();
+    let state = json!({"ociVersion": "1.0.2", "id": "c", "status": "created", "pid": 1, "bundle": dir.path()});
+    for stage in ["createRuntime", "poststop"] {
+        let since = Instant::now();
+        let mut hook = Command::new(PROGRAM)
+            .arg("--config")
+            .arg(place("config.toml"))
+            .args(["hook", stage])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = hook.stdin.take().unwrap();
+        stdin.write_all(state.to_string().as_bytes()).unwrap();
+        drop(stdin);
+        assert!(hook.wait().unwrap().success(), "{stage}");
+        println!("{stage}: {:?}", since.elapsed());
+    }
 }
 
 fn init_again(kind: Kind) {

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::jobs::ask_here;
 use crate::support::census::{Held, Known};
 use crate::support::command::run;
 use crate::support::content::{self, Content};
@@ -24,6 +25,9 @@ pub fn tests() -> Vec<Test> {
         (Tier::Guest(Group::Lvm), Kind::Lvm),
     ] {
         tests.push(test(tier, "full::of_one_job", move || of_one_job(kind)));
+        tests.push(test(tier, "full::by_a_job_volume", move || {
+            by_a_job_volume(kind);
+        }));
     }
     tests
 }
@@ -135,6 +139,77 @@ fn of_one_job(kind: Kind) {
     numbers.sort_by_key(|content| format!("{content:?}"));
     assert_eq!(numbers, [Content::Whole(1), Content::Whole(2)]);
     daemon.stop();
+}
+
+/// What a job asks for on its socket is refused before any write of anybody's fails.
+fn by_a_job_volume(kind: Kind) {
+    let site = small(kind);
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    let of_b = json!({"scope": "b", "restore": "linux", "save": "linux"});
+    plugin.create("b", &of_b);
+    let at = plugin.mount("b", "x");
+    content::write(&at, 1);
+    plugin.unmount("b", "x");
+    let entries = site.settled(&[Known::idle("b")]).entries();
+    let at = plugin.mount("b", "x");
+
+    plugin.create(
+        "job",
+        &json!({"type": "job", "scope": "a", "save": "linux"}),
+    );
+    let job = plugin.mount("job", "x");
+    let answer = ask_here(&job, "mount x\n");
+    assert!(answer.contains("\nok "), "{answer}");
+    let mut big = File::create(job.join("x/big")).unwrap();
+    while has_room(&site) {
+        big.write_all(&[0x5a; 4 * MIB]).unwrap();
+        big.sync_data().unwrap();
+    }
+    drop(big);
+    for request in ["save x more\n", "mount y\n"] {
+        let answer = ask_here(&job, request);
+        assert!(answer.starts_with("error "), "{answer}");
+        told_of_no_room(kind, &answer);
+    }
+    let late = json!({"Name": "late", "Opts": of_b});
+    told_of_no_room(kind, &plugin.refused("VolumeDriver.Create", &late));
+    for (dir, number) in [(at.clone(), 2), (job.join("x"), 3)] {
+        content::write(&dir, number);
+        run("sync", ["--file-system".as_ref(), dir.as_os_str()]);
+    }
+    assert_eq!(site.census().entries(), entries, "nothing had to go for it");
+
+    plugin.unmount("job", "x");
+    let volumes = [Known::mounted("b"), Known::idle("job")];
+    assert_eq!(site.settled(&volumes).entries(), entries);
+    let last = plugin.status("job")["last_lease"]["x"]["why"].to_string();
+    told_of_no_room(kind, &last);
+    plugin.unmount("b", "x");
+    let census = site.settled(&["b", "job"].map(Known::idle));
+    let whole = census
+        .entries()
+        .into_iter()
+        .map(|entry| census.content(&entry));
+    let whole: Vec<_> = whole.map(Result::unwrap).collect();
+    assert_eq!(whole.len(), 2);
+    assert!(whole.contains(&Content::Whole(1)) && whole.contains(&Content::Whole(2)));
+    daemon.stop();
+}
+
+/// Whether volumes are still made.
+fn has_room(site: &Site) -> bool {
+    match site.kind {
+        Kind::Lvm => {
+            let pool = format!("{}/friend-pool", site.store());
+            let used = run("lvs", ["--noheadings", "-o", "data_percent", &pool]);
+            used.trim().parse::<f64>().unwrap() < 96.0
+        }
+        Kind::Reflink => {
+            let stat = nix::sys::statvfs::statvfs(Path::new(&site.store())).unwrap();
+            stat.blocks_available() >= stat.blocks() / 20
+        }
+    }
 }
 
 /// Writes until that fails.

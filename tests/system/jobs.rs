@@ -3,24 +3,31 @@
 //! The client here is on the host, where a job volume is as it is in a container; `podman::jobs` has
 //! containers.
 
-use std::fs;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
-use crate::support::JOB_CLIENT;
+use crate::support::census::{Known, mounts};
+use crate::support::content::Random;
 use crate::support::daemon::Daemon;
 use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::wait_until;
 
 type Body = (&'static str, fn(Kind));
 
@@ -29,17 +36,17 @@ const BODIES: &[Body] = &[
     ("jobs_do_not_see_each_other", apart),
     ("only_what_may_be_published_is", verdicts),
     ("a_checkpoint_is_of_one_instant", checkpoint),
+    ("a_checkpoint_while_dd_writes", checkpoint_of_much),
     ("mounts_go_on_after_a_kill", over_a_kill),
     ("none_gets_in_before_it_is_known", unknown),
+    ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
-];
-
-const REFLINK_BODIES: &[Body] = &[
-    ("limits", limits),
-    ("slow_and_hostile_clients", clients),
     ("a_directory_swapped_for_a_link_leads_nowhere", swapped),
     ("volume_options_bound_requests", bounds),
+    ("a_flood_of_one_scope_drowns_no_other", flood),
 ];
+
+const REFLINK_BODIES: &[Body] = &[("limits", limits), ("slow_and_hostile_clients", clients)];
 
 pub fn tests() -> Vec<Test> {
     let reflink = BODIES.iter().chain(REFLINK_BODIES);
@@ -56,19 +63,6 @@ pub fn tests() -> Vec<Test> {
         )
     });
     reflink.chain(lvm).collect()
-}
-
-/// Waits until something is so. What is waited for here takes a second or two; a minute is a failure, and shows the daemon's log.
-#[track_caller]
-fn wait_until(mut so: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !so() {
-        assert!(
-            since.elapsed() < Duration::from_secs(60),
-            "it never came to that"
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 struct Jobs {
@@ -109,8 +103,9 @@ impl Jobs {
         self.daemon().plugin().unmount(name, "test");
         let mut last = Value::Null;
         wait_until(|| {
-            last = self.status(name)["last_lease"].clone();
-            last.as_object().map_or(0, |last| last.len()) == count
+            let status = self.status(name);
+            last = status["last_lease"].clone();
+            status["state"] == "stale" && last.as_object().map_or(0, |last| last.len()) == count
         });
         assert!(!Path::new(MOUNT_DIR).join(name).exists());
         last
@@ -132,10 +127,11 @@ impl Jobs {
 }
 
 /// What is answered to `input`, where it does not matter who asks: quicker than [`ask`].
-fn ask_here(at: &Path, input: &str) -> String {
+pub fn ask_here(at: &Path, input: &str) -> String {
     let mut stream = UnixStream::connect(at.join("socket")).unwrap();
-    stream.write_all(input.as_bytes()).unwrap();
-    stream.shutdown(Shutdown::Write).unwrap();
+    // It may be hung up on before all is said.
+    let _ = stream.write_all(input.as_bytes());
+    let _ = stream.shutdown(Shutdown::Write);
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
@@ -144,13 +140,13 @@ fn ask_here(at: &Path, input: &str) -> String {
 /// Says `input` on a job volume's socket, and gives all that is answered. A process of its own does that: the daemon
 /// looks at the client's mounts, and a test is a thread with mounts of its own.
 fn ask(at: &Path, input: &str) -> String {
-    let mut client = Command::new("perl")
-        .args(["-e", JOB_CLIENT])
+    let mut client = Command::new("ncat")
+        .arg("-U")
         .arg(at.join("socket"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .expect("perl-base, which every Debian has");
+        .expect("ncat");
     client
         .stdin
         .take()
@@ -224,14 +220,8 @@ fn article(kind: Kind) {
     // Removed while in use: all of it ends.
     jobs.daemon().plugin().remove("job");
     assert!(!at.exists());
-    wait_until(|| below_mount_dir() == 0);
+    wait_until(|| mounts().is_empty());
     wait_until(|| jobs.site.list().iter().all(|row| row["kind"] != "volume"));
-}
-
-fn below_mount_dir() -> usize {
-    let table = lvm_cache_friend::mount::table().unwrap();
-    let below = |at: &Path| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR);
-    table.iter().filter(|mount| below(&mount.at)).count()
 }
 
 fn apart(kind: Kind) {
@@ -393,6 +383,127 @@ fn checkpoint(kind: Kind) {
     jobs.end("job", 1);
 }
 
+/// A counter, what follows from it, and a checksum of both.
+fn record(counter: u64) -> Vec<u8> {
+    let mut random = Random::new(counter);
+    let mut bytes = counter.to_le_bytes().to_vec();
+    // Of many pages.
+    for _ in 0..4096 {
+        bytes.extend(random.next().to_le_bytes());
+    }
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&bytes);
+    bytes.extend(hasher.finish().to_le_bytes());
+    bytes
+}
+
+/// The counter in a record, which must be whole.
+#[track_caller]
+fn counter(file: &Path) -> u64 {
+    let bytes = fs::read(file).unwrap();
+    let counter = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    assert!(bytes == record(counter), "{}: torn", file.display());
+    counter
+}
+
+/// Whether a directory that [`checkpoint_of_much`] writes to is of one instant.
+#[track_caller]
+fn is_of_one_instant(dir: &Path) {
+    for writer in ["plain", "synced"] {
+        let [first, second] = ["first", "second"].map(|file| counter(&dir.join(writer).join(file)));
+        assert!(
+            first == second || first == second + 1,
+            "{writer}: {first} in the file that is written first, {second} in the other"
+        );
+    }
+}
+
+/// Writes records to two files in turn, in place, until it is to stop.
+fn write_records(dir: &Path, sync: bool, stop: &AtomicBool) {
+    fs::create_dir(dir).unwrap();
+    let files = ["first", "second"].map(|file| File::create(dir.join(file)).unwrap());
+    let mut n = 0;
+    while !stop.load(Ordering::Relaxed) {
+        n += 1;
+        for file in &files {
+            file.write_all_at(&record(n), 0).unwrap();
+            if sync {
+                file.sync_all().unwrap();
+            }
+        }
+    }
+}
+
+/// Who writes, until this is dropped.
+struct Writers {
+    dd: Child,
+    stop: Arc<AtomicBool>,
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let group = Pid::from_raw(self.dd.id().cast_signed());
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.dd.wait();
+    }
+}
+
+/// `dd` writes, and two writers write records in place, each to two files in turn.
+fn checkpoint_of_much(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    for fs_type in ["xfs", "ext4"] {
+        let at = jobs.job("job", &json!({"save": fs_type, "fs": fs_type}));
+        assert_ok(&ask(&at, "mount x\n"));
+        let dir = at.join("x");
+        let mut saved = Vec::new();
+        thread::scope(|scope| {
+            // Of its own process group, and so is whatever it starts.
+            let dd = "while :; do dd if=/dev/urandom of=\"$0\" bs=64k count=2048 conv=notrunc status=none; done";
+            let dd = Command::new("sh")
+                .args(["-c".as_ref(), dd.as_ref(), dir.join("big").as_os_str()])
+                .process_group(0)
+                .spawn()
+                .unwrap();
+            let writers = Writers {
+                dd,
+                stop: Arc::default(),
+            };
+            for (name, sync) in [("plain", false), ("synced", true)] {
+                let (dir, stop) = (dir.join(name), Arc::clone(&writers.stop));
+                scope.spawn(move || write_records(&dir, sync, &stop));
+            }
+            wait_until(|| {
+                let files = ["plain/second", "synced/second", "big"];
+                let sizes =
+                    files.map(|file| fs::metadata(dir.join(file)).map_or(0, |file| file.len()));
+                sizes.iter().all(|size| *size > 0)
+            });
+            for _ in 0..3 {
+                let answer = ask(&at, "save x mid\n");
+                assert_ok(&answer);
+                let mut words = answer.split(['=', ' ', '\n']);
+                let entry = words.find(|word| word.starts_with("friend-")).unwrap();
+                saved.push(entry.to_owned());
+            }
+        });
+        let census = jobs.site.census();
+        for entry in &saved {
+            census.check(entry).unwrap();
+            census.read(entry, is_of_one_instant).unwrap();
+        }
+        let other = jobs.job("other", &json!({}));
+        let answer = ask(&other, &format!("mount y\n> mid {fs_type}\n"));
+        assert!(answer.contains(saved.last().unwrap()), "{answer}");
+        is_of_one_instant(&other.join("y"));
+        assert!(other.join("y/big").exists());
+        for name in ["other", "job"] {
+            jobs.end(name, 1);
+            jobs.daemon().plugin().remove(name);
+        }
+    }
+}
+
 fn over_a_kill(kind: Kind) {
     let mut jobs = Jobs::new(kind);
     let at = jobs.job("job", &json!({"save": "a"}));
@@ -446,6 +557,27 @@ fn over_a_kill(kind: Kind) {
     jobs.end("two", 1);
 }
 
+/// The daemon starts again and finds a mount where it cannot take hold of it.
+fn out_of_reach(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "a"}));
+    assert_ok(&ask(&at, "mount x/y\n\nmount z\n"));
+    for path in ["x/y/file", "z/file"] {
+        fs::write(at.join(path), "").unwrap();
+    }
+    let leased = |row: &&Value| row["tags"].to_string().contains("friend:lease");
+    wait_until(|| jobs.site.list().iter().filter(leased).count() == 2);
+    jobs.daemon.take().unwrap().kill();
+    // No path of a mount has such a name in it.
+    fs::rename(at.join("x"), at.join("\u{1}")).unwrap();
+    jobs.daemon = Some(jobs.site.serve());
+    assert!(ask(&at, "status\n").contains("ok mounts=1 "));
+    let last = jobs.end("job", 1);
+    assert!(last["z"]["published"].is_string(), "{last}");
+    let census = jobs.site.settled(&[Known::idle("job")]);
+    assert_eq!(census.entries().len(), 1);
+}
+
 fn places(kind: Kind) {
     let jobs = Jobs::new(kind);
     let at = jobs.job("job", &json!({}));
@@ -478,20 +610,21 @@ fn places(kind: Kind) {
     assert_refused(&ask(&at, "mount c/b/d\n"), "upon a mount");
     assert!(!Path::new("/etc/x").exists());
     jobs.end("job", 1);
-    assert_eq!(below_mount_dir(), 0, "what was moved is unmounted too");
+    assert!(mounts().is_empty(), "what was moved is unmounted too");
 }
 
 fn limits(kind: Kind) {
     let jobs = Jobs::with(
         kind,
-        "job.line = 200\njob.criteria = 3\njob.terms = 8\njob.mounts = 2\njob.connections = 3\njob.request-time = \"1s\"\n",
+        "job.line = 200\njob.criteria = 3\njob.terms = 8\njob.mounts = 2\njob.saves = 2\njob.connections = 3\njob.request-time = \"1s\"\n",
     );
     let at = jobs.job("job", &json!({}));
     assert_refused(
         &ask(&at, &format!("mount {}\n", "x".repeat(200))),
         "at most 200 bytes",
     );
-    assert_refused(&ask(&at, &"x".repeat(5 << 20)), "at most 200 bytes");
+    let gigantic = "x".repeat(5 << 20);
+    assert_refused(&ask_here(&at, &gigantic), "at most 200 bytes");
     assert_refused(
         &ask(&at, "mount x\n> a\n> b\n> c\n> d\n"),
         "at most 3 criteria",
@@ -500,6 +633,10 @@ fn limits(kind: Kind) {
     assert_ok(&ask(&at, "mount x\n> a b c d e\n< f g h\n"));
     assert_ok(&ask(&at, "mount y\n"));
     assert_refused(&ask(&at, "mount z\n"), "at most 2 mounts");
+    // What fails does not count.
+    assert_refused(&ask(&at, "save y\n"), "it has no tags");
+    assert_ok(&ask(&at, "save x\n\nsave y some\n"));
+    assert_refused(&ask(&at, "save x\n"), "at most 2 checkpoints");
     let mut slow = UnixStream::connect(at.join("socket")).unwrap();
     slow.write_all(b"mount z\n").unwrap();
     let mut answer = String::new();
@@ -563,38 +700,107 @@ fn clients(kind: Kind) {
     assert_ok(&ask(&at, "status\n"));
 }
 
+/// While the job swaps a directory for a link out of its volume and back, as fast as it can.
 fn swapped(kind: Kind) {
-    let jobs = Jobs::with(kind, "job.mounts = 1000\n");
-    let at = jobs.job("job", &json!({}));
+    // Most rounds find no entry, once they have made and opened their place: what mounts takes a guest a second.
+    let (rounds, mounting) = match kind {
+        Kind::Reflink => (1000, 4),
+        Kind::Lvm => (1000, 40),
+    };
+    let jobs = Jobs::new(kind);
+    jobs.entry("origin", "linux", "-");
+    let at = jobs.job("job", &json!({"restore": "linux", "on-miss": "fail"}));
     let outside = jobs.site.dir.path().join("outside");
-    fs::create_dir_all(outside.join("x")).unwrap();
+    fs::create_dir_all(&outside).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let swapper = thread::spawn({
-        let (dir, outside, stop) = (at.join("dir"), outside.clone(), Arc::clone(&stop));
+        let (dir, link) = (at.join("dir"), at.join("link"));
+        let (outside, stop) = (outside.clone(), Arc::clone(&stop));
         move || {
             while !stop.load(Ordering::Relaxed) {
-                let _ = fs::create_dir(&dir);
-                let _ = fs::rename(&dir, dir.with_extension("old"));
-                let _ = symlink(&outside, &dir);
-                let _ = fs::remove_file(&dir);
-                let _ = fs::remove_dir(dir.with_extension("old").join("x"));
-                let _ = fs::remove_dir(dir.with_extension("old"));
+                if !link.exists() {
+                    let _ = fs::create_dir(&dir);
+                    let _ = symlink(&outside, &link);
+                }
+                let _ = renameat_with(CWD, &dir, CWD, &link, RenameFlags::EXCHANGE);
             }
         }
     });
-    for round in 0..1000 {
-        ask_here(&at, "mount dir/x\n> nothing\n");
+    let (mut mounted, mut refused, mut missed) = (0, 0, 0);
+    for round in 0..rounds {
+        let term = if round % mounting == 0 {
+            "linux"
+        } else {
+            "nothing"
+        };
+        let answer = ask_here(&at, &format!("mount dir/x\n> {term}\n"));
         let table = lvm_cache_friend::mount::table().unwrap();
         let led = table.iter().find(|mount| mount.at.starts_with(&outside));
         assert!(led.is_none(), "round {round}: {led:?}");
-        if ask_here(&at, "status\n").contains("mounts=1 ") {
-            jobs.daemon().plugin().unmount("job", "test");
-            jobs.daemon().plugin().mount("job", "test");
+        match answer.lines().last().unwrap_or_default() {
+            ok if ok.starts_with("ok ") => {
+                mounted += 1;
+                // The directory, the client in it, and this.
+                let inside = table.iter().filter(|mount| mount.at.starts_with(&at));
+                assert_eq!(inside.count(), 3, "round {round}: {table:?}");
+                jobs.daemon().plugin().unmount("job", "test");
+                jobs.daemon().plugin().mount("job", "test");
+            }
+            miss if miss.contains("no entry matches") => missed += 1,
+            error => {
+                assert_refused(&format!("{error}\n"), "something else than a directory");
+                refused += 1;
+            }
         }
     }
     stop.store(true, Ordering::Relaxed);
     swapper.join().unwrap();
-    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+    println!("{mounted} mounted, {missed} found no entry, {refused} met the link");
+    assert!(mounted > 0 && missed > 0 && refused > 0);
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+/// A job fills what it may fill, under the tags of another scope.
+fn flood(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    jobs.entry("b", "linux one", "b");
+    let of_b = |jobs: &Jobs| -> Vec<Value> {
+        let mut rows = jobs.site.list();
+        rows.retain(|row| row["scope"] == "b");
+        for row in &mut rows {
+            row.as_object_mut().unwrap().remove("age_seconds");
+        }
+        rows
+    };
+    let before = of_b(&jobs);
+    let at = jobs.job("job", &json!({"scope": "a"}));
+    assert_ok(&ask(&at, "mount x\n< linux one\n"));
+    fs::write(at.join("x/who"), "a").unwrap();
+    let saves = "save x linux one friend:scope:b\n\n".repeat(17);
+    let answer = ask(&at, &saves);
+    let ends: Vec<_> = answer
+        .lines()
+        .filter(|line| line.starts_with("ok ") || line.starts_with("error "))
+        .collect();
+    assert_eq!(ends.len(), 17, "{answer}");
+    assert!(
+        ends[..16].iter().all(|end| end.starts_with("ok ")),
+        "{answer}"
+    );
+    assert_refused(ends[16], "at most 16 checkpoints");
+    jobs.end("job", 1);
+    assert_eq!(of_b(&jobs), before);
+    let entries = |scope: &str| {
+        let rows = jobs.site.list();
+        rows.iter()
+            .filter(|row| row["kind"] == "entry" && row["scope"] == scope)
+            .count()
+    };
+    assert_eq!((entries("a"), entries("b")), (17, 1));
+    let at = jobs.job("other", &json!({"scope": "b"}));
+    assert_ok(&ask(&at, "mount x\n> linux one\n"));
+    assert_eq!(fs::read_to_string(at.join("x/who")).unwrap(), "b");
+    jobs.end("other", 1);
 }
 
 /// A job whose scope nobody has said yet gets nothing, and then what it was waiting for.

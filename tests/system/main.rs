@@ -4,6 +4,7 @@
 //! What needs device-mapper or cgroup2 runs in a guest (`tests/vm/run`), which the tests of one
 //! group share and which boots when the first of them asks.
 
+mod action;
 mod cli;
 mod crash;
 mod damage;
@@ -25,6 +26,7 @@ mod vm;
 fn main() {
     harness::main(
         [
+            action::tests(),
             cli::tests(),
             crash::tests(),
             damage::tests(),

@@ -2,12 +2,17 @@
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.
 
+mod action;
 mod caches;
+mod churn;
 mod client;
 mod hooks;
+mod job_client;
 mod jobs;
+mod nested;
 mod options;
 mod supervisor;
+mod users;
 
 use std::fs;
 use std::path::Path;
@@ -33,12 +38,25 @@ pub fn tests() -> Vec<Test> {
             hooks::BODIES,
             jobs::BODIES,
             supervisor::BODIES,
+            nested::BODIES,
+            churn::BODIES,
+            users::BODIES,
+            job_client::BODIES,
+            action::BODIES,
         ]
         .concat();
         tests.extend(bodies.into_iter().map(|(name, body)| {
             test(tier, format!("podman::{name}"), move || body(kind)).timeout(900)
         }));
     }
+    tests.push(
+        test(
+            Tier::Guest(Group::Systemd),
+            "podman::verdicts_in_the_journal",
+            hooks::in_the_journal,
+        )
+        .timeout(900),
+    );
     tests.push(test(
         Tier::Guest(Group::Podman),
         "podman::made_by_hand",
@@ -59,7 +77,12 @@ struct Host {
 
 impl Host {
     fn new(kind: Kind) -> Self {
+        Self::configured(kind, "")
+    }
+
+    fn configured(kind: Kind, settings: &str) -> Self {
         let site = Site::new(kind);
+        site.configure(settings);
         Self {
             daemon: Some(site.serve()),
             podman: Podman::new(kind),

@@ -66,6 +66,7 @@ pub fn tests() -> Vec<Test> {
         reflink("a_thousand_silent_connections", silent),
         reflink("a_socket_from_systemd", from_systemd),
         reflink("log_is_printable", log_is_printable),
+        reflink("ids_of_a_container", ids),
         lvm("bad_options_are_refused_by_name", options),
         lvm("eight_at_once", eight_at_once),
         lvm("a_client_that_hangs_up_stops_nothing", hang_up),
@@ -106,6 +107,67 @@ impl<'a> Untouched<'a> {
         let left: Vec<_> = fs::read_dir(MOUNT_DIR).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
     }
+}
+
+/// What precreate says of a container's user namespace.
+fn ids(kind: Kind) {
+    let site = Site::new(kind);
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    plugin.create("v1", &json!({}));
+    let ranges = |ranges: &[[u64; 3]]| -> Value {
+        let range = |[inside, outside, size]: &[u64; 3]| json!({"containerID": inside, "hostID": outside, "size": size});
+        ranges.iter().map(range).collect()
+    };
+    let tell = |uids: &[[u64; 3]], gids: &[[u64; 3]]| {
+        let body =
+            json!({"Volumes": ["v1"], "UidMappings": ranges(uids), "GidMappings": ranges(gids)});
+        plugin.call("Friend.Starting", &body)
+    };
+    let good = [[0, 100_000, 1000]];
+    // Nothing is mounted, so nothing is to be done.
+    assert_eq!(tell(&good, &good).0, 200);
+    let at = plugin.mount("v1", "test");
+    let shown = || {
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let place = format!(" {} ", at.display());
+        let lines = table.lines().filter(|line| line.contains(&place));
+        let options: Vec<_> = lines
+            .map(|line| line.split(' ').nth(5).unwrap().to_owned())
+            .collect();
+        options.join(" and ")
+    };
+    let (plain, mapped) = (
+        "rw,nosuid,nodev,noatime",
+        "rw,nosuid,nodev,noatime,idmapped",
+    );
+    assert_eq!(tell(&good, &good).0, 200);
+    assert_eq!(shown(), mapped);
+    for bad in [
+        &[[0, 0, 0]][..],
+        &[[u64::from(u32::MAX), 0, 2]],
+        &[[0, u64::from(u32::MAX), 2]],
+    ] {
+        assert_refused("a range", &tell(bad, bad));
+        assert_refused("a range of users", &tell(bad, &good));
+    }
+    assert_refused("no groups", &tell(&good, &[]));
+    assert_refused("too large", &tell(&[[0, 1 << 32, 1]], &good));
+    let many: Vec<_> = (0..400).map(|i| [i, 1000 + 2 * i, 1]).collect();
+    assert_refused("many", &tell(&many, &good));
+    assert_eq!(shown(), mapped);
+    // A container without a namespace of its own.
+    assert_eq!(tell(&[], &[]).0, 200);
+    assert_eq!(shown(), plain);
+    // What the kernel does not map is mounted plainly, and that is said once.
+    for second in [5, 6] {
+        let overlap = [[0, 100_000, 10], [second, 200_000, 10]];
+        assert_eq!(tell(&overlap, &overlap).0, 200);
+        assert_eq!(shown(), plain);
+    }
+    assert_eq!(daemon.log().matches("no idmapped mount").count(), 1);
+    plugin.unmount("v1", "test");
+    wait_until(|| !at.exists());
 }
 
 fn refusals(kind: Kind) {

@@ -110,11 +110,14 @@ pub(super) fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreE
         let what = what.display().to_string();
         move |error| io_error(what, error)
     };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&dir)
-        .map_err(context(&dir))?;
+    // The plugin's socket will be beside it, for others than root too.
+    for (dir, mode) in [(runtime_dir, 0o755), (&dir, 0o700)] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(dir)
+            .map_err(context(dir))?;
+    }
     let tag_files = fs::read_dir(host)
         .into_iter()
         .flatten()

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Body, Host};
+use super::{Body, Host, mountpoint};
 use crate::support::PROGRAM;
 use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::podman::{DropIn, create};
@@ -14,7 +14,7 @@ use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[
     ("verdicts", verdicts),
-    ("verdict_over_a_restart", over_a_restart),
+    ("containers_of_a_volume", containers),
     ("verdict_over_a_kill", over_a_kill),
     ("guard", guard),
 ];
@@ -44,49 +44,120 @@ impl Hooks {
     }
 }
 
-/// A container with the volumes `quiet` (`unless-failed`) and `strict` (`on-success`), the end that `ends` gives it, and
-/// what became of both leases.
-fn ended(host: &Host, options: &[&str], script: &str, ends: impl FnOnce()) -> [Value; 2] {
-    let before = ["quiet", "strict"].map(|volume| host.status(volume)["last_lease"].clone());
-    let volumes = ["-v", "quiet:/quiet", "-v", "strict:/strict"];
-    let script = format!("date +%N > /quiet/x; date +%N > /strict/x\n{script}");
+/// What containers use here, and where: plain volumes and job volumes, with `publish=unless-failed` and with `on-success`.
+const USED: [(&str, &str); 4] = [
+    ("quiet", "quiet:/quiet"),
+    ("strict", "strict:/strict"),
+    ("late", "late:/late:rslave"),
+    ("late-strict", "late-strict:/late-strict:rslave"),
+];
+
+/// Where each of them is written to, by what the shell function `begin` does first.
+const BEGIN: &str = "begin() {
+    for job in late late-strict; do
+        # Started again, it has that already.
+        /$job/bin/lvm-cache-friend restore x || :
+        grep -q \" /$job/x \" /proc/self/mounts
+    done
+    for place in /quiet /strict /late/x /late-strict/x; do date +%N > $place/y; done
+}
+begin
+";
+
+/// A cache of its own in each job volume.
+fn volumes(host: &Host) {
+    for (volume, options) in [
+        ("quiet", &["save=quiet"][..]),
+        ("strict", &["save=strict", "publish=on-success"]),
+        ("late", &["type=job", "save=late"]),
+        (
+            "late-strict",
+            &["type=job", "save=late-strict", "publish=on-success"],
+        ),
+    ] {
+        host.podman.create(volume, options);
+    }
+}
+
+/// Starts the container `job` with all of [`USED`], and `script` in it after [`BEGIN`].
+fn start(host: &Host, options: &[&str], script: &str) {
+    let volumes = USED.iter().flat_map(|(_, mount)| ["-v", mount]);
+    let volumes: Vec<_> = volumes.collect();
+    let script = format!("{BEGIN}{script}");
     let head = ["run", "--detach", "--name", "job"];
     let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
     host.podman
         .done(&[&head[..], &volumes, options, &tail].concat());
-    ends();
-    let after = ["quiet", "strict"].map(|volume| {
-        let mut last = Value::Null;
+}
+
+/// What became of the last cache that was used through a volume.
+fn last(host: &Host, volume: &str) -> Value {
+    let last = &host.status(volume)["last_lease"];
+    if last["x"].is_object() {
+        last["x"].clone()
+    } else {
+        last.clone()
+    }
+}
+
+/// Runs a container to the end that `ends` gives it, and tells what became of each of [`USED`].
+fn ended(
+    host: &mut Host,
+    options: &[&str],
+    script: &str,
+    ends: impl FnOnce(&mut Host),
+) -> [Value; 4] {
+    let before = USED.map(|(volume, _)| last(host, volume)["lv"].clone());
+    start(host, options, script);
+    ends(host);
+    let after = USED.map(|(volume, _)| {
+        let mut ended = Value::Null;
         wait_until(|| {
-            last = host.status(volume)["last_lease"].clone();
-            before.iter().all(|before| before["lv"] != last["lv"])
-                && host.status(volume)["state"] == "ready"
+            ended = last(host, volume);
+            let idle = ["ready", "stale"].map(Value::from);
+            ended["lv"].is_string()
+                && !before.contains(&ended["lv"])
+                && idle.contains(&host.status(volume)["state"])
         });
-        last
+        ended
     });
     host.podman.outcome(&["rm", "--force", "job"]);
     after
 }
 
-fn volumes(host: &Host) {
-    host.podman.create("quiet", &["save=quiet"]);
-    let options = ["save=strict", "publish=on-success"];
-    host.podman.create("strict", &options);
-}
-
 fn verdicts(kind: Kind) {
-    let host = Host::new(kind);
+    let mut host = Host::new(kind);
     let _hooks = Hooks::new(&host);
-    let podman = &host.podman;
     volumes(&host);
-    let wait = || drop(podman.outcome(&["wait", "job"]));
-    let kill = || drop(podman.done(&["kill", "job"]));
-    let remove = || drop(podman.done(&["rm", "--force", "--time", "0", "job"]));
+    let wait = |host: &mut Host| drop(host.podman.outcome(&["wait", "job"]));
+    let begun = || wait_until(|| mountpoint("late-strict").join("x/y").exists());
+    let kill = |host: &mut Host| {
+        begun();
+        host.podman.done(&["kill", "job"]);
+    };
+    let remove = |host: &mut Host| {
+        begun();
+        host.podman.done(&["rm", "--force", "--time", "0", "job"]);
+    };
+    // The daemon that is told of the end is not the one that was told of the start.
+    let restart = |host: &mut Host| {
+        begun();
+        host.restart(true, |_| {});
+        fs::write(mountpoint("quiet").join("go"), "").unwrap();
+        wait(host);
+    };
     let sleep = "exec sleep 3600";
+    let go = "until [ -e /quiet/go ]; do sleep 0.1; done; rm /quiet/go\n";
     // Its first two runs fail.
     let third = "n=$(cat /quiet/n || echo 0); echo $((n + 1)) > /quiet/n; [ $n = 2 ]";
     let cases = [
-        ("exit 0", &[][..], "exit 0", &wait as &dyn Fn(), "success"),
+        (
+            "exit 0",
+            &[][..],
+            "exit 0",
+            &wait as &dyn Fn(&mut Host),
+            "success",
+        ),
         ("exit 1", &[][..], "exit 1", &wait, "failure"),
         ("podman kill", &[][..], sleep, &kill, "failure"),
         ("podman rm -f", &[][..], sleep, &remove, "failure"),
@@ -97,33 +168,69 @@ fn verdicts(kind: Kind) {
             &wait,
             "success",
         ),
+        (
+            "exit 0 after a restart of the daemon",
+            &[][..],
+            &format!("{go}exit 0"),
+            &restart,
+            "success",
+        ),
+        (
+            "exit 1 after a restart of the daemon",
+            &[][..],
+            &format!("{go}exit 1"),
+            &restart,
+            "failure",
+        ),
+        (
+            "out of memory",
+            &["--memory=24m", "--memory-swap=24m"][..],
+            "exec dd if=/dev/zero of=/dev/null bs=64M count=1",
+            &wait,
+            "failure",
+        ),
     ];
     for (case, options, script, ends, verdict) in cases {
-        let after = ended(&host, options, script, ends);
-        for last in after {
-            assert_eq!(last["verdict"], verdict, "{case}: {last}");
+        // No cgroup2 on this machine.
+        if case == "out of memory" && kind == Kind::Reflink {
+            continue;
+        }
+        let after = ended(&mut host, options, script, ends);
+        for ((volume, _), last) in USED.iter().zip(after) {
+            assert_eq!(last["verdict"], verdict, "{case}, {volume}: {last}");
             assert_eq!(
                 last["published"].is_string(),
                 verdict == "success",
-                "{case}: {last}"
+                "{case}, {volume}: {last}"
             );
-        }
-    }
-    if kind == Kind::Lvm {
-        let options = ["--memory=24m", "--memory-swap=24m"];
-        let script = "exec dd if=/dev/zero of=/dev/null bs=64M count=1";
-        for last in ended(&host, &options, script, wait) {
-            assert_eq!(last["verdict"], "failure", "out of memory: {last}");
-            assert_eq!(last["published"], Value::Null, "out of memory: {last}");
         }
     }
 }
 
-/// The daemon that is told of the end is not the one that was told of the start.
-fn over_a_restart(kind: Kind) {
-    let mut host = Host::new(kind);
+/// How containers ended, where Podman's events are in the journal: the first runs of one that is restarted too.
+pub fn in_the_journal() {
+    let mut host = Host::new(Kind::Lvm);
     let _hooks = Hooks::new(&host);
+    let _events = DropIn::new("65-events", "[engine]\nevents_logger = \"journald\"\n");
     volumes(&host);
+    let wait = |host: &mut Host| drop(host.podman.outcome(&["wait", "job"]));
+    let third = "n=$(cat /quiet/n || echo 0); echo $((n + 1)) > /quiet/n; [ $n = 2 ]";
+    for (options, script, verdict) in [
+        (&["--restart=on-failure:5"][..], third, "success"),
+        (&[], "exit 1", "failure"),
+    ] {
+        for last in ended(&mut host, options, script, wait) {
+            assert_eq!(last["verdict"], verdict, "{script}: {last}");
+        }
+    }
+}
+
+/// Which containers use a volume is told.
+fn containers(kind: Kind) {
+    let host = Host::new(kind);
+    let _hooks = Hooks::new(&host);
+    host.podman
+        .create("strict", &["save=strict", "publish=on-success"]);
     host.podman.start("job", "strict", "date +%N > /strict/x");
     let lv = host.status("strict")["lv"].clone();
     let id = host.podman.done(&["inspect", "--format", "{{.Id}}", "job"]);
@@ -131,65 +238,55 @@ fn over_a_restart(kind: Kind) {
     host.podman.end(&["job"]);
     let last = host.settled("strict", &lv);
     assert_eq!(last["verdict"], "failure", "{last}");
-
-    for (code, published) in [("0", true), ("1", false)] {
-        let script = format!(
-            "date +%N > /strict/x; until [ -e /strict/go ]; do sleep 0.1; done; exit {code}"
-        );
-        host.podman.done(&[
-            "run",
-            "--detach",
-            "--name",
-            "job",
-            "-v",
-            "strict:/strict",
-            &host.podman.image,
-            "sh",
-            "-ec",
-            &script,
-        ]);
-        let lv = host.status("strict")["lv"].clone();
-        host.restart(true, |_| {});
-        host.podman.done(&["exec", "job", "touch", "/strict/go"]);
-        assert_eq!(host.podman.done(&["wait", "job"]).trim(), code);
-        let last = host.settled("strict", &lv);
-        assert_eq!(
-            last["published"].is_string(),
-            published,
-            "exit {code}: {last}"
-        );
-        host.podman.done(&["rm", "job"]);
-    }
 }
 
 /// The daemon dies between the end of a container and Podman's Unmount.
 fn over_a_kill(kind: Kind) {
     let mut host = Host::new(kind);
     let _hooks = Hooks::new(&host);
-    for (code, verdict) in [("1", "failure"), ("0", "unknown")] {
-        // Podman mounts a volume no more whose Unmount failed.
-        let volume = format!("v{code}");
-        host.podman.create(&volume, &["save=quiet"]);
+    for (volume, code, options, mount, verdict) in [
+        ("plain1", "1", &["save=plain"][..], "/quiet", "failure"),
+        ("plain0", "0", &["save=plain"], "/quiet", "unknown"),
+        (
+            "job1",
+            "1",
+            &["save=job", "type=job"],
+            "/late:rslave",
+            "failure",
+        ),
+        (
+            "job0",
+            "0",
+            &["save=job", "type=job"],
+            "/late:rslave",
+            "unknown",
+        ),
+    ] {
+        // Podman mounts a volume no more whose Unmount failed: each is of its own.
+        host.podman.create(volume, options);
         host.daemon = None;
         let point = [("LVM_CACHE_FRIEND_FAILPOINT", "unmount.1")];
         let daemon = Daemon::start_with(&host.site.config, Path::new(SOCKET), &point);
-        let script = format!("date +%N > /cache/x; exit {code}");
-        let mount = format!("{volume}:/cache");
-        let options = ["run", "--name", "job", "-v", &mount];
+        let script = format!(
+            "if [ -d /late ]; then /late/bin/lvm-cache-friend restore x; date +%N > /late/x/y; else date +%N > /quiet/y; fi\nexit {code}"
+        );
+        let mount = format!("{volume}:{mount}");
+        let head = ["run", "--name", "job", "-v", &mount];
         let tail = [host.podman.image.as_str(), "sh", "-ec", &script];
-        host.podman.outcome(&[&options[..], &tail].concat());
+        host.podman.outcome(&[&head[..], &tail].concat());
         daemon.died();
         host.daemon = Some(host.site.serve());
         let id = crate::support::podman::CLIENT;
-        host.daemon().plugin().unmount(&volume, id);
-        let mut last = Value::Null;
+        host.daemon().plugin().unmount(volume, id);
+        let mut ended = Value::Null;
         wait_until(|| {
-            last = host.status(&volume)["last_lease"].clone();
-            last.is_object()
+            ended = last(&host, volume);
+            ended["lv"].is_string()
         });
-        assert_eq!(last["verdict"], verdict, "exit {code}: {last}");
-        let published = host.entries_tagged(&["quiet"]).len();
-        assert_eq!(published, usize::from(code == "0"), "exit {code}: {last}");
+        assert_eq!(ended["verdict"], verdict, "{volume}: {ended}");
+        let tag = volume.trim_end_matches(|digit: char| digit.is_ascii_digit());
+        let published = host.entries_tagged(&[tag]).len();
+        assert_eq!(published, usize::from(code == "0"), "{volume}: {ended}");
         host.podman.outcome(&["rm", "--force", "job"]);
     }
 }

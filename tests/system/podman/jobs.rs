@@ -5,19 +5,17 @@ use serde_json::Value;
 use super::hooks::Hooks;
 use super::{Body, Host};
 use crate::support::site::Kind;
-use crate::support::{JOB_CLIENT, wait_until};
+use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[("job_volumes", job_volumes)];
 
 /// A container with the job volume `job`, mounted with `propagation`; its exit status and what it said.
 fn run(host: &Host, propagation: &str, script: &str) -> (i32, String) {
     let volume = format!("job:/run/lvm-cache-friend{propagation}");
-    // The image has no client, so perl is lent by this machine.
+    // The image has neither ncat nor socat, so this machine lends its own.
     let lent = ["/usr", "/lib", "/lib64"].map(|dir| format!("{dir}:{dir}:ro"));
     let options: Vec<_> = lent.iter().flat_map(|lent| ["-v", lent]).collect();
-    let script = format!(
-        "PATH=/bin:/usr/bin\nask() {{ perl -e '{JOB_CLIENT}' /run/lvm-cache-friend/socket; }}\n{script}"
-    );
+    let script = format!("PATH=/bin:/usr/bin\n{script}");
     let head = ["run", "--rm", "-v", &volume];
     let tail = [host.podman.image.as_str(), "/bin/sh", "-ec", &script];
     let done = host.podman.outcome(&[&head[..], &options, &tail].concat());
@@ -28,19 +26,35 @@ fn job_volumes(kind: Kind) {
     let host = Host::new(kind);
     let _hooks = Hooks::new(&host);
     host.podman.create("job", &["type=job"]);
-    let request = "mount /run/lvm-cache-friend/cargo\n> linux dc5e8c\n> linux\n< linux dc5e8c";
-    for (script, published, said) in [
-        ("date > cargo/x; exit 1", false, "restored=base"),
-        ("[ ! -e cargo/x ]; date > cargo/x", true, "restored=base"),
+    // As the article has it, but for the path and for what GitHub puts in.
+    let request = r"
+        ncat -U /run/lvm-cache-friend/socket <<EOF
+        mount /run/lvm-cache-friend/cargo
+        > linux dc5e8c
+        > linux main
+        < linux main dc5e8c
+        EOF
+    "
+    .replace("\n        ", "\n");
+    let ncat = request.trim();
+    let socat = ncat.replace("ncat -U ", "socat -t 60 - UNIX:");
+    for (ask, script, published, said) in [
+        (ncat, "date > cargo/x; exit 1", false, "restored=base"),
         (
+            ncat,
+            "[ ! -e cargo/x ]; date > cargo/x",
+            true,
+            "restored=base",
+        ),
+        (
+            &socat,
             "cat cargo/x; date > cargo/x; exit 7",
             false,
             "restored=exact",
         ),
     ] {
         let script = format!(
-            "cd /run/lvm-cache-friend\nprintf '{}' | ask | tee /tmp/answer\ngrep -q '^ok ' /tmp/answer\n{script}",
-            request.replace('\n', "\\n")
+            "cd /run/lvm-cache-friend\nask() {{ {ask}\n}}\nask | tee /tmp/answer\ngrep -q '^ok ' /tmp/answer\n{script}"
         );
         let before = host.status("job")["last_lease"]["cargo"]["lv"].clone();
         let (_, output) = run(&host, ":rslave", &script);
@@ -52,12 +66,15 @@ fn job_volumes(kind: Kind) {
         });
         assert_eq!(last["published"].is_string(), published, "{script}: {last}");
     }
-    let (_, output) = run(&host, ":rslave", "echo 'mount /etc/x' | ask");
+    // A script tells one that failed by its last line.
+    let ask = "ask() { echo \"mount $1\" | ncat -U /run/lvm-cache-friend/socket | tail -n 1; }";
+    let script = "case $(ask x) in 'ok '*) ;; *) exit 1; esac\nask /etc/x";
+    let (_, output) = run(&host, ":rslave", &format!("{ask}\n{script}"));
     assert!(
         output.starts_with("error ") && output.contains("below /run/lvm-cache-friend"),
         "{output}"
     );
-    let (_, output) = run(&host, "", "echo 'mount x' | ask");
+    let (_, output) = run(&host, "", &format!("{ask}\nask x"));
     assert!(
         output.starts_with("error ") && output.contains(":rslave"),
         "{output}"

@@ -97,6 +97,14 @@ impl Census {
     /// # Errors
     /// What is wrong with it.
     pub fn content(&self, entry: &str) -> Result<Content, String> {
+        self.read(entry, content::try_read)?
+    }
+
+    /// What `read` finds in an entry, which is mounted as above.
+    ///
+    /// # Errors
+    /// Why it does not mount.
+    pub fn read<T>(&self, entry: &str, read: impl FnOnce(&Path) -> T) -> Result<T, String> {
         let device = ReadOnly::new(&self.store, entry);
         let (fs, options) = match probe(&device.path()).unwrap() {
             Formatted::Fs(FsType::Xfs) => ("xfs", "nouuid"),
@@ -112,9 +120,31 @@ impl Census {
             Some(options),
         )
         .map_err(|error| format!("mount: {error}"))?;
-        let content = content::try_read(at.path());
+        let found = read(at.path());
         umount(at.path()).unwrap();
-        content
+        Ok(found)
+    }
+
+    /// Has the checker of an entry's file system look for damage, and for a log that was not replayed.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn check(&self, entry: &str) -> Result<(), String> {
+        let device = ReadOnly::new(&self.store, entry);
+        let (checker, option) = match probe(&device.path()).unwrap() {
+            Formatted::Fs(FsType::Xfs) => ("xfs_repair", "-n"),
+            Formatted::Fs(FsType::Ext4) => ("e2fsck", "-fn"),
+            other => return Err(format!("{other:?}")),
+        };
+        let path = device.path();
+        let found = outcome(checker, [option.as_ref(), path.as_os_str()]);
+        let said = format!("{}{}", found.stdout, found.stderr);
+        // Of a log that it does not replay, e2fsck warns, and xfs_repair too.
+        if found.status == 0 && !["ALERT", "Warning"].iter().any(|word| said.contains(word)) {
+            Ok(())
+        } else {
+            Err(format!("{checker}: {}: {said}", found.status))
+        }
     }
 
     /// What is there beside one base, entries at rest, and one LV for each of these volumes.
@@ -283,13 +313,13 @@ fn dm(name: &str) -> String {
     name.replace('-', "--")
 }
 
-/// Where volumes are mounted.
+/// Where volumes are mounted, and what is mounted in those.
 pub fn mounts() -> BTreeSet<PathBuf> {
     lvm_cache_friend::mount::table()
         .unwrap()
         .into_iter()
         .map(|mount| mount.at)
-        .filter(|at| at.parent() == Some(Path::new(MOUNT_DIR)))
+        .filter(|at| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR))
         .collect()
 }
 

@@ -4,6 +4,10 @@
 
 #![allow(dead_code)]
 
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
 pub mod census;
 pub mod command;
 pub mod content;
@@ -18,22 +22,30 @@ pub mod vm;
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lvm-cache-friend");
 
-/// A client of a job volume's socket for `perl -e`, with the socket's path after it: says its standard input, and shows what
-/// is answered. Debian always has perl-base. It has no single quote, so that a shell can quote it.
-pub const JOB_CLIENT: &str = r#"use IO::Socket::UNIX; $SIG{PIPE} = "IGNORE";
-    my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die "connect: $!";
-    local $/; print $s scalar <STDIN>; $s->flush; $s->shutdown(1); print scalar <$s>;"#;
-
 /// A directory of the test's own on this machine's (or the guest's) own file system.
 pub fn temp_dir() -> tempfile::TempDir {
     std::fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).expect("Cargo's directory for tests");
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory for the test")
 }
 
-/// Waits until something is so; a test that waits for ever is ended by its timeout.
+/// By when what a test waits for must be so, on this machine and in an emulated guest. Far beyond what it takes, and below the
+/// time that a test has: what fails then is the test, with its place and the daemon's log.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(120), Duration::from_secs(300)];
+
+/// Waits until something is so.
+#[track_caller]
 pub fn wait_until(mut so: impl FnMut() -> bool) {
+    // What tests/vm/run puts there is only in guests.
+    let in_guest = Path::new("/run/vm/command").exists();
+    let patience = PATIENCE[usize::from(in_guest)];
+    let since = Instant::now();
     while !so() {
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(
+            since.elapsed() < patience,
+            "what is waited for here is not so after {} s",
+            patience.as_secs()
+        );
+        thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -200,10 +200,12 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // Containers that have volumes go with them.
-        let ended = self.outcome(&["volume", "rm", "-af"]);
-        if ended.status != 0 {
-            println!("podman volume rm -af: {ended:?}");
+        // Containers first: `volume rm --force` of one that is just ending can wait for ever (Podman 4.3).
+        for all in [&["rm", "-af", "--time", "0"][..], &["volume", "rm", "-af"]] {
+            let ended = self.outcome(all);
+            if ended.status != 0 {
+                println!("podman {all:?}: {ended:?}");
+            }
         }
     }
 }
@@ -280,24 +282,24 @@ impl Drop for DropIn {
 /// Places of this test's own for all that Podman keeps, in the test's own mount namespace, whose `/run` is empty already.
 fn fresh_places() {
     let none = None::<&str>;
-    let tmpfs = |at: &str| {
+    let tmpfs = |at: &str, mode: &str| {
         fs::create_dir_all(at).unwrap();
         mount(
             Some("tmpfs"),
             at,
             Some("tmpfs"),
             MsFlags::empty(),
-            Some("mode=755"),
+            Some(mode),
         )
         .unwrap();
     };
     let policy =
         fs::read("/etc/containers/policy.json").expect("Debian's configuration of containers");
-    tmpfs("/etc/containers");
+    tmpfs("/etc/containers", "mode=755");
     fs::write("/etc/containers/policy.json", policy).unwrap();
-    tmpfs("/var/lib/containers");
+    tmpfs("/var/lib/containers", "mode=755");
     // The file of its locks is there: two databases must not share it.
-    tmpfs("/dev/shm");
+    tmpfs("/dev/shm", "mode=1777");
     for name in ["subuid", "subgid"] {
         let (own, file) = (Path::new("/run").join(name), Path::new("/etc").join(name));
         fs::write(&own, "").unwrap();

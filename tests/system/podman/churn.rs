@@ -1,0 +1,179 @@
+//! Many containers that end in many ways, at once: what is left of them.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::hooks::Hooks;
+use super::{Body, Host};
+use crate::support::census::Known;
+use crate::support::content::Random;
+use crate::support::podman::{LENT_CLIENT, ask_function};
+use crate::support::site::{Kind, MOUNT_DIR};
+use crate::support::wait_until;
+
+pub const BODIES: &[Body] = &[("nothing_is_left_of_many", many)];
+
+const CONTAINERS: usize = 50;
+
+/// The job volumes that they use, one container at a time each. An emulated processor has enough to do with two.
+fn volumes(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::Reflink => &["one", "two", "three", "four"],
+        Kind::Lvm => &["one", "two"],
+    }
+}
+
+/// How a container ends.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Exit(u8),
+    Kill,
+    Stop,
+    Remove,
+    /// And then its volume, which is made anew. Not by `volume rm --force`, which in Podman 4.3 waits for ever if the container's
+    /// clean-up runs at that moment: it takes the locks of volume and container in the other order.
+    RemoveVolume,
+}
+
+/// What a container does, and how long it may.
+#[derive(Debug)]
+struct Plan {
+    end: End,
+    /// It asks for three caches and does not wait for them: its end is not the last that is done for it.
+    greedy: bool,
+    after: Duration,
+}
+
+impl Plan {
+    fn draw(random: &mut Random) -> Self {
+        Self {
+            end: match random.below(7) {
+                0 => End::Exit(0),
+                1 => End::Exit(1),
+                2 | 3 => End::Kill,
+                4 => End::Stop,
+                5 => End::Remove,
+                _ => End::RemoveVolume,
+            },
+            greedy: random.below(2) == 0,
+            after: Duration::from_millis(random.below(1500)),
+        }
+    }
+
+    fn script(&self) -> String {
+        let mount = "mount() { printf \"mount m$1\\n> linux\\n< linux\\n\" | ask /job/socket; }\n";
+        let work = if self.greedy {
+            "for n in 1 2 3; do mount $n; date > /job/m$n/date; done &"
+        } else {
+            "mount 1; date > /job/m1/date"
+        };
+        let end = match self.end {
+            End::Exit(code) => format!("sleep {}; exit {code}", self.after.as_secs_f32()),
+            _ => "exec sleep 3600".to_owned(),
+        };
+        format!("{}{mount}{work}\n{end}", ask_function())
+    }
+}
+
+fn many(kind: Kind) {
+    let host = Host::new(kind);
+    let _hooks = Hooks::new(&host);
+    let mut random = Random::from_clock();
+    let volumes = volumes(kind);
+    for volume in volumes {
+        create(&host, volume);
+    }
+    let known: Vec<_> = volumes.iter().copied().map(Known::idle).collect();
+    let settled = || {
+        host.site.settled(&known);
+        wait_until(|| below_mount_dir() == 0);
+    };
+    // What is opened once only is open by then.
+    let first = Plan {
+        end: End::Exit(0),
+        greedy: false,
+        after: Duration::ZERO,
+    };
+    run(&host, "first", volumes[0], &first);
+    settled();
+    let before = descriptors(host.daemon().pid());
+
+    let plans: Vec<_> = (0..CONTAINERS).map(|_| Plan::draw(&mut random)).collect();
+    let next = AtomicUsize::new(0);
+    let since = Instant::now();
+    thread::scope(|scope| {
+        for volume in volumes {
+            let (host, plans, next) = (&host, &plans, &next);
+            scope.spawn(move || {
+                while let Some(plan) = plans.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    run(host, &format!("of-{volume}"), volume, plan);
+                }
+            });
+        }
+    });
+    let mounted = host.daemon().log().matches("lease ended").count();
+    println!(
+        "{CONTAINERS} containers in {:.0?}, with {mounted} caches and more that were not settled",
+        since.elapsed()
+    );
+    assert!(mounted >= CONTAINERS / 2, "some exit before their first");
+    assert_eq!(host.podman.done(&["ps", "--all", "--quiet"]), "");
+    settled();
+    // A connection that ended is closed a moment later.
+    wait_until(|| descriptors(host.daemon().pid()).len() <= before.len());
+    assert_eq!(descriptors(host.daemon().pid()), before);
+    for volume in volumes {
+        host.podman.done(&["volume", "rm", volume]);
+    }
+    host.site.settled(&[]);
+}
+
+fn create(host: &Host, volume: &str) {
+    host.podman.create(volume, &["type=job"]);
+}
+
+/// Runs a container to its end.
+fn run(host: &Host, name: &str, volume: &str, plan: &Plan) {
+    let podman = &host.podman;
+    let mount = format!("{volume}:/job:rslave");
+    let script = plan.script();
+    let head = ["run", "--detach", "--name", name, "-v", &mount];
+    let tail = [podman.image.as_str(), "sh", "-c", &script];
+    podman.done(&[&head[..], &LENT_CLIENT, &tail].concat());
+    if let End::Exit(_) = plan.end {
+        podman.outcome(&["wait", name]);
+    } else {
+        thread::sleep(plan.after);
+    }
+    match plan.end {
+        End::Kill => drop(podman.done(&["kill", name])),
+        End::Stop => drop(podman.done(&["stop", "--time", "0", name])),
+        End::Exit(_) | End::Remove | End::RemoveVolume => {}
+    }
+    podman.done(&["rm", "--force", "--time", "0", name]);
+    if let End::RemoveVolume = plan.end {
+        podman.done(&["volume", "rm", volume]);
+        create(host, volume);
+    }
+}
+
+fn below_mount_dir() -> usize {
+    let table = lvm_cache_friend::mount::table().unwrap();
+    let below = |at: &Path| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR);
+    table.iter().filter(|mount| below(&mount.at)).count()
+}
+
+/// What a process has open, sorted: sockets and the like without their numbers.
+fn descriptors(pid: u32) -> Vec<String> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let mut open: Vec<_> = open
+        .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+        .map(|to| to.display().to_string())
+        .map(|to| to.split(":[").next().unwrap_or_default().to_owned())
+        .collect();
+    open.sort();
+    open
+}

@@ -1,0 +1,100 @@
+//! `podman build` in a container, whose store is a cache that the job asked for.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::hooks::Hooks;
+use super::{Body, Host};
+use crate::support::command::run;
+use crate::support::site::Kind;
+use crate::support::wait_until;
+
+pub const BODIES: &[Body] = &[("nested_build", nested_build)];
+
+/// The bit of CAP_SYS_ADMIN in the sets of `/proc/PID/status` (linux/capability.h).
+const CAP_SYS_ADMIN: u64 = 1 << 21;
+
+/// What the user `builder` runs.
+const JOB: &str = "
+cat /proc/self/uid_map
+grep ^Cap /proc/self/status
+/run/lvm-cache-friend/bin/lvm-cache-friend restore containers --key podman
+export XDG_DATA_HOME=/run/lvm-cache-friend/containers
+podman image exists localhost/busybox || podman load --quiet --input /src/busybox.tar
+podman build --tag app /src
+podman info --format 'driver={{.Store.GraphDriverName}}'
+";
+
+fn nested_build(kind: Kind) {
+    let host = Host::new(kind);
+    let _hooks = Hooks::new(&host);
+    let podman = &host.podman;
+    let image = run(
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/builder-image"),
+        [""; 0],
+    );
+    let src = tempfile::tempdir_in("/run").unwrap();
+    let src = src.path();
+    // Its reader is another user on this host.
+    run("chmod", ["755".as_ref(), src]);
+    let archive = src.join("busybox.tar");
+    let archive = archive.to_str().unwrap();
+    podman.done(&["save", "--quiet", "--output", archive, &podman.image]);
+    fs::write(src.join("two"), "two").unwrap();
+    podman.create("job", &["type=job", "owner=1000:1000"]);
+
+    let third = "cat /one /two >/three";
+    let changed = "stat -c %u:%g /one && cat /one /two >/four";
+    for (first_id, third, cached, said) in [
+        (1_000_000, third, 0, ""),
+        (3_000_000, third, 3, ""),
+        // Only the last step is done again. What users of the first range own, users of this range do.
+        (5_000_000, changed, 2, "\n12:34\n"),
+    ] {
+        let containerfile = format!(
+            "FROM localhost/busybox\nRUN echo one >/one && chown 12:34 /one\nCOPY two /two\nRUN {third}\n"
+        );
+        fs::write(src.join("Containerfile"), containerfile).unwrap();
+        let built = job(&host, image.trim(), src, first_id);
+        assert_eq!(built.matches("Using cache").count(), cached, "{built}");
+        assert!(built.contains(said), "{built}");
+    }
+}
+
+/// Runs [`JOB`] in a container that has 131,072 ids from `first_id` on; what it said.
+fn job(host: &Host, image: &str, src: &Path, first_id: u32) -> String {
+    let last = || host.status("job")["last_lease"]["containers"].clone();
+    let before = last();
+    let ids = format!("0:{first_id}:131072");
+    let ids = ["--uidmap", &ids, "--gidmap", &ids];
+    let src = format!("{}:/src:ro", src.display());
+    let volumes = ["-v", &src, "-v", "job:/run/lvm-cache-friend:rslave"];
+    let tail = [image, "sh", "-ec", JOB];
+    let said = host
+        .podman
+        .done(&[&["run", "--rm"], &ids[..], &volumes, &tail].concat());
+
+    let uid_map: Vec<_> = said.split_whitespace().take(3).collect();
+    assert_eq!(uid_map, ["0", &first_id.to_string(), "131072"]);
+    let sets: Vec<_> = said
+        .lines()
+        .filter(|line| line.starts_with("Cap"))
+        .collect();
+    assert_eq!(sets.len(), 5, "{said}");
+    for set in sets {
+        let bits = set.split_whitespace().last().unwrap();
+        let bits = u64::from_str_radix(bits, 16).unwrap();
+        assert_eq!(bits & CAP_SYS_ADMIN, 0, "{set}");
+    }
+    assert!(said.ends_with("\ndriver=overlay\n"), "{said}");
+
+    let mut after = Value::Null;
+    wait_until(|| {
+        after = last();
+        after["lv"].is_string() && after["lv"] != before["lv"]
+    });
+    assert!(after["published"].is_string(), "{after}");
+    said
+}
