@@ -10,7 +10,6 @@ use super::hooks::Hooks;
 use super::{Body, Host};
 use crate::support::census::Known;
 use crate::support::content::Random;
-use crate::support::podman::{LENT_CLIENT, ask_function};
 use crate::support::site::{Kind, MOUNT_DIR};
 use crate::support::wait_until;
 
@@ -64,7 +63,7 @@ impl Plan {
     }
 
     fn script(&self) -> String {
-        let mount = "mount() { printf \"mount m$1\\n> linux\\n< linux\\n\" | ask /job/socket; }\n";
+        let mount = "mount() { /job/bin/lvm-cache-friend restore m$1 --key linux; }\n";
         let work = if self.greedy {
             "for n in 1 2 3; do mount $n; date > /job/m$n/date; done &"
         } else {
@@ -74,7 +73,7 @@ impl Plan {
             End::Exit(code) => format!("sleep {}; exit {code}", self.after.as_secs_f32()),
             _ => "exec sleep 3600".to_owned(),
         };
-        format!("{}{mount}{work}\n{end}", ask_function())
+        format!("{mount}{work}\n{end}")
     }
 }
 
@@ -142,7 +141,7 @@ fn run(host: &Host, name: &str, volume: &str, plan: &Plan) {
     let script = plan.script();
     let head = ["run", "--detach", "--name", name, "-v", &mount];
     let tail = [podman.image.as_str(), "sh", "-c", &script];
-    podman.done(&[&head[..], &LENT_CLIENT, &tail].concat());
+    podman.done(&[&head[..], &tail].concat());
     if let End::Exit(_) = plan.end {
         podman.outcome(&["wait", name]);
     } else {

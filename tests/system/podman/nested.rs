@@ -24,7 +24,7 @@ grep ^Cap /proc/self/status
 export XDG_DATA_HOME=/run/lvm-cache-friend/containers
 podman image exists localhost/busybox || podman load --quiet --input /src/busybox.tar
 podman build --tag app /src
-podman info --format 'driver={{.Store.GraphDriverName}}'
+podman image inspect --format 'driver={{.GraphDriver.Name}}' app
 ";
 
 fn nested_build(kind: Kind) {
