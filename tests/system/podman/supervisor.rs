@@ -14,7 +14,6 @@ use serde_json::Value;
 use super::hooks::Hooks;
 use super::{Body, Host};
 use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
-use crate::support::JOB_CLIENT;
 use crate::support::command::run;
 use crate::support::podman::Service;
 use crate::support::site::Kind;
@@ -298,13 +297,7 @@ fn jobs(kind: Kind) {
 
 fn scale_set(kind: Kind) {
     let mut place = Place::new(kind, "token", SET, JOB);
-    let ask = |request: &str| {
-        format!(
-            "ask() {{ perl -e '{JOB_CLIENT}' /run/lvm-cache-friend/socket; }}\n\
-             printf 'mount x\\n{request}' | ask | tee /tmp/answer; grep -q '^ok ' /tmp/answer\ncd /run/lvm-cache-friend/x\n"
-        )
-    };
-    let ask = ask("> linux\\n< linux\\n");
+    let ask = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; cd /run/lvm-cache-friend/x\n";
     let main = |script: &str| (&MAIN, format!("{ask}{script}"), "octo/project");
     let fork = |script: &str| {
         (
