@@ -73,7 +73,7 @@ async fn registrations(fake: Fake) {
     let github = with_token(&fake);
     assert_eq!(github.presence("a").await.unwrap(), Presence::Gone);
     let config = register(&github, "a").await.unwrap();
-    assert!(fake.state().secrets.contains(&config));
+    assert!(fake.state().configurations.contains(&config));
     let there = github.presence("a").await.unwrap();
     let Presence::There {
         id,
@@ -277,7 +277,7 @@ async fn scale_set(fake: Fake) {
     let config = sets.generate_jit(set, "r", "_work").await.unwrap();
     assert!(
         fake.state()
-            .secrets
+            .configurations
             .contains(&config.expose_secret().to_owned())
     );
     let secret = fake

@@ -184,8 +184,10 @@ pub struct State {
     pub asked: Vec<Asked>,
     /// Requests that were not of the documented shape.
     pub violations: Vec<String>,
-    /// Everything that was ever secret.
+    /// Every token, and what only a runner has.
     pub secrets: Vec<String>,
+    /// Every runner's configuration.
+    pub configurations: Vec<String>,
     /// Seconds that GitHub's clock is ahead of ours.
     pub clock: i64,
     /// Seconds that an installation token is good for; 3600 at the real one.
@@ -362,7 +364,12 @@ async fn answer(
     let path = uri.path().to_owned();
     let standin = path.starts_with("/standin/");
     let fault = (!standin)
-        .then(|| state.lock().unwrap().fault(&path))
+        .then(|| {
+            state
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .fault(&path)
+        })
         .flatten();
     let mut dropped = false;
     let mut extra = Vec::new();
@@ -383,7 +390,7 @@ async fn answer(
             poll(&state, &method, &uri, &headers, &body).await
         }
     };
-    let mut state = state.lock().unwrap();
+    let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
     let (status, value) = match said {
         Ok(said) => said,
         Err(refused) => {
@@ -454,7 +461,10 @@ async fn poll(
 ) -> Said {
     let until = Instant::now() + POLL;
     loop {
-        let said = state.lock().unwrap().say(method, uri, headers, body);
+        let said = state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .say(method, uri, headers, body);
         match said {
             Ok((StatusCode::ACCEPTED, _)) if Instant::now() < until => {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -800,7 +810,7 @@ impl State {
             ".credentials": STANDARD.encode(secret),
         });
         let encoded = STANDARD.encode(files.to_string());
-        self.secrets.push(encoded.clone());
+        self.configurations.push(encoded.clone());
         Ok((runner, encoded))
     }
 

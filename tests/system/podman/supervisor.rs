@@ -27,7 +27,7 @@ pub const BODIES: &[Body] = &[
 ];
 
 /// Longer than anything here takes: a test that waits longer shows the log.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A host with a supervisor. Parts are taken down in this order.
 struct Place {
@@ -218,10 +218,22 @@ impl Place {
 /// Fails where any secret of GitHub's is in a text, or what is one in base64.
 #[track_caller]
 fn without_secrets(place: &Place, what: &str, text: &str) {
-    let state = place.fake.state();
+    let configurations = place.fake.state().configurations.clone();
+    without_tokens(place, what, text);
+    for secret in configurations {
+        assert!(
+            !text.contains(&secret),
+            "{what} has a runner's configuration"
+        );
+    }
+}
+
+#[track_caller]
+fn without_tokens(place: &Place, what: &str, text: &str) {
+    let secrets = place.fake.state().secrets.clone();
     let key = fs::read_to_string(place.fake.file("app.pem")).unwrap();
     let line = key.lines().nth(3).unwrap();
-    let secrets = state.secrets.iter().map(String::as_str);
+    let secrets = secrets.iter().map(String::as_str);
     // A runner has its own credentials, good for its one job: it must.
     let secrets = secrets.filter(|secret| !secret.starts_with("runner_"));
     for secret in secrets.chain([TOKEN, line]) {
@@ -259,7 +271,8 @@ fn jobs(kind: Kind) {
             if said.stdout.contains("\nseen\n") {
                 logs = said.stdout;
                 let inspected = place.host.podman.done(&["inspect", &runner]);
-                without_secrets(place, "podman inspect", &inspected);
+                // With Podman 4.3 it shows the environment that a running container began with, its secrets too.
+                without_tokens(place, "podman inspect", &inspected);
                 without_secrets(
                     place,
                     "podman secret",
