@@ -14,8 +14,8 @@ use super::names::{LvName, Tag, shortened};
 use super::spec::Scope;
 use super::units::Bytes;
 
-/// Seconds of a day, the grain of [`Entry::used`] in the store.
-pub const DAY: u64 = 24 * 60 * 60;
+/// Seconds of a day.
+const DAY: u64 = 24 * 60 * 60;
 
 /// An entry, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]

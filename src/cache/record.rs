@@ -24,8 +24,11 @@ pub const VOLUME: &str = "friend:volume:";
 pub const FROM: &str = "friend:from:";
 /// Never evicted.
 pub const PIN: &str = "friend:pin";
-/// Prefix of the day (UTC, `2026-11-25`) on which something was last restored from an entry.
+/// Prefix of the time (`2026-11-25T12:30:00Z`) at which a lease last came from an entry; written at most once in
+/// [`USED_GRAIN`] seconds.
 pub const USED: &str = "friend:used:";
+/// How often a use is noted, in seconds: each time is a commit, as many a lease takes anyhow.
+pub const USED_GRAIN: u64 = 60 * 60;
 /// To be removed; never matched, never mounted.
 pub const DOOMED: &str = "friend:doomed";
 /// Content not ready yet: being imported, or a kept volume before its first use.
@@ -63,7 +66,7 @@ pub enum Role {
         tags: Vec<Tag>,
         /// Never evicted.
         pinned: bool,
-        /// The end of the day on which it was last used, seconds since 1970; 0: never yet.
+        /// When it was last used, as far as that is noted, seconds since 1970; 0: never yet.
         used: u64,
         /// Lineage.
         from: Option<LvName>,
@@ -196,8 +199,8 @@ impl Found {
             } else if let Some(rest) = text.strip_prefix(FROM) {
                 once(&mut found.from, FROM, rest.parse().map_err(|_| bad())?)?;
             } else if let Some(rest) = text.strip_prefix(USED) {
-                // Whoever tagged it twice by hand: the later day counts.
-                found.used = found.used.max(end_of_day(rest).ok_or_else(bad)?);
+                // Whoever tagged it twice by hand: the later time counts.
+                found.used = found.used.max(time(rest).ok_or_else(bad)?);
             } else if let Some(rest) = text.strip_prefix(VOLUME) {
                 found.of_volume = true;
                 once(&mut found.volume, VOLUME, rest.parse().map_err(|_| bad())?)?;
@@ -225,25 +228,18 @@ impl Found {
     }
 }
 
-/// The tag of an entry that was used at `now`, seconds since 1970.
+/// The tag of an entry that is used at `now`, seconds since 1970; `None` beyond the year 9999.
 #[must_use]
 pub fn used_tag(now: u64) -> Option<Tag> {
-    let seconds = i64::try_from(now).ok()?;
-    let time = jiff::Timestamp::from_second(seconds).ok()?;
-    Some(tag(USED, &time.strftime("%Y-%m-%d").to_string()))
+    let time = jiff::Timestamp::from_second(i64::try_from(now).ok()?).ok()?;
+    Some(tag(USED, &time.to_string()))
 }
 
-/// The last second of a day as [`used_tag`] writes it.
-fn end_of_day(day: &str) -> Option<u64> {
-    let date: jiff::civil::Date = day.parse().ok()?;
-    let end = date
-        .at(23, 59, 59, 0)
-        .to_zoned(jiff::tz::TimeZone::UTC)
-        .ok()?;
-    let written = date.to_string() == day;
-    u64::try_from(end.timestamp().as_second())
-        .ok()
-        .filter(|_| written)
+/// A time as [`used_tag`] writes it.
+fn time(text: &str) -> Option<u64> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    let seconds = u64::try_from(time.as_second()).ok()?;
+    (time.to_string() == text).then_some(seconds)
 }
 
 /// Fills `slot` with what only one tag may say.
@@ -411,20 +407,20 @@ mod tests {
                 "entry a, scope main, from friend-x, pinned",
             ),
             (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02T00:00:01Z",
+                "entry a, used 86401",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02T00:00:01Z friend:used:1970-01-01T00:00:00Z",
+                "entry a, used 86401",
+            ),
+            (
                 "friend:snapshot friend:cache:a friend:used:1970-01-02",
-                "entry a, used 172799",
+                "unclear: friend:used:1970-01-02 does not parse",
             ),
             (
-                "friend:snapshot friend:cache:a friend:used:1970-01-02 friend:used:1970-01-01",
-                "entry a, used 172799",
-            ),
-            (
-                "friend:snapshot friend:cache:a friend:used:19700102",
-                "unclear: friend:used:19700102 does not parse",
-            ),
-            (
-                "friend:snapshot friend:cache:a friend:used:1969-12-31",
-                "unclear: friend:used:1969-12-31 does not parse",
+                "friend:snapshot friend:cache:a friend:used:1969-12-31T00:00:00Z",
+                "unclear: friend:used:1969-12-31T00:00:00Z does not parse",
             ),
             ("friend:snapshot friend:cache:a friend:cache:a", "entry a"),
             ("friend:snapshot friend:cache:a someone:else", "entry a"),
@@ -576,12 +572,10 @@ mod tests {
     }
 
     #[test]
-    fn days_of_use() {
+    fn times_of_use() {
         for (now, want) in [
-            (0, Some("friend:used:1970-01-01")),
-            (86_399, Some("friend:used:1970-01-01")),
-            (86_400, Some("friend:used:1970-01-02")),
-            (1_764_072_000, Some("friend:used:2025-11-25")),
+            (0, Some("friend:used:1970-01-01T00:00:00Z")),
+            (1_764_072_001, Some("friend:used:2025-11-25T12:00:01Z")),
             (u64::MAX, None),
         ] {
             let tag = used_tag(now);

@@ -15,7 +15,7 @@ use super::volume::{Phase, Restored, Source};
 use super::{Engine, EngineError, lock, tag, unix_now};
 use crate::cache::evict::{self, Entry, Policy};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, Role, USED, used_tag};
+use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, used_tag};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint};
 use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
@@ -43,7 +43,7 @@ pub struct Evicted {
     pub tags: Vec<String>,
     /// When it was published, seconds since 1970.
     pub created: u64,
-    /// When it was last of use, seconds since 1970; in the store to the day.
+    /// When it was last of use, seconds since 1970; in the store to the hour.
     pub used: u64,
     /// Bytes that only it takes, where that was asked for and is known: its removal gives back
     /// as many at least.
@@ -67,13 +67,13 @@ pub fn entries(
                 scope,
                 tags,
                 pinned,
-                used: day,
+                used: noted,
                 ..
             } => found.push(Entry {
                 lv: lv.name.clone(),
                 seq: lv.seq,
                 created: lv.created,
-                used: used.get(&lv.name).map_or(day, |used| day.max(*used)),
+                used: used.get(&lv.name).map_or(noted, |used| noted.max(*used)),
                 pinned,
                 in_use: used.get(&lv.name).is_some_and(|used| *used > since),
                 scope,
@@ -332,19 +332,24 @@ impl Engine {
     /// Takes note that a lease begins with what was restored from `source`.
     pub(super) fn note_lease(&self, source: &Source) {
         let now = unix_now();
-        let today = now / evict::DAY;
         let mut state = lock(&self.state);
-        let first = entry_of(source).filter(|entry| {
+        let due = entry_of(source).filter(|entry| {
             state.used.insert((*entry).clone(), now);
-            state.noted.insert((*entry).clone(), today) != Some(today)
+            let noted = state.noted.get(*entry);
+            let due = noted.is_none_or(|noted| now.abs_diff(*noted) >= USED_GRAIN);
+            if due {
+                state.noted.insert((*entry).clone(), now);
+            }
+            due
         });
         drop(state);
-        self.upkeep.lease_begins(first.cloned());
+        self.upkeep.lease_begins(due.cloned());
     }
 
-    /// Writes the day of their use to entries, off everybody's path.
+    /// Writes to entries that they are used now, off everybody's path.
     pub(super) fn write_use(&self, used: &HashSet<LvName>) {
-        let Some(today) = used_tag(unix_now()) else {
+        let now = unix_now();
+        let Some(used_now) = used_tag(now) else {
             return;
         };
         let listing = match self.store.list() {
@@ -355,15 +360,15 @@ impl Engine {
             }
         };
         for lv in listing.lvs.iter().filter(|lv| used.contains(&lv.name)) {
-            let entry = matches!(Role::from_tags(&lv.tags), Role::Entry { .. });
-            if !entry || lv.tags.contains(&today) {
-                continue;
+            match Role::from_tags(&lv.tags) {
+                Role::Entry { used, .. } if now.abs_diff(used) >= USED_GRAIN => {}
+                _ => continue,
             }
             let before = lv.tags.iter().filter(|tag| tag.as_str().starts_with(USED));
             let before: Vec<_> = before.cloned().collect();
             let written = self
                 .store
-                .change_tags(&lv.name, std::slice::from_ref(&today), &before);
+                .change_tags(&lv.name, std::slice::from_ref(&used_now), &before);
             if let Err(error) = written {
                 debug!(lv = %lv.name, %error, "its use is not noted");
             }

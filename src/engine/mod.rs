@@ -196,7 +196,7 @@ struct State {
     unready: HashSet<LvName>,
     /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
     used: HashMap<LvName, u64>,
-    /// The last day, counted from 1970, whose use of an entry was written to the store, or is about to be.
+    /// When a use of an entry was last written to the store, or was about to be, in seconds since 1970.
     noted: HashMap<LvName, u64>,
     /// LVs that are not clearly ours, and were reported.
     reported: HashMap<LvName, String>,

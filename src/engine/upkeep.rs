@@ -131,8 +131,8 @@ impl Upkeep {
         self.more.notify_one();
     }
 
-    /// Has an eye kept on how full the store is, and the store know that an entry was used, the first time
-    /// that it is on a day.
+    /// Has an eye kept on how full the store is, and the store know that an entry is used, where
+    /// that is to be noted.
     pub fn lease_begins(&self, entry: Option<LvName>) {
         let mut todo = lock(&self.todo);
         todo.leased = true;
