@@ -29,7 +29,8 @@ use crate::podman::Events;
 /// How long a hook may take where the daemon does not answer. Podman waits for it.
 const BOUND: Duration = Duration::from_millis(800);
 
-/// How long an exit code may be looked for, where it does. A journal can be large, and a host busy.
+/// How long the end of a container may take to be told, where it does: how that ended is looked for in a
+/// journal that can be large, and a failure is committed to the store, on a host that can be busy.
 const RECORD: Duration = Duration::from_secs(10);
 
 /// How much of that the journal may take to have an entry that Podman has sent it.
@@ -72,7 +73,7 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         tell(&of, stage, &input)
     });
     let told = told.and_then(|ended| match ended {
-        Some(ended) => bounded(RECORD, move || ended.tell_code()),
+        Some(ended) => bounded(RECORD, move || ended.tell()),
         None => Ok(()),
     });
     if let Err(missed) = told {
@@ -129,7 +130,7 @@ fn tell_of_start(config: &Path, spec: &Spec) -> Result<(), String> {
         "UidMappings": linux.and_then(|linux| linux.uid_mappings().as_ref()).unwrap_or(&Vec::new()),
         "GidMappings": linux.and_then(|linux| linux.gid_mappings().as_ref()).unwrap_or(&Vec::new()),
     });
-    call(&settings.socket, "Friend.Starting", &body)
+    call(&settings.socket, "Friend.Starting", &body, BOUND)
 }
 
 /// The settings; `None` where nothing is prepared, so that there is no volume of ours.
@@ -141,7 +142,7 @@ fn settings(config: &Path) -> Result<Option<Settings>, String> {
     }
 }
 
-/// Tells the daemon of a container that starts or has ended.
+/// Tells the daemon of a container that starts; of one that has ended, gives what is to be told.
 fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, String> {
     let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
     let Some(settings) = settings(config)? else {
@@ -157,10 +158,11 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, Strin
     let mut body = json!({"Container": container, "Volumes": volumes});
     if stage != Stage::Poststop {
         body["Pid"] = (*state.pid()).into();
-        call(&settings.socket, "Friend.Started", &body)?;
+        call(&settings.socket, "Friend.Started", &body, BOUND)?;
         return Ok(None);
     }
-    call(&settings.socket, "Friend.Ended", &body)?;
+    // Whether it is there at all.
+    call(&settings.socket, "Plugin.Activate", &json!({}), BOUND)?;
     Ok(Some(Ended {
         socket: settings.socket,
         container,
@@ -168,7 +170,7 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, Strin
     }))
 }
 
-/// A container's end, which the daemon was told of, but not how.
+/// A container's end, of which the daemon is to be told.
 struct Ended {
     socket: PathBuf,
     container: String,
@@ -176,18 +178,15 @@ struct Ended {
 }
 
 impl Ended {
-    fn tell_code(mut self) -> Result<(), String> {
-        let deadline = Instant::now() + JOURNAL;
-        let Some(code) = Events::of_caller().exit_code(&self.container, deadline) else {
-            return Ok(());
-        };
+    fn tell(mut self) -> Result<(), String> {
+        let code = Events::of_caller().exit_code(&self.container, Instant::now() + JOURNAL);
         self.body["ExitCode"] = code.into();
-        call(&self.socket, "Friend.Ended", &self.body)
+        call(&self.socket, "Friend.Ended", &self.body, RECORD)
     }
 }
 
-fn call(socket: &Path, endpoint: &str, body: &Value) -> Result<(), String> {
-    client::call(socket, endpoint, body, BOUND)
+fn call(socket: &Path, endpoint: &str, body: &Value, timeout: Duration) -> Result<(), String> {
+    client::call(socket, endpoint, body, timeout)
         .map(drop)
         .map_err(|error| error.to_string())
 }
