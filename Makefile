@@ -34,3 +34,6 @@ package:
 	$(program) man target/package/man
 	for shell in bash zsh fish; do $(program) completions $$shell >target/package/$$shell || exit; done
 	$(program) example-config >target/package/config.toml
+	printf 'lvm-cache-friend (%s-1) unstable; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- %s  %s\n' \
+		"$$($(program) --version | cut -d ' ' -f 2)" "$$(sed -n 's/^maintainer = "\(.*\)"/\1/p' Cargo.toml)" \
+		"$$(date --rfc-email --reference CHANGELOG.md)" >target/package/changelog
