@@ -1,10 +1,13 @@
 //! The packages: what is in them, and a host's life with the .deb, over an upgrade and a reboot to its purge.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::docs::{REPOSITORY, block, type_in};
 use crate::harness::{Test, Tier, test};
@@ -22,19 +25,38 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// `make deb`, which does nothing that is done already.
-pub fn build() {
-    make("deb");
-}
+/// Where [`build`] leaves a package for an upgrade.
+const NEWER: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/newer.deb");
 
-fn make(target: &str) {
-    succeed(
-        Command::new("make")
-            .args(["--silent", target])
-            .current_dir(REPOSITORY)
-            // A test runner that make started is not its part.
-            .env_remove("MAKEFLAGS"),
-    );
+/// Makes the packages as the documents say, and one of a version above them: once in each run of tests, as guests read the files.
+pub fn build() {
+    let run = std::env::var("NEXTEST_RUN_ID").unwrap_or_else(|_| std::process::id().to_string());
+    fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut built = File::options();
+    let built = built.create(true).read(true).write(true).truncate(false);
+    let built = built.open(concat!(env!("CARGO_TARGET_TMPDIR"), "/packages-of"));
+    let mut built = Flock::lock(built.unwrap(), FlockArg::LockExclusive).unwrap();
+    let mut last = String::new();
+    built.read_to_string(&mut last).unwrap();
+    if last == run {
+        return;
+    }
+    let make = |targets: &[&str]| {
+        // A test runner that make started is no part of that.
+        let mut make = Command::new("make");
+        make.arg("--silent").args(targets).env_remove("MAKEFLAGS");
+        succeed(make.current_dir(REPOSITORY));
+    };
+    make(&["deb", "rpm"]);
+    let newer = ["deb", "--quiet", "--no-build", "--deb-version", "9"];
+    let output = ["--output", NEWER];
+    let mut cargo = Command::new("cargo");
+    succeed(cargo.args(newer).args(output).current_dir(REPOSITORY));
+    // The packer removes what it made before.
+    make(&["deb"]);
+    built.rewind().unwrap();
+    built.set_len(0).unwrap();
+    built.write_all(run.as_bytes()).unwrap();
 }
 
 /// The newest file in a directory of `target/`.
@@ -48,8 +70,7 @@ fn newest(dir: &str, extension: &str) -> PathBuf {
 }
 
 fn content() {
-    make("deb");
-    make("rpm");
+    build();
     let deb = newest("debian", "deb");
     run("lintian", ["--fail-on", "error", deb.to_str().unwrap()]);
 
@@ -97,18 +118,12 @@ fn content() {
 }
 
 fn life() {
-    make("deb");
+    build();
     let here = temp_dir();
     let path = |name: &str| here.path().join(name).to_str().unwrap().to_owned();
     let share = path("share");
     fs::create_dir(&share).unwrap();
-    let newer = format!("{share}/newer.deb");
-    succeed(
-        Command::new("cargo")
-            .args(["deb", "--quiet", "--no-build", "--deb-version", "9"])
-            .args(["--output", &newer])
-            .current_dir(REPOSITORY),
-    );
+    fs::copy(NEWER, here.path().join("share/newer.deb")).unwrap();
     let (disk, root) = (format!("{}:120G", path("disk")), path("root"));
     let options = [
         "--systemd",
