@@ -366,9 +366,9 @@ impl Engine {
             }
             let before = lv.tags.iter().filter(|tag| tag.as_str().starts_with(USED));
             let before: Vec<_> = before.cloned().collect();
-            let written = self
-                .store
-                .change_tags(&lv.name, std::slice::from_ref(&used_now), &before);
+            let written =
+                self.store
+                    .change_tags(&lv.name, std::slice::from_ref(&used_now), &before);
             if let Err(error) = written {
                 debug!(lv = %lv.name, %error, "its use is not noted");
             }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
 use crate::support::census::{Census, Known};
-use crate::support::command::run;
+use crate::support::command::{outcome, run, sh};
 use crate::support::content::{self, Content};
 use crate::support::daemon::{Daemon, Plugin};
 use crate::support::lvm::{DISK, TestVg};
@@ -202,9 +202,13 @@ fn by_number(kind: Kind) {
 /// What there is room for, in MiB.
 const ROOM: usize = 300;
 
+/// How much of it is to be kept free, in MiB: what `slowly` writes in some 9 s.
+const FLOOR: usize = 90;
+
 /// A store with room for some entries, and its policy.
 fn small(kind: Kind) -> (Site, Daemon) {
     let site = Site::bare(kind);
+    let mut taboo = 0;
     match kind {
         Kind::Lvm => {
             let size = format!("{ROOM}M");
@@ -223,7 +227,9 @@ fn small(kind: Kind) -> (Site, Daemon) {
             let fs = filesystem(&site);
             let stat = nix::sys::statvfs::statvfs(&fs).unwrap();
             let (size, free) = (stat.blocks(), stat.blocks_available());
-            let keep = size / 10 + (ROOM * MIB) as u64 / stat.fragment_size();
+            // Below a twentieth that is free nothing is made.
+            taboo = size / 20 * stat.fragment_size();
+            let keep = (taboo + (ROOM * MIB) as u64) / stat.fragment_size();
             let ballast = ((free - keep) * stat.fragment_size()).to_string();
             let file = fs.join("ballast");
             run(
@@ -232,7 +238,10 @@ fn small(kind: Kind) -> (Site, Daemon) {
             );
         }
     }
-    site.configure("policy.keep-used = \"0s\"\n");
+    let floor = taboo + (FLOOR * MIB) as u64;
+    site.configure(&format!(
+        "policy.keep-used = \"0s\"\npolicy.data-floor = \"{floor}\"\n"
+    ));
     let daemon = site.serve();
     (site, daemon)
 }
@@ -247,7 +256,7 @@ fn slowly(path: &Path, mib: usize) {
     for n in 0..mib / 4 {
         file.write_all(&vec![n as u8 + 1; 4 * MIB]).unwrap();
         file.sync_data().unwrap();
-        thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(400));
     }
 }
 
@@ -257,7 +266,7 @@ fn of_data(kind: Kind) {
     let bystander = Bystander::start(plugin);
     let fill = |at: &Path| {
         let mut file = File::create(at.join("big")).unwrap();
-        file.write_all(&vec![0x5a; 60 * MIB]).unwrap();
+        file.write_all(&vec![0x5a; 40 * MIB]).unwrap();
         file.sync_data().unwrap();
     };
     let a = publish(&site, plugin, "a", fill);
@@ -269,7 +278,7 @@ fn of_data(kind: Kind) {
     // What there was room for before goes as a job needs it: the least recently used that may.
     plugin.create("job", &json!({"save": "job", "restore": "job"}));
     let at = plugin.mount("job", "x");
-    slowly(&at.join("big"), 60);
+    slowly(&at.join("big"), 40);
     let mut more = 0;
     wait_until(|| {
         let is_there = site.census().entries().contains(&b);
@@ -377,18 +386,12 @@ fn trimmed() {
     daemon.stop();
 }
 
-/// Makes an entry of the base as an administrator does, with LVM's own tools.
-fn entry_by_hand(name: &str, tags: &str) -> String {
+/// Makes an entry of the base as an administrator does, with LVM's own tools. `false`: LVM refuses.
+fn entry_by_hand(name: &str, tags: &str) -> bool {
     let options = ["-q", "-s", "-an", "--addtag", "friend:snapshot", "-n", name];
     let tags = tags.split(' ').flat_map(|tag| ["--addtag", tag]);
-    run(
-        "lvcreate",
-        options
-            .into_iter()
-            .chain(tags)
-            .chain(["testvg/friend-default"]),
-    );
-    name.to_owned()
+    let origin = ["testvg/friend-default"];
+    outcome("lvcreate", options.into_iter().chain(tags).chain(origin)).status == 0
 }
 
 fn of_the_group() {
@@ -412,18 +415,18 @@ fn of_the_group() {
     let daemon = site.serve();
     let plugin = daemon.plugin();
     let bystander = Bystander::start(plugin);
-    // Half of the area is what the group's description can take.
-    let long = |n: usize| {
-        let tag = |m: usize| format!("friend:cache:{n}.{m}.{}", "x".repeat(500));
-        (0..7).map(tag).collect::<Vec<_>>().join(" ")
-    };
-    let mut made = Vec::new();
-    while made.len() < 7 {
-        let n = made.len();
-        made.push(entry_by_hand(
-            &format!("by-hand-{n}"),
-            &format!("{} friend:pin", long(n)),
-        ));
+    // Long ones, then short ones, until nothing more goes into the area.
+    let mut made: Vec<String> = Vec::new();
+    for tags in [7, 1] {
+        loop {
+            let name = format!("by-hand-{}", made.len());
+            let tag = |m: usize| format!("friend:cache:{name}.{m}.{}", "x".repeat(1000));
+            let long: Vec<_> = (0..tags).map(tag).collect();
+            if !entry_by_hand(&name, &format!("{} friend:pin", long.join(" "))) {
+                break;
+            }
+            made.push(name);
+        }
     }
     let tags: Vec<_> = (0..8).map(|n| format!("{n}{}", "y".repeat(500))).collect();
     let options = json!({"save": tags.join(" ")});
@@ -451,6 +454,10 @@ fn of_the_group() {
 
 fn of_metadata() {
     let site = Site::bare(Kind::Lvm);
+    // As `init` makes it, but with the least metadata that there can be.
+    sh(
+        "lvcreate -q -y --type thin-pool -L 500M --poolmetadatasize 2M --addtag friend:pool -n friend-pool testvg",
+    );
     site.done(&[
         "init",
         "--vg",
@@ -483,8 +490,13 @@ fn of_metadata() {
         used.trim().parse::<f64>().unwrap()
     };
     let mut ids = 9_000_000..;
-    while percent() < 75.0 {
-        for id in ids.by_ref().take(20) {
+    loop {
+        let step = match percent() {
+            75.0.. => break,
+            70.0.. => 2,
+            _ => 20,
+        };
+        for id in ids.by_ref().take(step) {
             pool.message(&format!("create_thin {id}")).unwrap();
         }
     }
