@@ -34,13 +34,10 @@ pub fn tests() -> Vec<Test> {
     ] {
         let both =
             |name: &str, body: fn(Kind)| test(tier, format!("bounds::{name}"), move || body(kind));
-        tests.extend([
-            both("by_number", by_number),
-            both("of_data", of_data),
-            both("never_shrunk", never_shrunk),
-        ]);
+        tests.extend([both("of_data", of_data), both("never_shrunk", never_shrunk)]);
     }
     tests.extend([
+        test(Tier::Reflink, "bounds::by_number", by_number),
         test(Tier::Reflink, "bounds::trimmed", trimmed),
         test(Tier::Guest(Group::Lvm), "bounds::of_metadata", of_metadata),
         test(
@@ -137,8 +134,8 @@ fn used(census: &Census, entry: &str) -> usize {
         .count()
 }
 
-fn by_number(kind: Kind) {
-    let site = Site::new(kind);
+fn by_number() {
+    let site = Site::new(Kind::Reflink);
     site.configure("policy.max-entries = 3\npolicy.keep-used = \"0s\"\n");
     let daemon = site.serve();
     let plugin = daemon.plugin();
@@ -396,7 +393,7 @@ fn entry_by_hand(name: &str, tags: &str) -> bool {
 
 fn of_the_group() {
     let site = Site::bare(Kind::Lvm);
-    run("vgremove", ["-q", TestVg::NAME]);
+    sh("vgremove -q testvg && pvremove -q /dev/vda");
     let area = ["--metadatasize", "64k", "--dataalignment", "64k"];
     run(
         "vgcreate",
@@ -441,7 +438,8 @@ fn of_the_group() {
         assert!(said.contains(part), "{part}: {said}");
     }
     site.done(&["unpin", &made[2]]);
-    plugin.ok("VolumeDriver.Create", &create);
+    // A guest may take longer for it than the request waits.
+    wait_until(|| plugin.call("VolumeDriver.Create", &create).0 == 200);
     assert!(!site.census().entries().contains(&made[2]));
     assert!(
         made.iter()
@@ -516,13 +514,15 @@ fn of_metadata() {
     }
     // Half of what there is gives enough back, if it may.
     site.done(&["unpin", &a]);
-    plugin.ok("VolumeDriver.Create", &create);
+    // A guest may take longer for it than the request waits.
+    wait_until(|| plugin.call("VolumeDriver.Create", &create).0 == 200);
     assert!(!site.census().entries().contains(&a));
     assert!(
         daemon.log().contains("for the pool's metadata are in use"),
         "the reason"
     );
     let at = plugin.mount("waiting", "x");
+    wait_until(|| used(&site.census(), &b) == 1);
     content::write(&at, 1);
     plugin.unmount("waiting", "x");
     bystander.end(plugin);
