@@ -93,13 +93,15 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a hook says of a container that uses volumes.
+/// What is said of a container that uses volumes.
 #[derive(Debug, Clone)]
 pub enum Happened {
     /// It runs, with these ids on this host where that is known.
     Started(Option<Ids>),
     /// It has ended so.
     Ended(Verdict),
+    /// Whoever has it do its work says how that ended, whatever its exit code was.
+    Judged(Verdict),
 }
 
 /// A volume as Get and List show it.
@@ -629,7 +631,7 @@ impl Engine {
         }
     }
 
-    /// Takes what a hook says of a container that uses a volume's present lease. Nothing
+    /// Takes what is said of a container that uses a volume's present lease. Nothing
     /// happens where there is no such lease.
     pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) {
         let Ok(volume) = self.volume(name) else {
@@ -642,11 +644,16 @@ impl Engine {
                 return;
             };
             let before = lease.verdict();
-            let verdict = match happened {
-                Happened::Started(_) => Verdict::Unknown,
-                Happened::Ended(verdict) => *verdict,
-            };
-            lease.ends.insert(container.to_owned(), verdict);
+            match happened {
+                Happened::Started(_) => {
+                    lease.ends.insert(container.to_owned(), Verdict::Unknown);
+                }
+                Happened::Ended(verdict) => {
+                    lease.ends.insert(container.to_owned(), *verdict);
+                }
+                // The container's end may be told later still.
+                Happened::Judged(verdict) => lease.judged = Some(*verdict),
+            }
             if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
                 (&lease.backing, happened)
             {

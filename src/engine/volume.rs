@@ -187,6 +187,8 @@ pub(super) struct Lease {
     /// How each container that used it ended; unknown as long as it runs. Restarted,
     /// its last end counts.
     pub ends: BTreeMap<String, Verdict>,
+    /// How the work in it ended, as whoever had it done says.
+    pub judged: Option<Verdict>,
     /// Writes the lease's mark, behind Mount's answer.
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
@@ -221,6 +223,7 @@ impl Lease {
             began: Instant::now(),
             took: Duration::ZERO,
             ends: BTreeMap::new(),
+            judged: None,
             mark: None,
             discarded: false,
             shown: None,
@@ -236,13 +239,18 @@ impl Lease {
         }
     }
 
-    /// How the work in it ended: as the job says, else as its containers ended, of which a failure of
-    /// one is a failure of all.
+    /// How the work in it ended: as the job says, but that whoever had it done knows better of a success;
+    /// else as its containers ended, of which a failure of one is a failure of all.
     pub fn verdict(&self) -> Verdict {
-        if let Backing::Job { job, .. } = &self.backing
-            && job.verdict() != Verdict::Unknown
-        {
-            return job.verdict();
+        let by_job = match &self.backing {
+            Backing::Job { job, .. } => job.verdict(),
+            Backing::Lv { .. } | Backing::Scratch(_) => Verdict::Unknown,
+        };
+        match (by_job, self.judged) {
+            (Verdict::Failure, _) => return Verdict::Failure,
+            (_, Some(judged)) => return judged,
+            (Verdict::Success, None) => return Verdict::Success,
+            (Verdict::Unknown, None) => {}
         }
         let all = |verdict| self.ends.values().all(|end| *end == verdict);
         if self.ends.values().any(|end| *end == Verdict::Failure) {

@@ -98,6 +98,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
+        .route("/Friend.Judged", post(judged))
         .route("/Friend.Admit", post(admit))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
@@ -211,6 +212,12 @@ async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let of = wire::Use::parse(&body.0)?;
     let verdict = of.verdict();
     app.tell(of, Happened::Ended(verdict)).await
+}
+
+async fn judged(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let of = wire::Use::parse(&body.0)?;
+    let verdict = of.verdict();
+    app.tell(of, Happened::Judged(verdict)).await
 }
 
 async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {

@@ -638,7 +638,7 @@ impl Task<'_> {
             Verdict::Unknown => Value::Null,
         };
         let body = json!({"Container": container.id, "Volumes": volumes, "ExitCode": code});
-        self.worker.friend("Friend.Ended", body).await?;
+        self.worker.friend("Friend.Judged", body).await?;
         for volume in volumes {
             let body = json!({"Name": volume, "ID": HOLDER});
             self.worker.friend("VolumeDriver.Unmount", body).await?;

@@ -299,29 +299,50 @@ fn verdicts(kind: Kind) {
         jobs.daemon().plugin().remove("job");
         expected += usize::from(published);
     }
-    // How its container ends counts where the job says nothing.
-    for (code, published) in [(0, true), (1, false)] {
-        let at = jobs.job("job", &json!({"save": "a"}));
-        let of = |extra: Value| {
+    // How its container ends counts where the job says nothing; and before both, what whoever had it done says of it,
+    // but that a job's failure is one.
+    let (ended, judged) = ("Friend.Ended", "Friend.Judged");
+    for (told, said, published) in [
+        (&[(ended, json!(0))][..], "status\n", true),
+        (&[(ended, json!(1))], "status\n", false),
+        (&[(judged, json!(0)), (ended, json!(100))], "status\n", true),
+        (&[(ended, json!(100)), (judged, json!(0))], "status\n", true),
+        (&[(ended, json!(0)), (judged, json!(1))], "status\n", false),
+        (
+            &[(ended, json!(0)), (judged, json!(1))],
+            "verdict success\n",
+            false,
+        ),
+        (
+            &[(ended, json!(0)), (judged, json!(0))],
+            "verdict failure\n",
+            false,
+        ),
+        (
+            &[(ended, json!(0)), (judged, Value::Null)],
+            "status\n",
+            false,
+        ),
+    ] {
+        let options = json!({"save": "a", "publish": "on-success"});
+        let at = jobs.job("job", &options);
+        let tell = |endpoint: &str, more: (&str, &Value)| {
             let mut body = json!({"Container": "c", "Volumes": ["job"]});
-            body.as_object_mut()
-                .unwrap()
-                .extend(extra.as_object().unwrap().clone());
-            body
+            body[more.0] = more.1.clone();
+            jobs.daemon().plugin().ok(endpoint, &body);
         };
-        jobs.daemon()
-            .plugin()
-            .ok("Friend.Started", &of(json!({"Pid": 1})));
+        tell("Friend.Started", ("Pid", &json!(1)));
         assert_ok(&ask(&at, "mount x\n"));
         fs::write(at.join("x/y"), "y").unwrap();
-        jobs.daemon()
-            .plugin()
-            .ok("Friend.Ended", &of(json!({"ExitCode": code})));
+        assert_ok(&ask(&at, said));
+        for (endpoint, code) in told {
+            tell(endpoint, ("ExitCode", code));
+        }
         let last = jobs.end("job", 1);
         assert_eq!(
             last["x"]["published"].is_string(),
             published,
-            "exit {code}: {last}"
+            "{told:?} {said}: {last}"
         );
         jobs.daemon().plugin().remove("job");
         expected += usize::from(published);
