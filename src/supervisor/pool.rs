@@ -265,6 +265,7 @@ impl Worker {
             jit: None,
             volumes: BTreeMap::new(),
             adopted: false,
+            unsure: true,
             last: None,
         };
         let mut changed = self.changed.subscribe();
@@ -281,6 +282,7 @@ impl Worker {
                     rest
                 }
                 Err(error) => {
+                    task.unsure = true;
                     let rest = trouble.with(&error);
                     // What changes meanwhile does not make it any better.
                     tokio::time::sleep(rest).await;
@@ -326,9 +328,11 @@ struct Task<'a> {
     slot: Slot,
     /// The runner's configuration, from its registration until Podman has it.
     jit: Option<SecretString>,
-    /// What Podman had, by runner, at the last look.
+    /// Its runners' volumes, as the daemon had them at the last look.
     volumes: BTreeMap<String, BTreeSet<String>>,
     adopted: bool,
+    /// Somebody may have died in the middle of something.
+    unsure: bool,
     last: Option<Verdict>,
 }
 
@@ -392,6 +396,15 @@ impl Task<'_> {
                 let volumes = self.volumes.get(&runner).cloned().unwrap_or_default();
                 for volume in volumes {
                     self.worker.podman.remove_volume(&volume).await?;
+                    // Where Podman died before it knew of it.
+                    match self
+                        .worker
+                        .friend("VolumeDriver.Remove", json!({"Name": volume}))
+                        .await
+                    {
+                        Ok(_) | Err(ClientError::Refused { status: 404, .. }) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 self.worker.podman.remove_secret(&runner).await?;
             }
@@ -424,12 +437,39 @@ impl Task<'_> {
     async fn look(&mut self) -> Result<Seen, StepError> {
         let podman = &self.worker.podman;
         let containers = podman.containers(&self.name).await?;
-        self.volumes = podman.volumes(&self.name).await?;
+        if self.unsure && containers.is_empty() && self.slot.runner.is_none() {
+            podman.prune_volumes(&self.name).await?;
+            self.unsure = false;
+        }
+        // The daemon has their names at hand, whatever Podman knows of them.
+        let listed = self.worker.friend("VolumeDriver.List", json!({})).await?;
+        let listed = listed["Volumes"].as_array().map_or(&[][..], Vec::as_slice);
+        self.volumes.clear();
+        for name in listed.iter().filter_map(|volume| volume["Name"].as_str()) {
+            if let Some(runner) = self.runner_of(name) {
+                let runner = runner.to_owned();
+                self.volumes
+                    .entry(runner)
+                    .or_default()
+                    .insert(name.to_owned());
+            }
+        }
         let secrets = podman.secrets(&format!("{}-", self.name)).await?;
+        let secrets = secrets
+            .into_iter()
+            .filter(|name| self.runner_of(&format!("{name}-x")) == Some(name));
         Ok(Seen {
-            containers,
             leftovers: self.volumes.keys().cloned().chain(secrets).collect(),
+            containers,
         })
+    }
+
+    /// The runner of this slot in the name of a volume: `SLOT-12345678-VOLUME`.
+    fn runner_of<'n>(&self, volume: &'n str) -> Option<&'n str> {
+        let random = volume.strip_prefix(&self.name)?.strip_prefix('-')?;
+        let (random, _) = random.split_once('-')?;
+        let is_ours = random.len() == 8 && random.bytes().all(|b| b.is_ascii_hexdigit());
+        is_ours.then(|| &volume[..self.name.len() + 9])
     }
 
     /// Takes what the pool has for the slot, and gives what the slot has for the pool.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::hooks::Hooks;
 use super::{Body, Host};
@@ -258,7 +258,7 @@ fn jobs(kind: Kind) {
     // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
     let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
                 env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/tmp/.c*' -exec cat {} + 2>/dev/null || true\n\
-                echo seen; sleep 3";
+                echo seen; until [ -e /tmp/go ]; do sleep 0.2; done";
     let job = place.fake.queue(&MAIN, look);
     let mut logs = String::new();
     place.until("the job has looked", |place| {
@@ -286,6 +286,10 @@ fn jobs(kind: Kind) {
                     ],
                 );
                 without_secrets(place, "an argument", &processes);
+                place
+                    .host
+                    .podman
+                    .done(&["exec", &runner, "touch", "/tmp/go"]);
             }
         }
         !logs.is_empty()
@@ -488,7 +492,6 @@ fn drains(kind: Kind) {
     if stage == Stage::Queued {
         place.ended(last);
     }
-    let before = place.entries().len();
     let job = place
         .fake
         .queue(&MAIN, "echo killed > /cache/n; sleep 3600");
@@ -507,7 +510,10 @@ fn drains(kind: Kind) {
         std::thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(place.host.podman.done(&["ps", "--all", "--quiet"]), "");
-    assert_eq!(place.entries().len(), before);
+    let plugin = place.host.daemon().plugin();
+    plugin.create("probe", &json!({"restore": "layers"}));
+    let said = fs::read_to_string(plugin.mount("probe", "test").join("n"));
+    assert_eq!(said.unwrap(), "done\n");
 
     for (text, words) in [
         ("count = 2", "count = 0"),
