@@ -27,6 +27,9 @@ const JIT: &str = "ACTIONS_RUNNER_INPUT_JITCONFIG";
 /// Has the runner end with its job's result (actions/runner, Runner.cs).
 const RETURN_RESULT: &str = "ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED";
 
+/// What takes the configuration's place once it is used.
+const USED: &str = "used";
+
 /// Where jobs work, below the runner's own directory.
 const WORK_FOLDER: &str = "_work";
 
@@ -658,8 +661,12 @@ impl Task<'_> {
         if let Some(runner) = self.slot.runner_mut(&container.runner) {
             runner.created = true;
         }
-        // The container has it; nobody else needs it any more.
-        self.worker.podman.remove_secret(&container.runner).await?;
+        // The container has it; nobody else needs it any more. But `podman exec` refuses where it is missing.
+        let used = SecretString::from(USED);
+        self.worker
+            .podman
+            .create_secret(&container.runner, &used)
+            .await?;
         info!(slot = self.name, runner = container.runner, "started");
         Ok(())
     }
