@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::github::{Auth, Owner, Url};
 use super::scope::{Rule, Template, Values, default_rules};
 use super::secret::Source;
-use super::slot::Bounds;
+use super::slot::{Bounds, LOOK};
 use crate::cache::spec::{Admit, Kind as VolumeKind, Publish, Spec};
 use crate::cache::units::Bytes;
 use crate::config::{ConfigError, RUN_DIR, duration};
@@ -250,6 +250,10 @@ impl TryFrom<PoolText> for Pool {
             (Some(_), None) => return Err("count is from 1 to 1000".into()),
             _ => return Err("one of count and scale-set is needed, and not both".into()),
         };
+        let slots = match &size {
+            Size::Fixed(count) => *count,
+            Size::ScaleSet(set) => set.max,
+        };
         let labels = match (&size, text.labels) {
             (Size::ScaleSet(set), labels) if labels.is_empty() => vec![set.name.clone()],
             (_, labels) => labels,
@@ -293,6 +297,8 @@ impl TryFrom<PoolText> for Pool {
             bounds: Bounds {
                 registration: text.registration_timeout.as_secs().max(1),
                 job: text.job_timeout.as_secs().max(1),
+                // Many slots look more seldom: an App or a token has 5,000 requests an hour.
+                look: LOOK.max(2 * slots as u64),
             },
             url: text.url,
             api: text.api_url,

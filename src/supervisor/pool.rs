@@ -18,6 +18,7 @@ use super::github::{GitHub, GitHubError};
 use super::podman::{Podman, PodmanError, RUNNER, SLOT};
 use super::slot::{Action, Container, Job, Mode, Presence, Runner, Seen, Slot, State, decide};
 use crate::engine::Verdict;
+use crate::failpoint::reach;
 use crate::plugin::client::{self, ClientError};
 
 /// What the runner reads its configuration from, and takes out of its environment (actions/runner,
@@ -318,6 +319,21 @@ fn futures_or_pending<'a>(
     Box::pin(waiting)
 }
 
+/// What a failpoint calls an action.
+const fn stage(action: &Action) -> Option<&'static str> {
+    match action {
+        Action::Register => Some("register"),
+        Action::Prepare => Some("ready"),
+        Action::Create => Some("container"),
+        Action::Start(_) => Some("start"),
+        Action::Judge(..) => Some("judge"),
+        Action::Remove(_) => Some("end"),
+        Action::Clear(_) => Some("clear"),
+        Action::Look(_) => Some("look"),
+        Action::Rest(_) | Action::Kill(_) | Action::Deregister(..) | Action::Forget => None,
+    }
+}
+
 /// Until when, or until which container's end, a slot rests.
 struct Rest {
     time: Duration,
@@ -354,6 +370,10 @@ impl Task<'_> {
         self.share(&seen, now);
         let action = decide(&self.slot, &seen, now);
         debug!(slot = self.name, ?action, "next");
+        let stage = stage(&action);
+        if let Some(stage) = stage {
+            reach(stage, 1);
+        }
         let find = |id: &String| {
             let found = seen.containers.iter().find(|c| c.id == *id);
             found.cloned().expect("decided by what was seen")
@@ -399,6 +419,7 @@ impl Task<'_> {
                 let volumes = self.volumes.get(&runner).cloned().unwrap_or_default();
                 for volume in volumes {
                     self.worker.podman.remove_volume(&volume).await?;
+                    reach("clear", 3);
                     // Where Podman died before it knew of it.
                     match self
                         .worker
@@ -433,6 +454,9 @@ impl Task<'_> {
                 self.jit = None;
                 self.slot.forget(now);
             }
+        }
+        if let Some(stage) = stage {
+            reach(stage, 2);
         }
         Ok(None)
     }
@@ -622,6 +646,7 @@ impl Task<'_> {
                 .await?;
             self.volumes.entry(runner.clone()).or_default().insert(name);
         }
+        reach("ready", 3);
         let Some(jit) = &self.jit else {
             // Only the process that registered it has it.
             self.slot.forget(unix_now());
@@ -661,6 +686,7 @@ impl Task<'_> {
         if let Some(runner) = self.slot.runner_mut(&container.runner) {
             runner.created = true;
         }
+        reach("start", 3);
         // The container has it; nobody else needs it any more. But `podman exec` refuses where it is missing.
         let used = SecretString::from(USED);
         self.worker
@@ -686,6 +712,7 @@ impl Task<'_> {
         };
         let body = json!({"Container": container.id, "Volumes": volumes, "ExitCode": code});
         self.worker.friend("Friend.Judged", body).await?;
+        reach("judge", 3);
         for volume in volumes {
             let body = json!({"Name": volume, "ID": HOLDER});
             self.worker.friend("VolumeDriver.Unmount", body).await?;

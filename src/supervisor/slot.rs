@@ -13,8 +13,11 @@ use crate::engine::Verdict;
 /// Seconds for which a registration that was read is believed.
 const FRESH: u64 = 10;
 
-/// Seconds between two readings of a registration that nothing else tells of.
+/// Seconds between two readings of a registration that nothing else tells of, at least.
 pub const LOOK: u64 = 60;
+
+/// Seconds after which a runner without a registration has had the time to end.
+const GONE: u64 = 30;
 
 /// Seconds that a scale set has to say how a job ended whose container has.
 pub const RESULT: u64 = 15;
@@ -143,6 +146,8 @@ pub struct Bounds {
     pub registration: u64,
     /// A job.
     pub job: u64,
+    /// Between two readings of a registration.
+    pub look: u64,
 }
 
 /// What is known of a slot beside what Podman has.
@@ -407,15 +412,17 @@ impl Slot {
 
     /// A registration was read.
     pub fn looked(&mut self, name: &str, presence: Presence, now: u64) {
+        let look = self.bounds.look;
         if let Some(runner) = self.runner_mut(name) {
+            let gone = presence == Presence::Gone;
             // Twice, a while apart: its runner would have ended by now.
-            runner.withdrawn |= presence == Presence::Gone
+            runner.withdrawn |= gone
                 && runner.registration.presence == Presence::Gone
-                && now >= runner.registration.read + LOOK;
+                && now >= runner.registration.read + GONE;
             runner.registration = Registration {
                 presence,
                 read: now,
-                again: now + LOOK,
+                again: now + if gone { GONE } else { look },
             };
             if let Presence::There { online, busy, .. } = presence {
                 runner.met |= online || busy;
@@ -433,7 +440,7 @@ impl Slot {
             *stale = Registration {
                 presence,
                 read: now,
-                again: now + LOOK,
+                again: now + look,
             };
         }
     }

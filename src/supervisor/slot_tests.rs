@@ -5,6 +5,7 @@ use super::*;
 const BOUNDS: Bounds = Bounds {
     registration: 300,
     job: 3600,
+    look: LOOK,
 };
 const NOW: u64 = 1_000_000;
 

@@ -180,6 +180,8 @@ pub struct State {
     registration_tokens: BTreeSet<String>,
     service_tokens: BTreeMap<String, u64>,
     faults: Vec<Fault>,
+    /// Of so many requests one meets a fault, each time another; 0: none does.
+    pub fault_every: u64,
     /// All that was asked, but for the stand-in runners' requests.
     pub asked: Vec<Asked>,
     /// Requests that were not of the documented shape.
@@ -514,6 +516,21 @@ impl State {
     }
 
     fn fault(&mut self, path: &str) -> Option<FaultKind> {
+        let asked = self.asked.len() as u64 + 1;
+        if self.fault_every > 0 && asked.is_multiple_of(self.fault_every) {
+            let status = |status, headers| FaultKind::Status(status, headers, "no");
+            let retry = vec![("retry-after", "1".to_owned())];
+            return Some(match asked / self.fault_every % 8 {
+                0 => status(500, Vec::new()),
+                1 => status(502, Vec::new()),
+                2 => status(429, retry),
+                3 => status(403, retry),
+                4 => status(401, Vec::new()),
+                5 => FaultKind::Dropped,
+                6 => FaultKind::DroppedAfter,
+                _ => FaultKind::Slow(Duration::from_secs(1)),
+            });
+        }
         let at = self
             .faults
             .iter()

@@ -22,6 +22,9 @@ pub const BODIES: &[Body] = &[
     ("supervised_jobs", jobs),
     ("supervised_scale_set", scale_set),
     ("supervisor_over_kills", kills),
+    ("supervisor_killed_at_each_step", each_step),
+    ("hostile_jobs", hostile),
+    ("many_supervised_jobs", many),
     ("supervisor_meets_faults", faults),
     ("supervisor_drains", drains),
 ];
@@ -74,6 +77,11 @@ const JOB: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-c
 impl Place {
     /// A pool `linux`, which `settings` describes, and its volumes.
     fn new(kind: Kind, auth: &str, settings: &str, volumes: &str) -> Self {
+        Self::with(kind, auth, settings, volumes, "")
+    }
+
+    /// And containers with further settings.
+    fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
         let host = Host::new(kind);
         let fake = Fake::start();
         let hooks = Hooks::new(&host);
@@ -96,7 +104,7 @@ impl Place {
             "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n\
              [[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
              labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
-             container = {{ image = '{1}', network = 'host' }}\n{volumes}",
+             container = {{ {container}image = '{1}', network = 'host' }}\n{volumes}",
             fake.url,
             image.trim()
         )
@@ -378,6 +386,122 @@ fn kills(kind: Kind) {
     }
     let busy = |place: &mut Place| place.fake.state().runners.values().any(|r| r.job.is_some());
     place.until("no runner is busy", |place| !busy(place));
+    place.finish();
+}
+
+/// Killed at each step of a slot's life, it goes on in the next life.
+fn each_step(kind: Kind) {
+    let mut place = Place::new(kind, "token", "count = 1\n", CACHE);
+    for point in lvm_cache_friend::failpoint::SUPERVISOR {
+        println!("{point}");
+        place.supervisor = None;
+        place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", point)]);
+        let job = place.fake.queue(&MAIN, "date +%N > /cache/n");
+        let since = Instant::now();
+        while place.supervisor().child.try_wait().unwrap().is_none() {
+            assert!(since.elapsed() < PATIENCE, "{point} is not reached");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        place.start(&[]);
+        assert_eq!(place.ended(job), "succeeded", "{point}");
+    }
+    // No job was lost to those that came after it.
+    place.finish();
+}
+
+/// Jobs that take what they can get. The slot is another job's soon after, and the slot beside it never notices.
+fn hostile(kind: Kind) {
+    // What bounds memory and processes is a cgroup, of which the other tier has none.
+    let bounds = match kind {
+        Kind::Lvm => "memory = '64M', pids = 64, ",
+        Kind::Reflink => "",
+    };
+    let settings = "count = 2\njob-timeout = '20s'\n";
+    let cache = CACHE.replace("save = ", "size = '1G', save = ");
+    let mut place = Place::with(kind, "token", settings, &cache, bounds);
+    let mut attacks = vec![
+        ("never ends", "exec sleep 3600"),
+        ("kills all that it can", "kill -9 -1; exec sleep 3600"),
+        ("kills its runner", "kill -9 $PPID; exec sleep 3600"),
+        (
+            "fills its disk",
+            "dd if=/dev/zero of=/cache/full bs=1M count=2000",
+        ),
+    ];
+    if kind == Kind::Lvm {
+        attacks.push((
+            "eats memory",
+            "exec dd if=/dev/zero of=/dev/null bs=256M count=1",
+        ));
+        attacks.push(("forks without end", "f() { f | f & }; f; exec sleep 3600"));
+    }
+    for (attack, script) in attacks {
+        println!("{attack}");
+        let before = place.entries().len();
+        let bad = place.fake.queue(&MAIN, script);
+        place.until("it runs", |place| {
+            place.fake.state().jobs[&bad].stage != Stage::Queued
+        });
+        let since = Instant::now();
+        for _ in 0..2 {
+            assert_eq!(place.job("true"), "succeeded", "{attack}");
+        }
+        assert_ne!(place.ended(bad), "succeeded", "{attack}");
+        // Both slots wait for jobs again.
+        place.until("both wait", |place| {
+            let rows = place.rows();
+            rows.iter().filter(|row| row["state"] == "idle").count() == 2
+        });
+        println!("{attack}: over after {:?}", since.elapsed());
+        assert_eq!(place.entries().len(), before, "{attack}");
+    }
+    place.finish();
+}
+
+/// Many jobs, while one of twenty requests to GitHub meets a fault.
+fn many(kind: Kind) {
+    let count = match kind {
+        Kind::Reflink => 200,
+        Kind::Lvm => 20,
+    };
+    let mut place = Place::new(kind, "app", "count = 4\n", CACHE);
+    place.fake.state().fault_every = 20;
+    let jobs: Vec<_> = (0..count)
+        .map(|_| place.fake.queue(&MAIN, "true"))
+        .collect();
+    let pid = place.supervisor().child.id();
+    let used = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        (
+            kib,
+            fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
+        )
+    };
+    for job in &jobs[..count / 4] {
+        place.ended(*job);
+    }
+    let (memory, descriptors) = used();
+    for job in jobs {
+        assert_eq!(place.ended(job), "succeeded");
+    }
+    let (memory_after, descriptors_after) = used();
+    println!(
+        "{memory} KiB, then {memory_after} KiB; {descriptors} descriptors, then {descriptors_after}"
+    );
+    assert!(
+        memory_after < memory + memory / 5,
+        "{memory} KiB, then {memory_after} KiB"
+    );
+    assert!(
+        descriptors_after <= descriptors + 8,
+        "{descriptors}, then {descriptors_after}"
+    );
+    place.fake.state().fault_every = 0;
     place.finish();
 }
 
