@@ -5,7 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 
 /// Where tools are looked for, in order.
 const TOOL_DIRS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -75,16 +75,7 @@ where
 /// # Errors
 /// When the tool is missing or cannot be started.
 pub fn says(tool: &str, args: &[&str]) -> Result<String, ExecError> {
-    let program = find_tool(tool)?;
-    let output = Command::new(&program)
-        .args(args)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ExecError::Start {
-            program: program.display().to_string(),
-            source,
-        })?;
+    let output = output(&find_tool(tool)?, args, &[])?;
     let said = [output.stdout, output.stderr].concat();
     Ok(String::from_utf8_lossy(&said).into_owned())
 }
@@ -100,16 +91,7 @@ where
 {
     let program = find_tool(tool)?;
     let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
-    let output = Command::new(&program)
-        .args(&args)
-        .env("LC_ALL", "C")
-        .envs(env.iter().copied())
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ExecError::Start {
-            program: program.display().to_string(),
-            source,
-        })?;
+    let output = output(&program, &args, env)?;
     if output.status.success() {
         return Ok(output.stdout);
     }
@@ -123,4 +105,21 @@ where
         status: output.status,
         stderr: String::from_utf8_lossy(&output.stderr[..kept]).into_owned(),
     })
+}
+
+fn output<S: AsRef<OsStr>>(
+    program: &Path,
+    args: &[S],
+    env: &[(&str, &OsStr)],
+) -> Result<Output, ExecError> {
+    Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| ExecError::Start {
+            program: program.display().to_string(),
+            source,
+        })
 }

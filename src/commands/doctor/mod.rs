@@ -1,6 +1,6 @@
 //! `doctor`: what a support thread would ask, asked of the host itself.
 //!
-//! [`facts`] gathers, and judges nothing; [`checks`] judges, and asks nobody. So each check is
+//! `facts` gathers, and judges nothing; `checks` judges, and asks nobody. So each check is
 //! a function of what was found, and all of it works with the daemon away, with Podman away
 //! and with nothing prepared: what could not be found out is a fact like any other.
 
