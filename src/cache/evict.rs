@@ -309,12 +309,12 @@ pub fn plan<'a>(
             Bound::Data => gives(&entry.lv),
             Bound::Metadata | Bound::Group => None,
         };
-        let mut missing = Some(space.missing(floor));
-        // What goes anyhow first.
+        let some = |missing: &u64| *missing > 0;
         let gone = |missing: Option<u64>, entry: &Entry| {
-            Some(missing?.saturating_sub(gives(entry)?.0)).filter(|missing| *missing > 0)
+            Some(missing?.saturating_sub(gives(entry)?.0)).filter(some)
         };
-        missing = missing.filter(|missing| *missing > 0);
+        let mut missing = Some(space.missing(floor)).filter(some);
+        // What goes anyhow first.
         for (entry, reason) in order.iter().zip(&going) {
             if reason.is_some() {
                 missing = gone(missing, entry);
