@@ -70,6 +70,13 @@ fn in_a_file() {
         "what was written over the restart is there: {dates}"
     );
 
+    // A pod; here is no network for it to join.
+    type_in(&block("kube").replace("kube play", "kube play --network none"));
+    assert_eq!(run("podman", ["wait", "kube-job-job"]).trim(), "0");
+    entries(4);
+    run("podman", ["pod", "rm", "--force", "kube-job"]);
+    run("podman", ["volume", "rm", "kube-cache"]);
+
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");

@@ -45,13 +45,4 @@ fn as_documented(kind: Kind) {
         block("nested-volume"),
         "grep -q \" 131072$\" /proc/self/uid_map",
     );
-
-    // Pods take cgroups.
-    if kind == Kind::Lvm {
-        podman.done(&["tag", &podman.image, "docker.io/library/busybox"]);
-        type_in(&block("kube"));
-        podman.done(&["wait", "kube-job-job"]);
-        podman.done(&["pod", "rm", "--force", "kube-job"]);
-        wait_until(|| host.entries_tagged(&["linux", "main"]).len() == 1);
-    }
 }
