@@ -5,8 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::{Extension, Router};
+use axum::Router;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -60,6 +61,7 @@ pub async fn serve(
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT);
 
+    let router = TowerToHyperService::new(router);
     let accept = async {
         loop {
             let place = Arc::clone(&places)
@@ -70,7 +72,12 @@ pub async fn serve(
             let peer = Peer {
                 pid: stream.peer_cred().ok().and_then(|cred| cred.pid()),
             };
-            let service = TowerToHyperService::new(router.clone().layer(Extension(peer)));
+            // As an extension of each request: a layer would copy the whole router for each connection.
+            let router = router.clone();
+            let service = service_fn(move |mut request| {
+                request.extensions_mut().insert(peer);
+                router.call(request)
+            });
             let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
             tokio::spawn(async move {
                 // What goes wrong here is the client's: it is gone, silent, or no HTTP.
