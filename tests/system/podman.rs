@@ -186,6 +186,17 @@ impl Host {
     }
 }
 
+/// Waits until `last` tells of another lease than `before` did, and returns what became of that.
+#[track_caller]
+fn ended_after(before: &Value, last: impl Fn() -> Value) -> Value {
+    let mut ended = Value::Null;
+    wait_until(|| {
+        ended = last();
+        ended["lv"].is_string() && ended["lv"] != before["lv"]
+    });
+    ended
+}
+
 fn mountpoint(volume: &str) -> std::path::PathBuf {
     Path::new(MOUNT_DIR).join(volume)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Body, Host, mountpoint};
+use super::{Body, Host, ended_after, mountpoint};
 use crate::support::PROGRAM;
 use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::podman::{DropIn, create};
@@ -278,11 +278,7 @@ fn over_a_kill(kind: Kind) {
         host.daemon = Some(host.site.serve());
         let id = crate::support::podman::CLIENT;
         host.daemon().plugin().unmount(volume, id);
-        let mut ended = Value::Null;
-        wait_until(|| {
-            ended = last(&host, volume);
-            ended["lv"].is_string()
-        });
+        let ended = ended_after(&Value::Null, || last(&host, volume));
         assert_eq!(ended["verdict"], verdict, "{volume}: {ended}");
         let tag = volume.trim_end_matches(|digit: char| digit.is_ascii_digit());
         let published = host.entries_tagged(&[tag]).len();

@@ -1,11 +1,8 @@
 //! Job volumes in containers.
 
-use serde_json::Value;
-
 use super::hooks::Hooks;
-use super::{Body, Host};
+use super::{Body, Host, ended_after};
 use crate::support::site::Kind;
-use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[("job_volumes", job_volumes)];
 
@@ -56,15 +53,16 @@ fn job_volumes(kind: Kind) {
         let script = format!(
             "cd /run/lvm-cache-friend\nask() {{ {ask}\n}}\nask | tee /tmp/answer\ngrep -q '^ok ' /tmp/answer\n{script}"
         );
-        let before = host.status("job")["last_lease"]["cargo"]["lv"].clone();
+        let last = || host.status("job")["last_lease"]["cargo"].clone();
+        let before = last();
         let (_, output) = run(&host, ":rslave", &script);
         assert!(output.contains(said), "{output}");
-        let mut last = Value::Null;
-        wait_until(|| {
-            last = host.status("job")["last_lease"]["cargo"].clone();
-            last["lv"].is_string() && last["lv"] != before
-        });
-        assert_eq!(last["published"].is_string(), published, "{script}: {last}");
+        let ended = ended_after(&before, last);
+        assert_eq!(
+            ended["published"].is_string(),
+            published,
+            "{script}: {ended}"
+        );
     }
     // A script tells one that failed by its last line.
     let ask = "ask() { echo \"mount $1\" | ncat -U /run/lvm-cache-friend/socket | tail -n 1; }";

@@ -3,13 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
-
 use super::hooks::Hooks;
-use super::{Body, Host};
+use super::{Body, Host, ended_after};
 use crate::support::command::run;
+use crate::support::image;
 use crate::support::site::Kind;
-use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[("nested_build", nested_build)];
 
@@ -31,10 +29,7 @@ fn nested_build(kind: Kind) {
     let host = Host::new(kind);
     let _hooks = Hooks::new(&host);
     let podman = &host.podman;
-    let image = run(
-        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/builder-image"),
-        [""; 0],
-    );
+    let image = image("builder-image");
     let src = tempfile::tempdir_in("/run").unwrap();
     let src = src.path();
     // Its reader is another user on this host.
@@ -57,7 +52,7 @@ fn nested_build(kind: Kind) {
             "FROM localhost/busybox\nRUN echo one >/one && chown 12:34 /one\nCOPY two /two\nRUN {third}\n"
         );
         fs::write(src.join("Containerfile"), containerfile).unwrap();
-        let built = job(&host, image.trim(), src, first_id);
+        let built = job(&host, &image, src, first_id);
         assert_eq!(built.matches("Using cache").count(), cached, "{built}");
         assert!(built.contains(said), "{built}");
     }
@@ -90,11 +85,7 @@ fn job(host: &Host, image: &str, src: &Path, first_id: u32) -> String {
     }
     assert!(said.ends_with("\ndriver=overlay\n"), "{said}");
 
-    let mut after = Value::Null;
-    wait_until(|| {
-        after = last();
-        after["lv"].is_string() && after["lv"] != before["lv"]
-    });
+    let after = ended_after(&before, last);
     assert!(after["published"].is_string(), "{after}");
     said
 }

@@ -9,11 +9,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 
 use super::hooks::Hooks;
-use super::{Body, Host};
+use super::{Body, Host, ended_after};
 use crate::support::command::{outcome_of, succeed};
 use crate::support::podman::create;
 use crate::support::site::Kind;
-use crate::support::wait_until;
 
 pub const BODIES: &[Body] = &[("users", users), ("users_rootless", rootless)];
 
@@ -78,12 +77,8 @@ impl Host {
     }
 
     fn published_after(&self, volume: &str, before: &Value) {
-        let mut last = Value::Null;
-        wait_until(|| {
-            last = self.last(volume);
-            last != *before
-        });
-        assert!(last["published"].is_string(), "{last}");
+        let ended = ended_after(before, || self.last(volume));
+        assert!(ended["published"].is_string(), "{ended}");
     }
 }
 
@@ -268,11 +263,7 @@ fn rootless(kind: Kind) {
             podman.done(&["wait", "ends"]);
         }
         podman.done(&["rm", "--force", "--time", "0", "ends"]);
-        let mut last = Value::Null;
-        wait_until(|| {
-            last = host.last("cache");
-            last != before
-        });
+        let last = ended_after(&before, || host.last("cache"));
         assert_eq!(last["verdict"], verdict, "{script}: {last}");
     }
 }

@@ -51,10 +51,13 @@ pub fn wait_until(mut so: impl FnMut() -> bool) {
 
 /// Loads the busybox image where it is not there yet, from no registry, and returns its name.
 pub fn busybox_image() -> String {
-    command::run(
-        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/busybox-image"),
-        [""; 0],
-    )
-    .trim()
-    .to_owned()
+    image("busybox-image")
+}
+
+/// The same with the image that a script of `tests/vm` makes.
+pub fn image(script: &str) -> String {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/vm")
+        .join(script);
+    command::run(script, [""; 0]).trim().to_owned()
 }
