@@ -711,20 +711,25 @@ fn swapped(kind: Kind) {
     let at = jobs.job("job", &json!({"restore": "linux", "on-miss": "fail"}));
     let outside = jobs.site.dir.path().join("outside");
     fs::create_dir_all(&outside).unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let swapper = thread::spawn({
-        let (dir, link) = (at.join("dir"), at.join("link"));
-        let (outside, stop) = (outside.clone(), Arc::clone(&stop));
-        move || {
-            while !stop.load(Ordering::Relaxed) {
+    let start = || {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (dir, link, outside) = (at.join("dir"), at.join("link"), outside.clone());
+        let stopped = Arc::clone(&stop);
+        let swapper = thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
                 if !link.exists() {
                     let _ = fs::create_dir(&dir);
                     let _ = symlink(&outside, &link);
                 }
                 let _ = renameat_with(CWD, &dir, CWD, &link, RenameFlags::EXCHANGE);
             }
+        });
+        move || {
+            stop.store(true, Ordering::Relaxed);
+            swapper.join().unwrap();
         }
-    });
+    };
+    let mut stop = start();
     let (mut mounted, mut refused, mut missed) = (0, 0, 0);
     for round in 0..rounds {
         let term = if round % mounting == 0 {
@@ -742,8 +747,11 @@ fn swapped(kind: Kind) {
                 // The directory, the client in it, and this.
                 let inside = table.iter().filter(|mount| mount.at.starts_with(&at));
                 assert_eq!(inside.count(), 3, "round {round}: {table:?}");
+                // What it made beneath the mountpoint would stay there, and be in the next test's way.
+                stop();
                 jobs.daemon().plugin().unmount("job", "test");
                 jobs.daemon().plugin().mount("job", "test");
+                stop = start();
             }
             miss if miss.contains("no entry matches") => missed += 1,
             error => {
@@ -752,8 +760,7 @@ fn swapped(kind: Kind) {
             }
         }
     }
-    stop.store(true, Ordering::Relaxed);
-    swapper.join().unwrap();
+    stop();
     println!("{mounted} mounted, {missed} found no entry, {refused} met the link");
     assert!(mounted > 0 && missed > 0 && refused > 0);
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
