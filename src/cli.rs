@@ -42,6 +42,13 @@ pub enum Command {
     /// Run the daemon that Podman and Docker talk to.
     #[command(after_help = EXIT_CODES)]
     Serve(Serve),
+    /// Show what was made from what: the entries as a tree, with hits and sizes.
+    #[command(after_help = EXIT_CODES)]
+    Tree(Tree),
+    /// Show how often what jobs asked for was there, how long Mounts took, and what was published,
+    /// since the daemon started.
+    #[command(after_help = EXIT_CODES)]
+    Stats(Stats),
     /// List the base, the entries that can be restored from, and the volumes.
     #[command(after_help = EXIT_CODES)]
     List(List),
@@ -54,6 +61,9 @@ pub enum Command {
     /// Remove an entry (by its logical volume) or a volume (by its name).
     #[command(after_help = EXIT_CODES)]
     Remove(Remove),
+    /// Look for what keeps caches from working on this host, and say how to mend it.
+    #[command(after_help = EXIT_CODES)]
+    Doctor(Doctor),
     /// What the hooks in hooks.d run when a container starts or has ended; reads the
     /// OCI runtime's state, or its configuration, from standard input.
     #[command(after_help = EXIT_CODES)]
@@ -125,6 +135,49 @@ pub struct List {
     /// One JSON array instead of a table.
     #[arg(long)]
     pub json: bool,
+
+    /// Whether it is shown again and again.
+    #[command(flatten)]
+    pub watch: Watch,
+}
+
+/// Options of `tree`.
+#[derive(Debug, Args)]
+pub struct Tree {
+    /// One JSON array instead of a tree.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Whether it is shown again and again.
+    #[command(flatten)]
+    pub watch: Watch,
+}
+
+/// Options of `stats`.
+#[derive(Debug, Args)]
+pub struct Stats {
+    /// One JSON object instead of text.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Whether it is shown again and again.
+    #[command(flatten)]
+    pub watch: Watch,
+}
+
+/// The option of all that can be looked at again and again.
+#[derive(Debug, Args)]
+pub struct Watch {
+    /// Show it again every so many seconds (2 if none are given), until it is interrupted.
+    #[arg(
+        long = "watch",
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "2",
+        require_equals = true,
+        value_parser = clap::value_parser!(u64).range(1..=86_400)
+    )]
+    pub seconds: Option<u64>,
 }
 
 /// Options of `show`.
@@ -179,6 +232,14 @@ pub struct Remove {
     /// A volume's name, or an entry's logical volume.
     #[arg(value_name = "NAME")]
     pub name: String,
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `hook`.
@@ -240,6 +301,11 @@ mod tests {
                 None,
             ),
             ("remove a", None),
+            ("doctor --json", None),
+            ("tree --json", None),
+            ("stats --watch", None),
+            ("list --json --watch=5", None),
+            ("tree --watch=0", Some(ErrorKind::ValueValidation)),
             ("hook precreate", None),
             ("hook createRuntime", None),
             ("hook poststop", None),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -72,6 +73,8 @@ struct Document {
     socket_group: String,
     #[serde(default = "default_mount_dir", deserialize_with = "absolute")]
     mount_dir: PathBuf,
+    #[serde(default, deserialize_with = "loopback")]
+    status_address: Option<SocketAddr>,
     #[serde(default = "default_premounted")]
     premounted: usize,
     #[serde(default = "default_scratch", deserialize_with = "parsed")]
@@ -161,6 +164,8 @@ pub struct Settings {
     pub socket_group: String,
     /// Where volumes are mounted.
     pub mount_dir: PathBuf,
+    /// Where metrics and the status page are shown beside the plugin's socket.
+    pub status_address: Option<SocketAddr>,
     /// How many volumes are kept mounted, detached, while nothing uses them.
     pub premounted: usize,
     /// Size of a scratch directory where the volume names none.
@@ -282,6 +287,7 @@ impl Settings {
             socket: document.socket,
             socket_group: document.socket_group,
             mount_dir: document.mount_dir,
+            status_address: document.status_address,
             premounted: document.premounted,
             scratch_size: document.scratch_size,
             empty_size: document.empty_size,
@@ -386,6 +392,10 @@ fn text(store: &StoreConfig) -> String {
          # Where volumes are mounted, each in a directory of its name.\n\
          #mount-dir = {mount_dir}\n\
          \n\
+         # A loopback address and port, such as 127.0.0.1:9469, where any user of this host can\n\
+         # see the status page (/) and metrics (/metrics). Empty: only on the plugin's socket.\n\
+         #status-address = \"\"\n\
+         \n\
          # How many idle volumes are kept mounted, invisibly, so that a container's start\n\
          # need not wait for it. Each takes about 0.8 MB of the kernel's memory.\n\
          #premounted = {premounted}\n\
@@ -472,6 +482,23 @@ fn socket_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D:
         return Err(de::Error::custom(format_args!("{path:?} names no file")));
     }
     Ok(path)
+}
+
+/// An address of this host alone, or nothing.
+fn loopback<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(Some(address)),
+        Ok(_) => Err(de::Error::custom(format_args!(
+            "{text:?} is not a loopback address: there is no password; have a web server with one pass it on"
+        ))),
+        Err(_) => Err(de::Error::custom(format_args!(
+            "{text:?} is not an address and port: write one such as \"127.0.0.1:9469\""
+        ))),
+    }
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -588,6 +615,14 @@ mod tests {
             (
                 "socket='plugin.sock'\n[reflink]\ndir='/a'",
                 &["line 1", "absolute"],
+            ),
+            (
+                "status-address='0.0.0.0:9469'\n[reflink]\ndir='/a'",
+                &["line 1", "loopback"],
+            ),
+            (
+                "status-address='localhost'\n[reflink]\ndir='/a'",
+                &["line 1", "127.0.0.1:9469"],
             ),
             ("[reflink\ndir='/a'", &["line 1"]),
         ] {

@@ -5,7 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 
 /// Where tools are looked for, in order.
 const TOOL_DIRS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -69,6 +69,17 @@ where
     run_with_env(tool, args, &[])
 }
 
+/// What a tool writes, to standard output and then to standard error, however it ends: some say
+/// their version here, some there.
+///
+/// # Errors
+/// When the tool is missing or cannot be started.
+pub fn says(tool: &str, args: &[&str]) -> Result<String, ExecError> {
+    let output = output(&find_tool(tool)?, args, &[])?;
+    let said = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
 /// [`run`], with variables added to the child's environment.
 ///
 /// # Errors
@@ -80,16 +91,7 @@ where
 {
     let program = find_tool(tool)?;
     let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
-    let output = Command::new(&program)
-        .args(&args)
-        .env("LC_ALL", "C")
-        .envs(env.iter().copied())
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ExecError::Start {
-            program: program.display().to_string(),
-            source,
-        })?;
+    let output = output(&program, &args, env)?;
     if output.status.success() {
         return Ok(output.stdout);
     }
@@ -103,4 +105,21 @@ where
         status: output.status,
         stderr: String::from_utf8_lossy(&output.stderr[..kept]).into_owned(),
     })
+}
+
+fn output<S: AsRef<OsStr>>(
+    program: &Path,
+    args: &[S],
+    env: &[(&str, &OsStr)],
+) -> Result<Output, ExecError> {
+    Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| ExecError::Start {
+            program: program.display().to_string(),
+            source,
+        })
 }

@@ -233,6 +233,7 @@ impl Place {
                 }
                 let view = engine
                     .mount_late(job, &at, &criteria, &save, self.limits.mounts, &peer.ids)
+                    .inspect_err(|e| engine.tally().refused(e))
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
                     "{}ok {} ms={} path={}\n",

@@ -15,7 +15,7 @@
 //! # The rooms
 //!
 //! Dependencies point one way: [`cache`] ← [`storage`] ← [`engine`] ←
-//! [`plugin`] ← [`commands`] and [`serve`].
+//! [`plugin`] ← [`commands`] ← [`status`] ← [`serve`].
 //!
 //! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
 //!   and what an LV's tags make of it.
@@ -27,7 +27,7 @@
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
 //!   program that asks, which each job volume has in it.
-//!   [`cli`], [`config`], [`commands`],
+//!   [`status`]: metrics and a page. [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
 //!
@@ -54,5 +54,6 @@ pub mod mount;
 pub mod plugin;
 pub mod podman;
 pub mod serve;
+pub mod status;
 pub mod storage;
 pub mod userns;

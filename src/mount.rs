@@ -267,6 +267,15 @@ impl Mounted {
         Ok(rustix::fs::syncfs(&self.root)?)
     }
 
+    /// How much of the file system is in use, its own structures included.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn used(&self) -> io::Result<Bytes> {
+        let stat = rustix::fs::fstatvfs(&self.root)?;
+        Ok(Bytes((stat.f_blocks - stat.f_bfree) * stat.f_frsize))
+    }
+
     /// Its root directory.
     #[must_use]
     pub fn root(&self) -> BorrowedFd<'_> {

@@ -8,6 +8,7 @@
 //! nobody knows. `start` is written before the `died` of the same run, both under the
 //! container's lock: a `died` that a `start` follows is of an earlier run.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -117,6 +118,50 @@ impl Events {
     }
 }
 
+/// What root's Podman is told about plugins and hooks by the files that it reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Engine {
+    /// Where hooks are looked for, those that come later before those that come first.
+    pub hooks_dir: Vec<PathBuf>,
+    /// The sockets of volume plugins, by name.
+    pub volume_plugins: BTreeMap<String, PathBuf>,
+    /// How long an answer of one may take, in seconds; `None`: as Podman has it.
+    pub volume_plugin_timeout: Option<u64>,
+}
+
+/// Reads `containers.conf` and its drop-ins. A file that does not parse is passed over: Podman
+/// says that itself.
+#[must_use]
+pub fn engine() -> Engine {
+    let only = std::env::var("CONTAINERS_CONF").ok();
+    merged(&configuration(only.as_deref(), None))
+}
+
+/// A list replaces that of a file before, a table is joined with it (containers.conf(5)).
+fn merged(files: &[String]) -> Engine {
+    let mut engine = Engine {
+        // Its default, on each system that was looked at (containers/common, pkg/config/default.go).
+        hooks_dir: vec!["/usr/share/containers/oci/hooks.d".into()],
+        volume_plugins: BTreeMap::new(),
+        volume_plugin_timeout: None,
+    };
+    for conf in files
+        .iter()
+        .filter_map(|text| toml::from_str::<Conf>(text).ok())
+    {
+        let EngineConf {
+            hooks_dir,
+            volume_plugins,
+            volume_plugin_timeout,
+            ..
+        } = conf.engine;
+        engine.hooks_dir = hooks_dir.unwrap_or(engine.hooks_dir);
+        engine.volume_plugins.extend(volume_plugins);
+        engine.volume_plugin_timeout = volume_plugin_timeout.or(engine.volume_plugin_timeout);
+    }
+    engine
+}
+
 /// What a variable is set to, in an environment as /proc/PID/environ has it.
 fn variable<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
     let mut values = environment
@@ -154,15 +199,18 @@ impl Rootless {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Conf {
-    engine: Engine,
+    engine: EngineConf,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Engine {
+struct EngineConf {
     events_logger: Option<String>,
     events_logfile_path: Option<PathBuf>,
     tmp_dir: Option<PathBuf>,
+    hooks_dir: Option<Vec<PathBuf>>,
+    volume_plugins: BTreeMap<String, PathBuf>,
+    volume_plugin_timeout: Option<u64>,
 }
 
 /// The texts of all configuration files that Podman reads, in its order
@@ -336,6 +384,27 @@ mod tests {
             };
             assert_eq!(found, want, "{words:?} {files:?}");
         }
+    }
+
+    #[test]
+    fn plugins_and_hooks() {
+        let files = [
+            "[engine]\nhooks_dir = [\"/a\", \"/b\"]\nvolume_plugin_timeout = 60\n",
+            "no toml =",
+            "[engine.volume_plugins]\none = \"/run/one.sock\"\n",
+            "[engine]\nhooks_dir = [\"/c\"]\n[engine.volume_plugins]\ntwo = \"/run/two.sock\"\n",
+        ]
+        .map(str::to_owned);
+        let engine = merged(&files);
+        assert_eq!(engine.hooks_dir, [PathBuf::from("/c")]);
+        assert_eq!(engine.volume_plugin_timeout, Some(60));
+        let names: Vec<_> = engine.volume_plugins.keys().map(String::as_str).collect();
+        assert_eq!(names, ["one", "two"]);
+        let default = merged(&[]);
+        assert_eq!(
+            default.hooks_dir,
+            [PathBuf::from("/usr/share/containers/oci/hooks.d")]
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use sd_notify::NotifyState;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::oneshot;
@@ -15,6 +15,7 @@ use crate::engine::{self, Engine, EngineError, JobSocket};
 use crate::job;
 use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
 use crate::plugin::{self, server};
+use crate::status;
 use crate::storage::StoreError;
 
 /// The daemon could not be brought up.
@@ -79,7 +80,9 @@ pub fn run(settings: &Settings) -> Result<(), ServeError> {
     // One thread: what blocks has threads of its own, and an idle daemon none.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(plugin::MAX_WORK + plugin::UNMOUNT_THREADS + job::MAX_WORK)
+        .max_blocking_threads(
+            plugin::MAX_WORK + plugin::UNMOUNT_THREADS + job::MAX_WORK + status::THREADS,
+        )
         .build()
         .map_err(doing("starting the runtime"))?;
     let result = runtime.block_on(live(settings, listener, max_connections));
@@ -120,11 +123,27 @@ async fn live(
 
     tokio::spawn(job::serve(Arc::clone(&engine), settings.job, sockets));
     let (stop, stopped) = oneshot::channel();
-    let router = plugin::router(Arc::clone(&engine));
+    let router = plugin::router(Arc::clone(&engine)).merge(status::router(Arc::clone(&engine)));
     let serving = server::serve(listener, router, max_connections, async {
         let _ = stopped.await;
     });
     tokio::pin!(serving);
+    if let Some(address) = settings.status_address {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                let router = status::public_router(Arc::clone(&engine));
+                let never = std::future::pending();
+                let most = status::MAX_CONNECTIONS;
+                // Ended with the runtime: nothing is lost with a page.
+                tokio::spawn(server::serve(listener, router, most, never));
+                tracing::info!(%address, "status page and metrics");
+            }
+            // Caches are served all the same.
+            Err(error) => {
+                tracing::error!(%address, %error, "status-address cannot be listened on: no status page there");
+            }
+        }
+    }
     let volumes = engine.list().len();
     notify(&[
         NotifyState::Ready,

@@ -1,17 +1,22 @@
 //! What the commands do. Each reads the store itself: none but `remove` of a
 //! volume and `hook` needs the daemon, or cares whether one runs.
 
+pub mod doctor;
 pub mod hook;
 pub mod import;
 pub mod init;
 pub mod list;
 pub mod remove;
-mod rows;
+pub(crate) mod rows;
 pub mod show;
+pub mod stats;
+mod table;
+pub mod tree;
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use crate::cli;
@@ -73,11 +78,40 @@ fn open(config: &Path) -> Result<(Settings, Arc<dyn Store>), Failure> {
 
 /// Writes to standard output. A reader that has seen enough is no failure.
 fn print(text: &str) -> Result<(), Failure> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(failed("standard output")(error))
+    written(text).map(|_| ())
+}
+
+/// Prints what `view` gives: once, or again every so many seconds, as long as somebody reads.
+fn watched(
+    watch: &cli::Watch,
+    mut view: impl FnMut() -> Result<String, Failure>,
+) -> Result<(), Failure> {
+    loop {
+        let text = view()?;
+        if watch.seconds.is_some() && io::stdout().is_terminal() {
+            // Cleared, with the cursor at the top; not a style, so NO_COLOR has no say in it.
+            let _ = io::stdout().write_all(b"\x1b[2J\x1b[H");
         }
-        _ => Ok(()),
+        let (true, Some(seconds)) = (written(&text)?, watch.seconds) else {
+            return Ok(());
+        };
+        thread::sleep(Duration::from_secs(seconds));
     }
+}
+
+/// Writes to standard output; `false`: nobody reads any more.
+fn written(text: &str) -> Result<bool, Failure> {
+    // Styles are for terminals, and not for those who set NO_COLOR.
+    let mut out = anstream::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(failed("standard output")(error)),
+    }
+}
+
+/// `value` as JSON, with a line's end.
+fn json(value: &impl serde::Serialize) -> String {
+    let json = serde_json::to_string_pretty(value).expect("plain data");
+    format!("{json}\n")
 }

@@ -516,6 +516,7 @@ impl Engine {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
+        self.count(&volume, &lease);
         let ids = job.ids_for(peer);
         match &lease.backing {
             Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),

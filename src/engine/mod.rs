@@ -20,6 +20,7 @@ mod job;
 mod prepare;
 mod settle;
 mod start;
+mod tally;
 mod upkeep;
 mod volume;
 
@@ -42,9 +43,10 @@ use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
 use crate::cache::units::Bytes;
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
-use crate::storage::{Store, StoreError};
+use crate::storage::{Listing, Store, StoreError};
 use crate::userns::Ids;
 pub use job::{Job, JobSocket, LateView, Saved};
+pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 use upkeep::Upkeep;
 use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
 
@@ -167,6 +169,7 @@ pub struct Engine {
     premounted: Arc<AtomicUsize>,
     /// It was said that the kernel makes no idmapped mounts.
     unmapped: AtomicBool,
+    tally: Tally,
 }
 
 /// What is known of the store, in memory. Never locked over I/O.
@@ -261,6 +264,7 @@ impl Engine {
             upkeep: Upkeep::default(),
             premounted: Arc::default(),
             unmapped: AtomicBool::default(),
+            tally: Tally::default(),
         });
         engine.take_up()?;
         engine.start_upkeep()?;
@@ -412,12 +416,26 @@ impl Engine {
         }
         reach("mount", 3);
         lease.took = began.elapsed();
+        self.count(volume, &lease);
         if let Backing::Lv { copy, .. } = &lease.backing
             && may_publish(&volume.spec)
         {
             lease.mark = Some(self.mark_leased(copy.lv.clone(), false));
         }
         Ok(lease)
+    }
+
+    /// Counts a lease that has begun.
+    fn count(&self, volume: &Volume, lease: &Lease) {
+        let (how, entry) = match &lease.backing {
+            Backing::Lv { copy, .. } => (copy.source.how, copy.source.lv.as_ref()),
+            Backing::Scratch(_) => (Restored::Scratch, None),
+            // Nothing is restored in it yet.
+            Backing::Job { .. } => return,
+        };
+        let held = lease.mounted().used().map_or(0, |bytes| bytes.0);
+        self.tally
+            .mounted(&volume.spec, how, entry, held, lease.took);
     }
 
     /// What is to be mounted, attached nowhere.
@@ -448,6 +466,8 @@ impl Engine {
             {
                 let Refusal { phase, error } = *refused;
                 error!(volume = %volume.name, %error, "the store does not serve: on-error=scratch, the job runs uncached");
+                self.tally
+                    .failed("scratch", format!("{}: {error}", volume.name));
                 let scratch = self.scratch(volume).map_err(|e| refuse(phase, e))?;
                 Ok(Backing::Scratch(scratch))
             }
@@ -746,6 +766,32 @@ impl Engine {
         }
         reach("remove", 2);
         Ok(())
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// What was counted since the start, and what there is now. From memory.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
+        let leased = |volume: &&Arc<Volume>| matches!(lock(&volume.now).phase, Phase::Leased(_));
+        Stats {
+            volumes: volumes.len(),
+            leases: volumes.iter().filter(leased).count(),
+            ..self.tally.stats()
+        }
+    }
+
+    /// What the store holds now: waits for it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn listing(&self) -> Result<Listing, StoreError> {
+        self.store.list()
     }
 
     /// What the store is called where a job is told of it.

@@ -339,6 +339,7 @@ impl Engine {
             return true;
         }
         error!(%entry, fault, "an entry is damaged: it is given up, and the next best used");
+        self.tally.damaged(format!("{entry}: {fault}"));
         if let Err(error) = self.doom(entry) {
             warn!(%entry, %error, "a damaged entry could not be marked");
         }
@@ -357,6 +358,7 @@ impl Engine {
 
     /// Forgets an entry or base that is gone.
     pub(super) fn forget(&self, lv: &LvName) {
+        self.tally.forget(lv);
         let mut state = lock(&self.state);
         state.gone.insert(lv.clone(), Instant::now());
         state.born.remove(lv);

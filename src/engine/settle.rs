@@ -13,7 +13,7 @@ use super::volume::{
     Backing, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
     may_publish,
 };
-use super::{Engine, EngineError, Verdict, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
 use crate::cache::select::{Entry, Index};
@@ -243,8 +243,10 @@ impl Engine {
         };
         reach("publish", 2);
         let published = match refusal(&volume.spec, end) {
-            Some(why) => Err(why.to_owned()),
-            None => self.publish(volume, &lv, &story.source),
+            Some(why) => Err(NotPublished::Refused(why)),
+            None => self
+                .publish(volume, &lv, &story.source)
+                .map_err(NotPublished::Failed),
         };
         reach("publish", 3);
         // Damage that only shows in use would meet every job after this one, too.
@@ -254,7 +256,7 @@ impl Engine {
         {
             self.give_up_if_damaged(entry);
         }
-        story.tell(volume, published, bytes);
+        story.tell(volume, published, bytes, &self.tally);
         self.replace(volume, &lv, device, &mark);
         lock(&volume.now)
             .settling
@@ -406,11 +408,13 @@ impl Engine {
         let _op = lock(&volume.op);
         let idle = matches!(lock(&volume.now).phase, Phase::Ready(_));
         let published = match refusal(&volume.spec, end) {
-            Some(why) => Err(why.to_owned()),
-            None if !idle => Err("the volume is in use again, or removed".to_owned()),
+            Some(why) => Err(NotPublished::Refused(why)),
+            None if !idle => Err(NotPublished::Refused(
+                "the volume is in use again, or removed",
+            )),
             None => self
                 .publish_mounted(&volume.spec, &lv, &story.source)
-                .map_err(|e| e.to_string()),
+                .map_err(|e| NotPublished::Failed(e.to_string())),
         };
         // In use again, the mark is the next lease's.
         if may_publish(&volume.spec)
@@ -419,7 +423,7 @@ impl Engine {
         {
             warn!(%lv, %error, "a settled lease could not be unmarked");
         }
-        story.tell(volume, published, bytes);
+        story.tell(volume, published, bytes, &self.tally);
         self.upkeep.recheck();
     }
 
@@ -484,6 +488,14 @@ impl From<StoreError> for Close {
     }
 }
 
+/// Why no entry was made of a lease.
+enum NotPublished {
+    /// It is not to be.
+    Refused(&'static str),
+    /// It could not be.
+    Failed(String),
+}
+
 /// What the one log line of a lease says, apart from its end.
 struct Story {
     lv: LvName,
@@ -504,10 +516,27 @@ impl Story {
         }
     }
 
-    fn tell(self, volume: &Volume, published: Result<LvName, String>, bytes: Option<u64>) {
+    fn tell(
+        self,
+        volume: &Volume,
+        published: Result<LvName, NotPublished>,
+        bytes: Option<u64>,
+        tally: &Tally,
+    ) {
+        tally.settled(self.lasted, bytes);
         let (published, why) = match published {
-            Ok(lv) => (Some(lv), None),
-            Err(why) => (None, Some(why)),
+            Ok(lv) => {
+                tally.published();
+                (Some(lv), None)
+            }
+            Err(NotPublished::Refused(why)) => {
+                tally.not_published(why);
+                (None, Some(why.to_owned()))
+            }
+            Err(NotPublished::Failed(why)) => {
+                tally.publish_failed(format!("{}: {why}", volume.name));
+                (None, Some(why))
+            }
         };
         let source = &self.source;
         let age = source.created.map(|t| unix_now().saturating_sub(t));

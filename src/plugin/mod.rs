@@ -58,7 +58,7 @@ const WORK_WAIT: Duration = Duration::from_secs(4);
 
 /// Whoever is at the other end of a connection, as the kernel tells.
 #[derive(Debug, Clone, Copy)]
-struct Peer {
+pub struct Peer {
     pid: Option<i32>,
 }
 
@@ -94,7 +94,8 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/VolumeDriver.Mount", post(mount))
         .route("/VolumeDriver.Unmount", post(unmount))
         .route("/VolumeDriver.Capabilities", post(capabilities))
-        // Ours, for the hooks.
+        // Ours, for the hooks and for commands.
+        .route("/Friend.Stats", post(stats))
         .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
@@ -212,6 +213,14 @@ async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
     app.tell(of, Happened::Ended(verdict)).await
 }
 
+async fn stats(State(app): State<Arc<App>>, _: Payload) -> Answer {
+    Ok(ok(&wire::Stats {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        stats: app.at_once(Engine::stats)?,
+    }))
+}
+
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
     drop(body);
     Refusal::new(
@@ -269,7 +278,7 @@ impl App {
             let _place = place;
             act(&engine)
         });
-        Ok(settled(done.await)??)
+        Ok(settled(done.await)?.inspect_err(|error| self.engine.tally().refused(error))?)
     }
 }
 

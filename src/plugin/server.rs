@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::rt::{Read, Write};
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 
 use super::Peer;
@@ -46,11 +47,39 @@ pub fn raise_limits() -> usize {
     free.clamp(64, MAX_CONNECTIONS) as usize
 }
 
+/// What connections come from.
+pub trait Listener {
+    /// A connection.
+    type Stream: Read + Write + Unpin + Send + 'static;
+
+    /// The next connection, and who made it.
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Peer)>>;
+}
+
+impl Listener for UnixListener {
+    type Stream = TokioIo<tokio::net::UnixStream>;
+
+    async fn next(&self) -> io::Result<(Self::Stream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+        Ok((TokioIo::new(stream), Peer { pid }))
+    }
+}
+
+impl Listener for TcpListener {
+    type Stream = TokioIo<tokio::net::TcpStream>;
+
+    async fn next(&self) -> io::Result<(Self::Stream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        Ok((TokioIo::new(stream), Peer { pid: None }))
+    }
+}
+
 /// Serves `router` on `listener` until `stop`, then takes no more connections and
 /// returns once those that are open have been answered. Dropping the future
 /// gives up on them.
 pub async fn serve(
-    listener: UnixListener,
+    listener: impl Listener,
     router: Router,
     max_connections: usize,
     stop: impl Future<Output = ()>,
@@ -68,17 +97,14 @@ pub async fn serve(
                 .acquire_owned()
                 .await
                 .expect("nobody closes the semaphore");
-            let stream = accepted(&listener).await;
-            let peer = Peer {
-                pid: stream.peer_cred().ok().and_then(|cred| cred.pid()),
-            };
+            let (stream, peer) = accepted(&listener).await;
             // As an extension of each request: a layer would copy the whole router for each connection.
             let router = router.clone();
             let service = service_fn(move |mut request| {
                 request.extensions_mut().insert(peer);
                 router.call(request)
             });
-            let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+            let connection = graceful.watch(http.serve_connection(stream, service));
             tokio::spawn(async move {
                 // What goes wrong here is the client's: it is gone, silent, or no HTTP.
                 if let Err(error) = connection.await {
@@ -96,11 +122,11 @@ pub async fn serve(
     graceful.shutdown().await;
 }
 
-async fn accepted(listener: &UnixListener) -> tokio::net::UnixStream {
+async fn accepted<L: Listener>(listener: &L) -> (L::Stream, Peer) {
     let mut complained = false;
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return stream,
+        match listener.next().await {
+            Ok(accepted) => return accepted,
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // EMFILE, ENFILE, ENOMEM: the connection stays in the queue, and trying
             // again at once would spin.

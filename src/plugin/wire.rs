@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::names::{BadName, VolumeName};
-use crate::engine::{EngineError, Verdict, VolumeView};
+use crate::engine::{self, EngineError, Verdict, VolumeView};
 use crate::storage::StoreError;
 use crate::userns::{IdMap, Ids};
 
@@ -319,6 +319,18 @@ impl Default for Capabilities {
             capabilities: CapabilitySet { scope: "local" },
         }
     }
+}
+
+/// The answer to Friend.Stats.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Stats {
+    /// The daemon's version.
+    pub version: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// What it has counted.
+    #[serde(flatten)]
+    pub stats: engine::Stats,
 }
 
 /// The answer to Mount and Path.

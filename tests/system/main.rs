@@ -20,6 +20,7 @@ mod raw;
 mod reflink;
 mod store;
 mod support;
+mod views;
 mod vm;
 
 fn main() {
@@ -38,6 +39,7 @@ fn main() {
             quickstart::tests(),
             raw::tests(),
             reflink::tests(),
+            views::tests(),
             vm::tests(),
         ]
         .into_iter()

@@ -6,6 +6,7 @@ mod action;
 mod caches;
 mod churn;
 mod client;
+pub mod doctor;
 mod hooks;
 mod job_client;
 mod jobs;
@@ -60,6 +61,7 @@ pub fn tests() -> Vec<Test> {
         "podman::made_by_hand",
         caches::made_by_hand,
     ));
+    tests.extend(doctor::tests());
     tests
 }
 

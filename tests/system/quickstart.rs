@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::process::Command;
 
+use lvm_cache_friend::config::DEFAULT_FILE;
 use serde_json::Value;
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::podman::doctor::{finds, well};
 use crate::support::command::{run, sh, succeed};
 use crate::support::lvm::TestVg;
 use crate::support::podman::DropIn;
@@ -23,11 +25,11 @@ const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
 
 fn in_a_group() {
     let _vg = TestVg::fresh();
-    follow("--vg VG --size 100G", "--vg testvg --size 5G");
+    follow("--vg VG --size 100G", "--vg testvg --size 5G", doctor);
 }
 
 fn in_a_file() {
-    follow("--loop", "--loop");
+    follow("--loop", "--loop", || {});
     let image = "/var/lib/lvm-cache-friend.img";
     let device = sh(&format!(
         "losetup --noheadings --output NAME --associated {image}"
@@ -40,8 +42,8 @@ fn in_a_file() {
 }
 
 /// Follows the quick start with the way to prepare storage that has `wanted` in it, and `instead` in its place; then looks
-/// whether what it makes does what the README promises.
-fn follow(wanted: &str, instead: &str) {
+/// whether what it makes does what the README promises, and `more`.
+fn follow(wanted: &str, instead: &str, more: fn()) {
     let image = busybox_image();
     // The guest has no network to join.
     let _network = DropIn::new("60-test", "[containers]\nnetns = \"none\"\n");
@@ -129,6 +131,7 @@ fn follow(wanted: &str, instead: &str) {
         "what was written over the restart is there: {dates}"
     );
 
+    more();
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");
@@ -164,6 +167,37 @@ fn follow(wanted: &str, instead: &str) {
         ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
         rm -rf /run/lvm-cache-friend",
     );
+}
+
+/// What is installed is well, and what is broken about its units is found.
+fn doctor() {
+    let config = Path::new(DEFAULT_FILE);
+    well(config);
+    let unit = "lvm-cache-friend.service";
+    run("systemctl", ["disable", unit]);
+    finds(config, "units", "wrong", "systemctl enable", &[]);
+    run("systemctl", ["enable", unit]);
+
+    let dir = "/run/systemd/system/lvm-cache-friend.service.d";
+    sh(&format!(
+        "mkdir -p {dir}; printf '[Service]\\nPrivateTmp=yes\\n' > {dir}/test.conf; systemctl daemon-reload"
+    ));
+    finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
+    sh(&format!("rm -r {dir}; systemctl daemon-reload"));
+
+    let stop = ["stop", "lvm-cache-friend.socket", unit];
+    run("systemctl", stop);
+    finds(
+        config,
+        "units",
+        "wrong",
+        "does not run",
+        &["daemon", "socket"],
+    );
+    run("systemctl", ["mask", "--runtime", unit]);
+    finds(config, "units", "wrong", "unmask", &["daemon", "socket"]);
+    run("systemctl", ["unmask", "--runtime", unit]);
+    run("systemctl", ["start", "lvm-cache-friend.socket", unit]);
 }
 
 fn count_entries() -> usize {

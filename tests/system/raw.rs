@@ -260,7 +260,6 @@ fn refusals(kind: Kind) {
         }
     }
     for path in [
-        "/",
         "/VolumeDriver.create",
         "/VolumeDriver.Create/",
         "/NetworkDriver.Join",

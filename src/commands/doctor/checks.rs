@@ -1,0 +1,1041 @@
+//! The judgements: each a function of what was found, and of nothing else.
+
+use std::path::Path;
+
+use super::facts::{Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, SOCKET};
+use super::{Finding, State};
+use crate::cache::units::Bytes;
+use crate::config::{Settings, StoreConfig};
+use crate::storage::{NEARLY_FULL, TOO_FULL};
+
+/// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
+const SHORT_TIMEOUT: u64 = 20;
+
+/// How far another clock may differ from this one, in seconds, before one of them is wrong.
+const CLOCK_SLACK: u64 = 300;
+
+/// What a bare judgement is before it bears its check's name.
+type Judged = (State, String, Option<String>);
+
+/// A check's name, and what judges.
+type Check = (&'static str, fn(&Facts) -> Vec<Judged>);
+
+const CHECKS: [Check; 17] = [
+    ("configuration", configuration),
+    ("permissions", permissions),
+    ("tools", tools),
+    ("kernel", kernel),
+    ("store", store),
+    ("pool", pool),
+    ("leftovers", leftovers),
+    ("units", units),
+    ("socket", socket),
+    ("daemon", daemon),
+    ("namespace", namespace),
+    ("propagation", propagation),
+    ("podman", podman),
+    ("hooks", hooks),
+    ("local-volumes", local_volumes),
+    ("docker", docker),
+    ("clock", clock),
+];
+
+/// All findings, in the order of the checks.
+pub fn all(facts: &Facts) -> Vec<Finding> {
+    let judge = |(check, judge): &Check| {
+        let finding = |(state, finding, fix)| Finding {
+            check,
+            state,
+            finding,
+            fix,
+        };
+        judge(facts).into_iter().map(finding).collect::<Vec<_>>()
+    };
+    CHECKS.iter().flat_map(judge).collect()
+}
+
+fn ok(finding: impl Into<String>) -> Judged {
+    (State::Ok, finding.into(), None)
+}
+
+fn skipped(why: impl Into<String>) -> Judged {
+    (State::Skipped, why.into(), None)
+}
+
+fn note(finding: impl Into<String>, fix: impl Into<String>) -> Judged {
+    (State::Note, finding.into(), Some(fix.into()))
+}
+
+fn wrong(finding: impl Into<String>, fix: impl Into<String>) -> Judged {
+    (State::Wrong, finding.into(), Some(fix.into()))
+}
+
+/// What was found to be wrong or worth a note; where that is nothing, that all is well.
+fn or_ok(found: Vec<Judged>, well: impl Into<String>) -> Vec<Judged> {
+    if found.is_empty() {
+        vec![ok(well)]
+    } else {
+        found
+    }
+}
+
+fn settings(facts: &Facts) -> Option<&Settings> {
+    match &facts.config {
+        Config::Read(settings) => Some(settings),
+        Config::Missing | Config::Bad(_) => None,
+    }
+}
+
+fn unconfigured() -> Vec<Judged> {
+    vec![skipped("no configuration says where it is")]
+}
+
+fn configuration(facts: &Facts) -> Vec<Judged> {
+    let file = facts.config_file.display();
+    vec![match &facts.config {
+        Config::Read(settings) => ok(format!("{file}: {}", settings.store)),
+        Config::Missing => wrong(
+            format!("{file} is not there: nothing is prepared"),
+            "lvm-cache-friend init --vg VG --size SIZE, or with --loop FILE or --reflink DIR",
+        ),
+        Config::Bad(why) => wrong(
+            why.replace('\n', " "),
+            "correct it; what each line means is said in the file that init writes",
+        ),
+    }]
+}
+
+fn permissions(facts: &Facts) -> Vec<Judged> {
+    let mut found = Vec::new();
+    for FileFact {
+        path,
+        uid,
+        mode,
+        kind,
+        ..
+    } in &facts.files
+    {
+        let name = path.display();
+        // Of a directory for all (/tmp) whoever owns a file in it cannot be replaced.
+        let shared_dir = *kind == FileKind::Dir && mode & 0o1000 != 0;
+        if *uid != 0 {
+            found.push(wrong(
+                format!("{name} belongs to the user {uid}, who can have root run what he likes"),
+                format!("chown root:root {name}"),
+            ));
+        } else if mode & 0o022 != 0 && !shared_dir {
+            found.push(wrong(
+                format!("{name} can be written by others (mode {mode:04o})"),
+                format!("chmod go-w {name}"),
+            ));
+        }
+        if *kind == FileKind::File && mode & 0o077 != 0 && may_be_secret(path) {
+            found.push(wrong(
+                format!("{name} may hold a secret, and others can read it (mode {mode:04o})"),
+                format!("chmod 0600 {name}"),
+            ));
+        }
+    }
+    if facts.files.is_empty() {
+        return vec![skipped("there is no configuration yet")];
+    }
+    or_ok(found, "the configuration is root's alone to change")
+}
+
+/// Beside the configuration: keys and tokens for the supervisor.
+fn may_be_secret(path: &Path) -> bool {
+    path.extension().is_none_or(|extension| extension != "toml")
+}
+
+fn tools(facts: &Facts) -> Vec<Judged> {
+    let missing = facts.tools.iter().filter(|tool| tool.version.is_none());
+    let found = missing.map(|tool| {
+        wrong(
+            format!("{} is not installed", tool.name),
+            format!(
+                "apt install {}, or your system's package of it",
+                tool.package
+            ),
+        )
+    });
+    let there = facts.tools.iter().filter_map(|tool| {
+        let version = tool.version.as_ref()?;
+        Some(format!("{} {version}", tool.name))
+    });
+    or_ok(found.collect(), there.collect::<Vec<_>>().join(", "))
+}
+
+fn kernel(facts: &Facts) -> Vec<Judged> {
+    let kernel = &facts.kernel;
+    let release = &kernel.release;
+    let mut found = Vec::new();
+    if !kernel.xfs {
+        found.push(wrong(
+            format!("Linux {release} has no XFS"),
+            "install the kernel's full set of modules, or set fs=ext4 for each volume",
+        ));
+    }
+    let lvm = settings(facts).is_some_and(|s| matches!(s.store, StoreConfig::Lvm(_)));
+    if lvm && !kernel.thin {
+        found.push(wrong(
+            format!("Linux {release} has no dm-thin-pool"),
+            "install the kernel's full set of modules, or use `init --reflink`",
+        ));
+    }
+    match version(release) {
+        Some(version) if version < (5, 2) => found.push(wrong(
+            format!("Linux {release} cannot make a mount that is attached nowhere"),
+            "use Linux 5.2 or later",
+        )),
+        Some(version) if version < (5, 19) => found.push(note(
+            format!("Linux {release} makes no idmapped mounts of XFS: in a container with a user namespace, files have the host's owners"),
+            "use Linux 5.19 or later (5.12 for fs=ext4)",
+        )),
+        Some(_) => {}
+        None => found.push(note(
+            format!("Linux {release:?}: no version that can be read"),
+            "see that it is 5.19 or later",
+        )),
+    }
+    or_ok(found, format!("Linux {release}"))
+}
+
+/// The first two numbers of a kernel's release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn store(facts: &Facts) -> Vec<Judged> {
+    match (&facts.store, settings(facts)) {
+        (Some(Ok(_)), Some(settings)) => vec![ok(settings.store.to_string())],
+        (Some(Err(why)), Some(settings)) => {
+            let fix = match &settings.store {
+                StoreConfig::Lvm(lvm) => format!(
+                    "see `vgs {vg}` and `lvs {vg}`: a disk that is missing, a group that was renamed; `init` again finishes what is missing",
+                    vg = lvm.vg
+                ),
+                StoreConfig::Reflink(reflink) => {
+                    format!("see that {} is mounted", reflink.dir.display())
+                }
+            };
+            vec![wrong(why, fix)]
+        }
+        _ => unconfigured(),
+    }
+}
+
+fn pool(facts: &Facts) -> Vec<Judged> {
+    let Some(Ok(store)) = &facts.store else {
+        return vec![skipped("the store cannot be read")];
+    };
+    let full = &store.capacity;
+    let mut found = Vec::new();
+    let (data, metadata, group) = match settings(facts).map(|s| &s.store) {
+        Some(StoreConfig::Lvm(lvm)) => {
+            let (vg, pool) = (&lvm.vg, &lvm.pool);
+            (
+                format!("remove entries, or lvextend --size +SIZE {vg}/{pool}"),
+                format!("remove entries, or lvextend --poolmetadatasize +SIZE {vg}/{pool}"),
+                "remove entries, or make the group anew with a larger --metadatasize".to_owned(),
+            )
+        }
+        _ => {
+            let fix = "remove entries, or what else is on that file system".to_owned();
+            (fix.clone(), fix.clone(), fix)
+        }
+    };
+    for (what, percent, fix) in [
+        ("data", full.data_percent, data),
+        ("metadata", full.metadata_percent, metadata),
+        ("group metadata", full.group_percent, group),
+    ] {
+        let finding = format!("{what}: {percent:.1} % used");
+        if percent >= TOO_FULL {
+            found.push(wrong(finding, fix));
+        } else if percent >= NEARLY_FULL {
+            found.push(note(finding, fix));
+        }
+    }
+    if let (Some(when_full), Some(StoreConfig::Lvm(lvm))) =
+        (&store.when_full, settings(facts).map(|s| &s.store))
+        && when_full != "error"
+    {
+        found.push(wrong(
+            format!("a full pool makes whoever writes wait for a minute ({when_full}) instead of failing"),
+            format!("lvchange --errorwhenfull y {}/{}", lvm.vg, lvm.pool),
+        ));
+    }
+    let size = Bytes(full.data_size.0);
+    or_ok(found, format!("{:.1} % of {size} used", full.data_percent))
+}
+
+fn leftovers(facts: &Facts) -> Vec<Judged> {
+    let Some(Ok(store)) = &facts.store else {
+        return vec![skipped("the store cannot be read")];
+    };
+    let unclear = store.unclear.iter().map(|(lv, why)| {
+        wrong(
+            format!("{lv} has tags of ours that make no sense, and is left alone: {why}"),
+            "take its friend: tags away with lvchange --deltag, or remove it",
+        )
+    });
+    let mut found: Vec<_> = unclear.collect();
+    let away = !matches!(facts.daemon, Daemon::Runs { .. });
+    for (count, what) in [
+        (store.doomed, "marked for removal"),
+        (store.making, "being imported, or left over from an import"),
+    ] {
+        if count > 0 {
+            let fix = if away {
+                "start the daemon, which removes them"
+            } else {
+                "none, if it is less soon: see the daemon's log if it is not"
+            };
+            found.push(note(format!("{count} {what}"), fix));
+        }
+    }
+    or_ok(found, "none")
+}
+
+fn units(facts: &Facts) -> Vec<Judged> {
+    let units = match &facts.units {
+        None => return vec![skipped("systemd does not run here")],
+        Some(Err(why)) => return vec![wrong(why, "see `systemctl status`")],
+        Some(Ok(units)) => units,
+    };
+    let mut found = Vec::new();
+    for unit in [SERVICE, SOCKET] {
+        let property = |name: &str| {
+            let unit = units.get(unit);
+            unit.and_then(|all| all.get(name))
+                .map_or("", String::as_str)
+        };
+        let now = format!("systemctl enable --now {unit}");
+        match (property("LoadState"), property("ActiveState")) {
+            ("loaded", "active" | "activating" | "reloading") => {
+                if !property("UnitFileState").starts_with("enabled") {
+                    found.push(wrong(
+                        format!("{unit} is not started at boot"),
+                        format!("systemctl enable {unit}"),
+                    ));
+                }
+            }
+            ("loaded", "failed") => found.push(wrong(
+                format!("{unit} has failed"),
+                format!("see why: journalctl --unit {unit}; then systemctl restart {unit}"),
+            )),
+            ("loaded", _) if matches!(facts.config, Config::Missing) => {
+                found.push(note(
+                    format!("{unit} does not run, as nothing is prepared"),
+                    format!("after init: {now}"),
+                ));
+            }
+            ("loaded", _) => found.push(wrong(format!("{unit} does not run"), now)),
+            ("masked", _) => found.push(wrong(
+                format!("{unit} is masked"),
+                format!("systemctl unmask {unit}"),
+            )),
+            _ => found.push(wrong(
+                format!("systemd knows no unit {unit}"),
+                "install the package, or copy plugin/usr to /usr; then systemctl daemon-reload",
+            )),
+        }
+        if property("NeedDaemonReload") == "yes" {
+            found.push(note(
+                format!("{unit} was changed since systemd read it"),
+                format!("systemctl daemon-reload, then systemctl restart {unit}"),
+            ));
+        }
+    }
+    or_ok(found, "enabled and active")
+}
+
+fn socket(facts: &Facts) -> Vec<Judged> {
+    let Some(settings) = settings(facts) else {
+        return unconfigured();
+    };
+    let name = settings.socket.display();
+    let Some(socket) = &facts.socket else {
+        return vec![wrong(
+            format!("{name} is not there"),
+            format!("systemctl enable --now {SOCKET}"),
+        )];
+    };
+    if socket.kind != FileKind::Socket {
+        return vec![wrong(
+            format!("{name} is no socket"),
+            format!("remove it; then systemctl restart {SOCKET}"),
+        )];
+    }
+    let mut found = Vec::new();
+    if socket.uid != 0 || socket.mode & 0o007 != 0 {
+        found.push(wrong(
+            format!("{name} is open to others than root and its group (user {}, mode {:04o}): they can read and remove every cache", socket.uid, socket.mode),
+            format!("chown root {name}; chmod 0660 {name}"),
+        ));
+    }
+    match &facts.socket_gid {
+        Some(Ok(gid)) if *gid != socket.gid => found.push(note(
+            format!("{name} belongs to the group {}, not to {} as the configuration says", socket.gid, settings.socket_group),
+            format!("with systemd, SocketGroup= in a drop-in of {SOCKET} counts; else restart the daemon"),
+        )),
+        Some(Err(why)) => found.push(wrong(why, "make the group, or name another in the configuration")),
+        _ => {}
+    }
+    or_ok(found, name.to_string())
+}
+
+fn daemon(facts: &Facts) -> Vec<Judged> {
+    let start = format!("systemctl enable --now {SOCKET} {SERVICE}");
+    vec![match &facts.daemon {
+        Daemon::Unknown => return unconfigured(),
+        Daemon::Away => wrong(
+            "it does not run: containers with a cache volume neither start nor end properly",
+            start,
+        ),
+        Daemon::Odd(why) => wrong(
+            format!("who listens on its socket does not answer as it does: {why}"),
+            format!("systemctl restart {SERVICE}; see its log if that does not help"),
+        ),
+        Daemon::Runs { version, .. } if version != env!("CARGO_PKG_VERSION") => note(
+            format!(
+                "it is of version {version}, this program of {}",
+                env!("CARGO_PKG_VERSION")
+            ),
+            format!("systemctl restart {SERVICE}: containers go on meanwhile"),
+        ),
+        Daemon::Runs { version, .. } => ok(format!("version {version} answers")),
+    }]
+}
+
+/// Settings of a unit that give it mounts of its own (systemd.exec(5)).
+const PRIVATE: [&str; 20] = [
+    "BindPaths",
+    "BindReadOnlyPaths",
+    "ExecPaths",
+    "InaccessiblePaths",
+    "MountImages",
+    "NoExecPaths",
+    "PrivateDevices",
+    "PrivateMounts",
+    "PrivateTmp",
+    "ProtectControlGroups",
+    "ProtectHome",
+    "ProtectKernelLogs",
+    "ProtectKernelModules",
+    "ProtectKernelTunables",
+    "ProtectProc",
+    "ProtectSystem",
+    "ReadOnlyPaths",
+    "ReadWritePaths",
+    "RootDirectory",
+    "TemporaryFileSystem",
+];
+
+fn namespace(facts: &Facts) -> Vec<Judged> {
+    let mut found = Vec::new();
+    let service = match &facts.units {
+        Some(Ok(units)) => units.get(SERVICE),
+        _ => None,
+    };
+    for (name, value) in service.into_iter().flatten() {
+        let off = ["", "no", "default", "[not set]"].contains(&value.as_str());
+        if PRIVATE.contains(&name.as_str()) && !off {
+            found.push(wrong(
+                format!("{SERVICE} has {name}={value}: the daemon gets mounts of its own, and containers an empty directory of the host's disk"),
+                format!("take it out of the unit's drop-ins (systemctl cat {SERVICE}), then systemctl daemon-reload and restart"),
+            ));
+        }
+    }
+    match facts.daemon {
+        Daemon::Runs {
+            same_namespace: Some(false),
+            ..
+        } if found.is_empty() => found.push(wrong(
+            "the daemon's mount namespace is not this one: what it mounts is not seen here",
+            "run it in the host's: in a container or under unshare it cannot serve",
+        )),
+        Daemon::Runs { .. } => {}
+        _ if found.is_empty() => return vec![skipped("the daemon does not run")],
+        _ => {}
+    }
+    or_ok(found, "the daemon's mounts are this host's")
+}
+
+fn propagation(facts: &Facts) -> Vec<Judged> {
+    let Some(settings) = settings(facts) else {
+        return unconfigured();
+    };
+    let dir = settings.mount_dir.display();
+    match &facts.mount_root {
+        Some(mount) if mount.shared => vec![ok(format!("{dir} is on a shared mount"))],
+        // It makes it one at its start.
+        Some(_) if !matches!(facts.daemon, Daemon::Runs { .. }) => {
+            vec![skipped("the daemon sees to it, and does not run")]
+        }
+        Some(mount) => vec![wrong(
+            format!(
+                "{dir} is on {}, which is not shared: containers do not see what is mounted there later",
+                mount.at.display()
+            ),
+            format!("mount --make-shared {}", mount.at.display()),
+        )],
+        None => vec![wrong(
+            format!("{dir} is on no mount that is seen here"),
+            "run doctor on the host itself",
+        )],
+    }
+}
+
+fn podman(facts: &Facts) -> Vec<Judged> {
+    let Some(podman) = &facts.podman else {
+        return vec![if facts.dockerd {
+            skipped("it is not installed")
+        } else {
+            wrong(
+                "neither Podman nor Docker is installed",
+                "apt install podman",
+            )
+        }];
+    };
+    let info = match &podman.info {
+        Ok(info) => info,
+        Err(why) => return vec![wrong(why, "see what `podman info` says")],
+    };
+    let drop_in = "copy plugin/etc/containers/containers.conf.d/50-lvm-cache-friend.conf to /etc/containers/containers.conf.d; a file that Podman reads later may take it back";
+    let mut found = Vec::new();
+    if !info.volume_plugins.iter().any(|name| name == DRIVER) {
+        found.push(wrong(
+            format!("Podman {} knows no volume plugin {DRIVER}", info.version),
+            drop_in,
+        ));
+    }
+    if let (Some(path), Some(settings)) = (podman.conf.volume_plugins.get(DRIVER), settings(facts))
+        && *path != settings.socket
+    {
+        found.push(wrong(
+            format!(
+                "Podman looks for the plugin at {}, the daemon listens on {}",
+                path.display(),
+                settings.socket.display()
+            ),
+            "name the same in both: [engine.volume_plugins] in containers.conf, and socket in the configuration",
+        ));
+    }
+    match podman.conf.volume_plugin_timeout {
+        Some(seconds) if seconds >= SHORT_TIMEOUT => {}
+        seconds => found.push(note(
+            format!("Podman waits {} s for the plugin: many containers at once on a busy disk can take longer", seconds.unwrap_or(5)),
+            "volume_plugin_timeout = 60 in [engine] of containers.conf",
+        )),
+    }
+    if info.event_logger == "none" {
+        found.push(note(
+            "Podman keeps no events: how a container ended is never known, and publish=on-success publishes nothing",
+            "events_logger = \"journald\" or \"file\" in [engine] of containers.conf",
+        ));
+    }
+    or_ok(found, format!("Podman {} knows the plugin", info.version))
+}
+
+/// The stages that hooks.d/ has.
+const STAGES: [&str; 3] = ["precreate", "createRuntime", "poststop"];
+
+fn hooks(facts: &Facts) -> Vec<Judged> {
+    let Some(podman) = &facts.podman else {
+        return vec![skipped("Podman is not installed")];
+    };
+    let dirs: Vec<_> = podman
+        .conf
+        .hooks_dir
+        .iter()
+        .map(|d| d.display().to_string())
+        .collect();
+    let dirs = dirs.join(", ");
+    let mut found = Vec::new();
+    for file in &podman.hooks {
+        if let Err(why) = &file.hook {
+            found.push(wrong(
+                format!("{}: {why}: no container at all starts", file.path.display()),
+                "correct or remove it",
+            ));
+        }
+    }
+    let ours = |stage: &str| {
+        podman.hooks.iter().find_map(|file| {
+            let hook = file.hook.as_ref().ok()?;
+            let named = hook.args.ends_with(&["hook".to_owned(), stage.to_owned()]);
+            (named && hook.stages.iter().any(|s| s == stage)).then_some((file, hook))
+        })
+    };
+    for stage in STAGES {
+        match ours(stage) {
+            None => found.push(wrong(
+                format!("no hook for {stage} in {dirs}, which is where Podman looks"),
+                "copy hooks.d/*.json there, or add their directory to hooks_dir in [engine] of containers.conf",
+            )),
+            Some((file, hook)) if !hook.program_exists => found.push(wrong(
+                format!("{} names {}, which is not there: Podman passes over it in silence", file.path.display(), hook.program.display()),
+                "install the program there, or change the path",
+            )),
+            Some(_) => {}
+        }
+    }
+    or_ok(found, format!("all three in {dirs}"))
+}
+
+fn local_volumes(facts: &Facts) -> Vec<Judged> {
+    let Some(podman) = &facts.podman else {
+        return vec![skipped("Podman is not installed")];
+    };
+    let local = match &podman.local_volumes {
+        Ok(local) => local,
+        Err(why) => return vec![wrong(why, "see what `podman volume ls` says")],
+    };
+    let Some(Ok(store)) = &facts.store else {
+        return vec![skipped("the store cannot be read")];
+    };
+    let both = local.intersection(&store.volumes).map(|name| {
+        wrong(
+            format!("{name} is a local volume in Podman, which hides the cache volume of that name: containers write to the host's disk, uncached"),
+            format!("podman volume rm {name}, once nothing in it is needed; then podman volume create --driver {DRIVER} … {name}"),
+        )
+    });
+    or_ok(both.collect(), "none hides a cache volume")
+}
+
+fn docker(facts: &Facts) -> Vec<Judged> {
+    let (Some(settings), true) = (
+        settings(facts),
+        facts.dockerd || facts.docker_spec.is_some(),
+    ) else {
+        return vec![skipped("Docker is not installed, or nothing configured")];
+    };
+    let want = format!("unix://{}", settings.socket.display());
+    vec![match &facts.docker_spec {
+        Some((path, text)) if *text == want => ok(format!("{} names the socket", path.display())),
+        Some((path, text)) => wrong(
+            format!(
+                "{} names {text:?}, the daemon listens on {want}",
+                path.display()
+            ),
+            format!("echo {want} > {}", path.display()),
+        ),
+        None => wrong(
+            "Docker is installed and has no spec of the plugin",
+            format!("echo {want} > /etc/docker/plugins/lvm-cache-friend.spec"),
+        ),
+    }]
+}
+
+fn clock(facts: &Facts) -> Vec<Judged> {
+    let mut found = Vec::new();
+    let newest = match &facts.store {
+        Some(Ok(store)) => store.newest,
+        _ => 0,
+    };
+    let fix = "have it set from the network: timedatectl set-ntp true";
+    let ahead = newest.saturating_sub(facts.clock.now);
+    if ahead > CLOCK_SLACK {
+        found.push(wrong(
+            format!(
+                "the newest volume was made {ahead} s from now: this clock is behind, or was ahead"
+            ),
+            fix,
+        ));
+    }
+    if !facts.clock.synchronised {
+        found.push(note("nobody tells the kernel that its clock is right", fix));
+    }
+    or_ok(found, "synchronised")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::super::facts::{Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Store, Tool};
+    use super::*;
+    use crate::cache::units::Bytes;
+    use crate::mount::MountPoint;
+    use crate::podman::Engine;
+    use crate::storage::Capacity;
+
+    fn file(path: &str, mode: u32, kind: FileKind) -> FileFact {
+        FileFact {
+            path: path.into(),
+            uid: 0,
+            gid: 0,
+            mode,
+            kind,
+        }
+    }
+
+    fn settings_of(store: &str) -> Config {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, store).expect("written");
+        Config::Read(Box::new(Settings::load(&file).expect("valid")))
+    }
+
+    fn unit(id: &str) -> (String, BTreeMap<String, String>) {
+        let properties = [
+            ("LoadState", "loaded"),
+            ("ActiveState", "active"),
+            ("UnitFileState", "enabled"),
+            ("NeedDaemonReload", "no"),
+            ("PrivateTmp", "no"),
+            ("ProtectProc", "default"),
+            ("BindPaths", ""),
+        ];
+        let properties = properties.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        (id.to_owned(), properties.into())
+    }
+
+    fn hook(stage: &str) -> HookFile {
+        HookFile {
+            path: format!("/hooks/{stage}.json").into(),
+            hook: Ok(Hook {
+                program: "/usr/bin/lvm-cache-friend".into(),
+                program_exists: true,
+                args: ["lvm-cache-friend", "hook", stage]
+                    .map(str::to_owned)
+                    .into(),
+                stages: vec![stage.to_owned()],
+            }),
+        }
+    }
+
+    /// A host on which nothing is wrong.
+    fn healthy() -> Facts {
+        let socket = "/run/lvm-cache-friend/plugin.sock";
+        Facts {
+            config_file: "/etc/lvm-cache-friend/config.toml".into(),
+            config: settings_of("[lvm]\nvg = 'vg0'\npool = 'friend-pool'\n"),
+            tools: vec![Tool {
+                name: "lvm",
+                package: "lvm2",
+                version: Some("2.03.16".into()),
+            }],
+            kernel: Kernel {
+                release: "6.1.0-18-amd64".into(),
+                xfs: true,
+                thin: true,
+            },
+            store: Some(Ok(Store {
+                capacity: Capacity {
+                    data_size: Bytes(Bytes::GIB),
+                    data_percent: 10.0,
+                    metadata_percent: 10.0,
+                    group_percent: 10.0,
+                },
+                when_full: Some("error".into()),
+                doomed: 0,
+                making: 0,
+                unclear: Vec::new(),
+                volumes: ["cargo".to_owned()].into(),
+                newest: 1_700_000_000,
+            })),
+            files: vec![
+                file("/etc/lvm-cache-friend", 0o755, FileKind::Dir),
+                file("/etc/lvm-cache-friend/config.toml", 0o644, FileKind::File),
+                file("/etc/lvm-cache-friend/key.pem", 0o600, FileKind::File),
+            ],
+            socket: Some(file(socket, 0o660, FileKind::Socket)),
+            socket_gid: Some(Ok(0)),
+            daemon: Daemon::Runs {
+                version: env!("CARGO_PKG_VERSION").into(),
+                same_namespace: Some(true),
+            },
+            mount_root: Some(MountPoint {
+                id: 1,
+                root: "/".into(),
+                at: "/run".into(),
+                device: (0, 1),
+                fs: "tmpfs".into(),
+                source: "run".into(),
+                shared: true,
+                follows: false,
+            }),
+            podman: Some(Podman {
+                info: Ok(PodmanInfo {
+                    version: "4.3.1".into(),
+                    volume_plugins: vec!["local".into(), DRIVER.into()],
+                    event_logger: "journald".into(),
+                }),
+                conf: Engine {
+                    hooks_dir: vec!["/hooks".into()],
+                    volume_plugins: [(DRIVER.to_owned(), PathBuf::from(socket))].into(),
+                    volume_plugin_timeout: Some(60),
+                },
+                local_volumes: Ok(["other".to_owned()].into()),
+                hooks: STAGES.map(hook).into(),
+            }),
+            dockerd: true,
+            docker_spec: Some((
+                "/etc/docker/plugins/lvm-cache-friend.spec".into(),
+                format!("unix://{socket}"),
+            )),
+            clock: Clock {
+                now: 1_700_000_000,
+                synchronised: true,
+            },
+            units: Some(Ok([unit(SERVICE), unit(SOCKET)].into())),
+        }
+    }
+
+    fn the_store(facts: &mut Facts) -> &mut Store {
+        let Some(Ok(store)) = &mut facts.store else {
+            panic!("there is one");
+        };
+        store
+    }
+
+    fn the_podman(facts: &mut Facts) -> &mut Podman {
+        facts.podman.as_mut().expect("there is one")
+    }
+
+    fn set(facts: &mut Facts, unit: &str, name: &str, value: &str) {
+        let Some(Ok(units)) = &mut facts.units else {
+            panic!("there are some");
+        };
+        let unit = units.get_mut(unit).expect("of that name");
+        unit.insert(name.to_owned(), value.to_owned());
+    }
+
+    #[test]
+    fn nothing_is_wrong() {
+        for found in all(&healthy()) {
+            assert!(found.state == State::Ok && found.fix.is_none(), "{found:?}");
+        }
+    }
+
+    /// With nothing prepared, no daemon, no container engine, no systemd.
+    #[test]
+    fn nothing_is_there() {
+        let facts = Facts {
+            config: Config::Missing,
+            tools: Vec::new(),
+            store: None,
+            files: Vec::new(),
+            socket: None,
+            socket_gid: None,
+            daemon: Daemon::Unknown,
+            mount_root: None,
+            podman: None,
+            dockerd: false,
+            docker_spec: None,
+            units: None,
+            ..healthy()
+        };
+        let wrong: Vec<_> = all(&facts)
+            .into_iter()
+            .filter(|found| found.state == State::Wrong)
+            .map(|found| found.check)
+            .collect();
+        assert_eq!(wrong, ["configuration", "podman"]);
+    }
+
+    /// A way to break a host.
+    type Break = fn(&mut Facts);
+
+    #[test]
+    fn each_fault_is_found() {
+        use State::{Note, Skipped, Wrong};
+        let cases: [(&str, State, &str, Break); 54] = [
+            ("configuration", Wrong, "init", |f| {
+                f.config = Config::Missing;
+            }),
+            ("configuration", Wrong, "line 3", |f| {
+                f.config = Config::Bad("line 3".into());
+            }),
+            ("permissions", Wrong, "go-w", |f| f.files[1].mode = 0o664),
+            ("permissions", Wrong, "go-w", |f| f.files[0].mode = 0o777),
+            ("permissions", Wrong, "1000", |f| f.files[1].uid = 1000),
+            ("permissions", Wrong, "0600", |f| f.files[2].mode = 0o644),
+            ("permissions", Skipped, "no config", |f| f.files.clear()),
+            ("tools", Wrong, "apt install lvm2", |f| {
+                f.tools[0].version = None;
+            }),
+            ("kernel", Wrong, "no XFS", |f| f.kernel.xfs = false),
+            ("kernel", Wrong, "dm-thin", |f| f.kernel.thin = false),
+            ("kernel", Wrong, "5.2", |f| {
+                f.kernel.release = "4.19.0-1".into();
+            }),
+            ("kernel", Note, "idmapped", |f| {
+                f.kernel.release = "5.15.0".into();
+            }),
+            ("kernel", Note, "version", |f| {
+                f.kernel.release = "new".into();
+            }),
+            ("store", Wrong, "vgs vg0", |f| {
+                f.store = Some(Err("gone".into()));
+            }),
+            ("store", Skipped, "configuration", |f| {
+                f.config = Config::Missing;
+                f.store = None;
+            }),
+            ("pool", Note, "lvextend --size", |f| {
+                the_store(f).capacity.data_percent = 80.0;
+            }),
+            ("pool", Wrong, "lvextend --size", |f| {
+                the_store(f).capacity.data_percent = 95.0;
+            }),
+            ("pool", Wrong, "--poolmetadatasize", |f| {
+                the_store(f).capacity.metadata_percent = 99.0;
+            }),
+            ("pool", Wrong, "--metadatasize", |f| {
+                the_store(f).capacity.group_percent = 99.0;
+            }),
+            ("pool", Wrong, "--errorwhenfull y vg0/friend-pool", |f| {
+                the_store(f).when_full = Some("queue".into());
+            }),
+            ("pool", Skipped, "cannot", |f| {
+                f.store = Some(Err("gone".into()));
+            }),
+            ("leftovers", Wrong, "no sense", |f| {
+                the_store(f).unclear = vec![("lv1".into(), "why".into())];
+            }),
+            ("leftovers", Note, "marked for removal", |f| {
+                the_store(f).doomed = 2;
+            }),
+            ("leftovers", Note, "start the daemon", |f| {
+                the_store(f).making = 1;
+                f.daemon = Daemon::Away;
+            }),
+            ("units", Skipped, "systemd", |f| f.units = None),
+            ("units", Wrong, "bus", |f| f.units = Some(Err("bus".into()))),
+            ("units", Wrong, "copy plugin/usr", |f| {
+                set(f, SERVICE, "LoadState", "not-found");
+            }),
+            ("units", Wrong, "unmask", |f| {
+                set(f, SOCKET, "LoadState", "masked");
+            }),
+            ("units", Wrong, "journalctl", |f| {
+                set(f, SERVICE, "ActiveState", "failed");
+            }),
+            ("units", Wrong, "enable --now", |f| {
+                set(f, SOCKET, "ActiveState", "inactive");
+            }),
+            ("units", Note, "after init", |f| {
+                set(f, SERVICE, "ActiveState", "inactive");
+                f.config = Config::Missing;
+            }),
+            ("units", Wrong, "at boot", |f| {
+                set(f, SERVICE, "UnitFileState", "disabled");
+            }),
+            ("units", Note, "daemon-reload", |f| {
+                set(f, SERVICE, "NeedDaemonReload", "yes");
+            }),
+            ("socket", Wrong, "not there", |f| f.socket = None),
+            ("socket", Wrong, "no socket", |f| {
+                f.socket.as_mut().expect("there").kind = FileKind::File;
+            }),
+            ("socket", Wrong, "0660", |f| {
+                f.socket.as_mut().expect("there").mode = 0o666;
+            }),
+            ("socket", Note, "SocketGroup=", |f| {
+                f.socket_gid = Some(Ok(7));
+            }),
+            ("socket", Wrong, "no group", |f| {
+                f.socket_gid = Some(Err("there is no group".into()));
+            }),
+            ("daemon", Wrong, "does not run", |f| f.daemon = Daemon::Away),
+            ("daemon", Wrong, "restart", |f| {
+                f.daemon = Daemon::Odd("no JSON".into());
+            }),
+            ("daemon", Note, "0.0.9", |f| {
+                f.daemon = Daemon::Runs {
+                    version: "0.0.9".into(),
+                    same_namespace: Some(true),
+                };
+            }),
+            ("namespace", Wrong, "not this one", |f| {
+                f.daemon = Daemon::Runs {
+                    version: env!("CARGO_PKG_VERSION").into(),
+                    same_namespace: Some(false),
+                };
+            }),
+            ("namespace", Wrong, "PrivateTmp=yes", |f| {
+                set(f, SERVICE, "PrivateTmp", "yes");
+                f.daemon = Daemon::Away;
+            }),
+            ("namespace", Skipped, "does not run", |f| {
+                f.daemon = Daemon::Away;
+            }),
+            ("propagation", Wrong, "--make-shared /run", |f| {
+                f.mount_root.as_mut().expect("there").shared = false;
+            }),
+            ("podman", Wrong, "50-lvm-cache-friend.conf", |f| {
+                let info = the_podman(f).info.as_mut().expect("there");
+                info.volume_plugins.clear();
+            }),
+            ("podman", Wrong, "/elsewhere", |f| {
+                the_podman(f).conf.volume_plugins = [(DRIVER.into(), "/elsewhere".into())].into();
+            }),
+            ("podman", Note, "volume_plugin_timeout", |f| {
+                the_podman(f).conf.volume_plugin_timeout = None;
+            }),
+            ("podman", Note, "events_logger", |f| {
+                let info = the_podman(f).info.as_mut().expect("there");
+                info.event_logger = "none".into();
+            }),
+            ("hooks", Wrong, "no hook for poststop in /hooks", |f| {
+                the_podman(f).hooks.pop();
+            }),
+            ("hooks", Wrong, "in silence", |f| {
+                let hook = the_podman(f).hooks[0].hook.as_mut().expect("read");
+                hook.program_exists = false;
+            }),
+            ("hooks", Wrong, "no container at all", |f| {
+                the_podman(f).hooks.push(HookFile {
+                    path: "/hooks/other.json".into(),
+                    hook: Err("EOF".into()),
+                });
+            }),
+            ("local-volumes", Wrong, "podman volume rm cargo", |f| {
+                the_podman(f).local_volumes = Ok(["cargo".to_owned()].into());
+            }),
+            ("docker", Wrong, "no spec", |f| f.docker_spec = None),
+        ];
+        let more: [(&str, State, &str, Break); 5] = [
+            ("docker", Wrong, "echo unix:///run", |f| {
+                f.docker_spec = Some(("/etc/docker/x.spec".into(), "unix:///x".into()));
+            }),
+            ("docker", Skipped, "not installed", |f| {
+                f.docker_spec = None;
+                f.dockerd = false;
+            }),
+            ("clock", Note, "set-ntp", |f| f.clock.synchronised = false),
+            ("clock", Wrong, "behind", |f| f.clock.now -= 4000),
+            ("podman", Wrong, "neither", |f| {
+                f.podman = None;
+                f.dockerd = false;
+            }),
+        ];
+        let mut untested: Vec<_> = CHECKS.iter().map(|(name, _)| *name).collect();
+        for (check, state, words, fault) in cases.into_iter().chain(more) {
+            let mut facts = healthy();
+            fault(&mut facts);
+            let found = all(&facts);
+            let says = |f: &&Finding| {
+                let fix = f.fix.as_deref().unwrap_or_default();
+                f.finding.contains(words) || fix.contains(words)
+            };
+            let found: Vec<_> = found.iter().filter(|f| f.check == check).collect();
+            assert!(
+                found.iter().any(|f| f.state == state && says(f)),
+                "{check} does not say {words:?}: {found:?}"
+            );
+            // What is wrong says how to mend it.
+            for found in found {
+                let fixable = matches!(found.state, State::Wrong | State::Note);
+                assert_eq!(found.fix.is_some(), fixable, "{found:?}");
+            }
+            untested.retain(|name| *name != check);
+        }
+        assert_eq!(untested, [""; 0]);
+    }
+}

@@ -1,0 +1,222 @@
+//! Metrics in Prometheus' text format.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
+
+pub use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
+use prometheus_client::encoding::prometheus_text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::commands::rows::{Kind, Rows};
+use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
+use crate::storage::Listing;
+
+type Labels = Vec<(&'static str, String)>;
+
+/// All metrics. Without a listing those of the store are left out: a value of another time would
+/// be taken for the present one.
+pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
+    let stats = engine.stats();
+    let tally = engine.tally();
+    let mut all = Registry::with_prefix("lvm_cache_friend");
+
+    let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+    all.register("build", "The daemon's version", version);
+    gauge(
+        &mut all,
+        "start_time",
+        "When the daemon started, since 1970",
+        Some(Unit::Seconds),
+        stats.since as f64,
+    );
+    gauge(
+        &mut all,
+        "volumes",
+        "Volumes that there are",
+        None,
+        stats.volumes as f64,
+    );
+    gauge(
+        &mut all,
+        "leases",
+        "Volumes in use",
+        None,
+        stats.leases as f64,
+    );
+
+    counters(
+        &mut all,
+        "mounts",
+        "Mounts of caches, by what was restored",
+        ("restored", &RESTORED),
+        &stats.mounts,
+    );
+    let hits = [
+        ("exact", stats.hits.exact),
+        ("fallback", stats.hits.fallback),
+        ("miss", stats.hits.miss),
+    ];
+    let hits = hits.map(|(result, n)| (result.to_owned(), n)).into();
+    counters(
+        &mut all,
+        "lookups",
+        "Mounts of volumes with criteria, by whether the first of them matched, a later one, or none",
+        ("result", &[]),
+        &hits,
+    );
+    all.register_with_unit(
+        "mount",
+        "How long Mounts of caches took",
+        Unit::Seconds,
+        tally.mount_time.clone(),
+    );
+    all.register_with_unit(
+        "lease",
+        "How long leases lasted",
+        Unit::Seconds,
+        tally.lease_time.clone(),
+    );
+    counter(
+        &mut all,
+        "restored",
+        "What was in restored caches when jobs got them",
+        Some(Unit::Bytes),
+        stats.restored_bytes,
+    );
+    counter(
+        &mut all,
+        "written",
+        "What leases wrote to their devices",
+        Some(Unit::Bytes),
+        stats.written_bytes,
+    );
+    counter(
+        &mut all,
+        "published",
+        "Entries that were made of leases",
+        None,
+        stats.published,
+    );
+    counters(
+        &mut all,
+        "unpublished",
+        "Leases that no entry was made of",
+        ("reason", &UNPUBLISHED),
+        &stats.unpublished,
+    );
+    counters(
+        &mut all,
+        "refusals",
+        "Requests that were refused or failed",
+        ("reason", &REFUSED),
+        &stats.refused,
+    );
+    counter(
+        &mut all,
+        "damaged_entries",
+        "Entries that were found damaged and given up",
+        None,
+        stats.damaged,
+    );
+
+    gauge(
+        &mut all,
+        "store_up",
+        "Whether the store answers",
+        None,
+        f64::from(listing.is_ok()),
+    );
+    if let Ok(listing) = listing {
+        store(&mut all, &listing);
+    }
+    let mut text = String::new();
+    encode(&mut text, &all).expect("a String takes all");
+    text
+}
+
+fn store(all: &mut Registry, listing: &Listing) {
+    let full = listing.capacity;
+    gauge(
+        all,
+        "pool_size",
+        "What data can take, in all",
+        Some(Unit::Bytes),
+        full.data_size.0 as f64,
+    );
+    let used = Family::<Labels, Gauge<f64, AtomicU64>>::default();
+    for (part, percent) in full.parts() {
+        let labels = vec![("part", part.to_owned())];
+        used.get_or_create(&labels).set(percent / 100.0);
+    }
+    all.register_with_unit(
+        "pool_used",
+        "How full the pool is: its data, its metadata, and the group's metadata",
+        Unit::Other("ratio".into()),
+        used,
+    );
+    let rows = Rows::new(listing, None, &[]);
+    let entries = rows.rows.iter().filter(|row| row.kind == Kind::Entry);
+    gauge(
+        all,
+        "entries",
+        "Entries that can be restored from",
+        None,
+        entries.count() as f64,
+    );
+    gauge(
+        all,
+        "removals_waiting",
+        "Logical volumes that are marked for removal",
+        None,
+        rows.doomed as f64,
+    );
+    gauge(
+        all,
+        "unclear_volumes",
+        "Logical volumes that are left alone, as their tags make no sense",
+        None,
+        rows.unclear.len() as f64,
+    );
+}
+
+fn gauge(all: &mut Registry, name: &str, help: &str, unit: Option<Unit>, value: f64) {
+    let gauge = Gauge::<f64, AtomicU64>::default();
+    gauge.set(value);
+    match unit {
+        Some(unit) => all.register_with_unit(name, help, unit, gauge),
+        None => all.register(name, help, gauge),
+    }
+}
+
+fn counter(all: &mut Registry, name: &str, help: &str, unit: Option<Unit>, value: u64) {
+    let counter = Counter::<u64>::default();
+    counter.inc_by(value);
+    match unit {
+        Some(unit) => all.register_with_unit(name, help, unit, counter),
+        None => all.register(name, help, counter),
+    }
+}
+
+/// A counter for each value of a label. Those that are `known` are given from the start on, so that a
+/// first one is a change.
+fn counters(
+    all: &mut Registry,
+    name: &str,
+    help: &str,
+    (label, known): (&'static str, &[&str]),
+    counts: &BTreeMap<String, u64>,
+) {
+    let family = Family::<Labels, Counter>::default();
+    for value in known {
+        drop(family.get_or_create(&vec![(label, (*value).to_owned())]));
+    }
+    for (value, count) in counts {
+        let labels = vec![(label, value.clone())];
+        family.get_or_create(&labels).inc_by(*count);
+    }
+    all.register(name, help, family);
+}

@@ -1,0 +1,314 @@
+//! The page for people: plain HTML, made here, that needs no script.
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+use serde_json::Value;
+
+use super::picture::{Label, picture};
+use crate::cache::lineage::{What, draw};
+use crate::cache::units::Bytes;
+use crate::commands::list::now;
+use crate::commands::rows::{Kind, Row, Rows, age};
+use crate::engine::{Engine, Hits, Stats, VolumeView};
+use crate::mount;
+use crate::plugin::wire::{printable, rfc3339};
+use crate::storage::{Capacity, Listing, NEARLY_FULL, TOO_FULL};
+
+/// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.
+const ENTRIES: usize = 200;
+
+/// How many tags are, those that were asked for most.
+const TAGS: usize = 30;
+
+/// Longest label in the picture, in characters.
+const LABEL: usize = 100;
+
+const STYLE: &str = include_str!("style.css");
+
+/// The page. Without a listing it says why there is none, and shows the rest.
+pub fn page(engine: &Engine, listing: Result<Listing, String>) -> String {
+    let now = now();
+    let stats = engine.stats();
+    let mut volumes = engine.list();
+    volumes.retain(|volume| volume.mountpoint.is_some());
+    volumes.sort_by(|a, b| a.name.as_str().cmp(b.name.as_str()));
+    let listing = listing.map(|listing| {
+        let mounts = mount::table().unwrap_or_default();
+        (listing.capacity, Rows::new(&listing, None, &mounts))
+    });
+    let body = html! {
+        header {
+            h1 { "lvm-cache-friend" }
+            p { "Store " b { (engine.store_name()) } ", version " (env!("CARGO_PKG_VERSION")) ", up since " (time(stats.since)) " (" (age(now, stats.since)) ")" }
+            nav aria-label="Sections" {
+                @for (id, name) in [("pool", "Pool"), ("leases", "In use"), ("counts", "Since the start"), ("lineage", "Lineage"), ("failures", "Failures")] {
+                    a href={"#" (id)} { (name) } " "
+                }
+            }
+        }
+        main {
+            (section("pool", "Pool", &match &listing {
+                Ok((full, rows)) => pool(*full, rows),
+                Err(why) => html! { p.alert { strong { "The store cannot be read: " } (printable(why)) } },
+            }))
+            (section("leases", "In use", &leases(&volumes, stats.volumes)))
+            (section("counts", "Since the start", &counts(&stats)))
+            @if let Ok((_, rows)) = &listing {
+                (section("lineage", "Lineage", &lineage(rows, &stats, now)))
+            }
+            (section("failures", "Last failures", &failures(&stats)))
+        }
+    };
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { "lvm-cache-friend: " (engine.store_name()) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body { (body) }
+        }
+    };
+    page.into_string()
+}
+
+fn section(id: &str, name: &str, content: &Markup) -> Markup {
+    html! {
+        section id=(id) aria-labelledby={(id) "-head"} {
+            h2 id={(id) "-head"} { (name) }
+            (content)
+        }
+    }
+}
+
+/// What may be wider than the screen: reached, and moved, by keyboard too.
+fn scrolled(name: &str, content: &Markup) -> Markup {
+    html! {
+        div.scroll role="region" aria-label=(name) tabindex="0" { (content) }
+    }
+}
+
+fn time(at: u64) -> Markup {
+    let text = rfc3339(at).unwrap_or_default();
+    html! { time datetime=(text) { (text) } }
+}
+
+fn pool(full: Capacity, rows: &Rows) -> Markup {
+    let worst = full
+        .parts()
+        .map(|(_, percent)| percent)
+        .into_iter()
+        .fold(0.0, f64::max);
+    html! {
+        @if worst >= TOO_FULL {
+            p.alert { strong { "Full: " } "jobs are about to fail when they write. Remove entries, or give the pool more room." }
+        } @else if worst >= NEARLY_FULL {
+            p.alert { strong { "Nearly full: " } "remove entries, or give the pool more room." }
+        }
+        dl.meters {
+            // A part that this store has not is never in use.
+            @for (part, percent) in full.parts().into_iter().filter(|(part, percent)| *part == "data" || *percent > 0.0) {
+                div {
+                    dt id={"meter-" (part)} { (part) }
+                    dd {
+                        meter aria-labelledby={"meter-" (part)} min="0" max="100" optimum="0"
+                            low=(NEARLY_FULL) high=(TOO_FULL) value=(percent) {}
+                        " " (format!("{percent:.1}")) " %"
+                        @if part == "data" { " of " (full.data_size) }
+                    }
+                }
+            }
+        }
+        p { (rows.rows.iter().filter(|row| row.kind == Kind::Entry).count()) " entries." }
+        @let remarks = rows.remarks();
+        @if !remarks.is_empty() {
+            ul { @for remark in remarks { li { (remark) } } }
+        }
+    }
+}
+
+fn leases(volumes: &[VolumeView], all: usize) -> Markup {
+    let said = |volume: &VolumeView, name: &str| match volume.status.get(name) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(list)) => list.len().to_string(),
+        Some(value) => value.to_string(),
+        None => String::new(),
+    };
+    let written = |volume: &VolumeView| {
+        let bytes = volume.status.get("bytes_written").and_then(Value::as_u64);
+        bytes.map_or_else(String::new, |bytes| Bytes(bytes).to_string())
+    };
+    html! {
+        p { (volumes.len()) " of " (all) " volumes." }
+        @if !volumes.is_empty() {
+            (scrolled("Volumes in use", &html! {
+                table {
+                    thead { tr {
+                        @for head in ["Volume", "Restored", "By", "From", "Written", "Containers"] {
+                            th scope="col" { (head) }
+                        }
+                    } }
+                    tbody { @for volume in volumes { tr {
+                        th scope="row" { (volume.name) }
+                        td { (said(volume, "restored")) }
+                        td { (said(volume, "criterion")) }
+                        td { code { (said(volume, "from")) } }
+                        td { (written(volume)) }
+                        td { (said(volume, "containers")) }
+                    } } }
+                }
+            }))
+        }
+    }
+}
+
+fn counts(stats: &Stats) -> Markup {
+    let hits = stats.hits;
+    let share = |n: u64, of: u64| match of {
+        0 => n.to_string(),
+        of => format!("{n} ({} %)", (n * 100 + of / 2) / of),
+    };
+    let listed = |counts: &std::collections::BTreeMap<String, u64>| {
+        let words: Vec<_> = counts
+            .iter()
+            .map(|(what, n)| format!("{what} {n}"))
+            .collect();
+        if words.is_empty() {
+            "none".to_owned()
+        } else {
+            words.join(", ")
+        }
+    };
+    let ms = |ms: Option<f64>| ms.map_or_else(|| "–".to_owned(), |ms| format!("{ms} ms"));
+    let facts = [
+        ("Exact hits", share(hits.exact, hits.total())),
+        ("Fallback hits", share(hits.fallback, hits.total())),
+        ("Misses", share(hits.miss, hits.total())),
+        ("Mount, median", ms(stats.mount_p50_ms)),
+        ("Mount, 99 of 100", ms(stats.mount_p99_ms)),
+        ("Restored", Bytes(stats.restored_bytes).to_string()),
+        ("Written", Bytes(stats.written_bytes).to_string()),
+        ("Published", stats.published.to_string()),
+        ("Not published", listed(&stats.unpublished)),
+        ("Refused", listed(&stats.refused)),
+    ];
+    let mut tags: Vec<(&String, &Hits)> = stats.tags.iter().collect();
+    tags.sort_by_key(|(tag, hits)| (std::cmp::Reverse(hits.total()), *tag));
+    html! {
+        dl.facts { @for (name, value) in facts { div { dt { (name) } dd { (value) } } } }
+        @if !tags.is_empty() {
+            (scrolled("Hits by tag", &html! {
+                table {
+                    caption { "What jobs asked for" @if tags.len() > TAGS { ": " (TAGS) " of " (tags.len()) " tags" } }
+                    thead { tr {
+                        @for head in ["Tag", "Mounts", "Exact", "Fallback", "Miss"] { th scope="col" { (head) } }
+                    } }
+                    tbody { @for (tag, hits) in tags.iter().take(TAGS) { tr {
+                        th scope="row" { (tag) }
+                        @for n in [hits.total(), hits.exact, hits.fallback, hits.miss] { td.number { (n) } }
+                    } } }
+                }
+            }))
+        }
+    }
+}
+
+fn lineage(rows: &Rows, stats: &Stats, now: u64) -> Markup {
+    let mut shown: Vec<&Row> = rows
+        .rows
+        .iter()
+        .filter(|row| row.kind != Kind::Volume)
+        .collect();
+    let entries = shown.iter().filter(|row| row.kind == Kind::Entry).count();
+    shown.sort_by_key(|row| (row.kind != Kind::Base, std::cmp::Reverse(row.seq)));
+    let bases = shown.len() - entries;
+    shown.truncate(bases + ENTRIES);
+    shown.sort_by_key(|row| row.seq);
+    let pairs: Vec<_> = shown
+        .iter()
+        .map(|row| (row.name.as_str(), row.from.as_deref()))
+        .collect();
+    let lines = draw(&pairs);
+    let hits = |row: &Row| stats.entries.get(&row.name).copied().unwrap_or(0);
+    let labels: Vec<_> = lines
+        .iter()
+        .map(|line| match line.what {
+            What::Gone(name) => {
+                let there = rows.rows.iter().any(|row| row.name == name);
+                Label {
+                    text: format!("{name} ({})", if there { "older" } else { "gone" }),
+                    class: "gone",
+                }
+            }
+            What::One(at) => {
+                let row = shown[at];
+                let mut text = what(row);
+                text.push_str(&format!(" · {}", age(now, row.created_seconds)));
+                match hits(row) {
+                    0 => {}
+                    1 => text.push_str(" · 1 hit"),
+                    n => text.push_str(&format!(" · {n} hits")),
+                }
+                if text.chars().count() > LABEL {
+                    text = text.chars().take(LABEL - 1).chain(['…']).collect();
+                }
+                Label {
+                    text,
+                    class: row.kind.as_str(),
+                }
+            }
+        })
+        .collect();
+    html! {
+        @if entries == 0 {
+            p { "No entry yet: the first is made when a job with save tags ends well." }
+        } @else {
+            p {
+                "What was made from what, the oldest first."
+                @if entries > ENTRIES {
+                    " The newest " (ENTRIES) " of " (entries) " entries: " code { "lvm-cache-friend tree" } " shows all."
+                }
+            }
+            (scrolled("Picture of the lineage", &picture(&lines, &labels, &format!("{} entries and what each was made from; the table below says the same", shown.len() - bases))))
+            details {
+                summary { "The same as a table" }
+                (scrolled("Entries", &html! {
+                    table {
+                        thead { tr {
+                            @for head in ["Entry", "Tags", "Made from", "Age", "Hits"] { th scope="col" { (head) } }
+                        } }
+                        tbody { @for row in shown.iter().rev() { tr {
+                            th scope="row" { code { (row.name) } }
+                            td { (what(row)) }
+                            td { @if let Some(from) = &row.from { code { (from) } } }
+                            td { (age(now, row.created_seconds)) }
+                            td.number { (hits(row)) }
+                        } } }
+                    }
+                }))
+            }
+        }
+    }
+}
+
+fn what(row: &Row) -> String {
+    if row.kind == Kind::Base {
+        return "base".into();
+    }
+    let mut words: Vec<_> = row.cache_tags.iter().map(ToString::to_string).collect();
+    words.extend(row.scope.as_ref().map(|scope| format!("({scope})")));
+    words.join(" ")
+}
+
+fn failures(stats: &Stats) -> Markup {
+    html! {
+        @if stats.failures.is_empty() {
+            p { "None since the start." }
+        } @else {
+            ol.failures { @for failed in &stats.failures {
+                li { (time(failed.at)) " " b { (failed.reason) } " " (printable(&failed.message)) }
+            } }
+        }
+    }
+}
