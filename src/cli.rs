@@ -64,6 +64,16 @@ pub enum Command {
     /// Look for what keeps caches from working on this host, and say how to mend it.
     #[command(after_help = EXIT_CODES)]
     Doctor(Doctor),
+    /// Never evict an entry.
+    #[command(after_help = EXIT_CODES)]
+    Pin(Pin),
+    /// Let an entry that was pinned be evicted again.
+    #[command(after_help = EXIT_CODES)]
+    Unpin(Pin),
+    /// Evict the entries that have to go by the policy in the configuration, as the daemon
+    /// does by itself.
+    #[command(after_help = EXIT_CODES)]
+    Gc(Gc),
     /// What the hooks in hooks.d run when a container starts or has ended; reads the
     /// OCI runtime's state, or its configuration, from standard input.
     #[command(after_help = EXIT_CODES)]
@@ -242,6 +252,27 @@ pub struct Doctor {
     pub json: bool,
 }
 
+/// Options of `pin` and `unpin`.
+#[derive(Debug, Args)]
+pub struct Pin {
+    /// The entry's logical volume.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+}
+
+/// Options of `gc`.
+#[derive(Debug, Args)]
+pub struct Gc {
+    /// Only say which entries would go, and why. For room, it is an estimate: the real thing looks
+    /// again after each.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// One JSON array instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Options of `hook`.
 #[derive(Debug, Args)]
 pub struct Hook {
@@ -306,6 +337,12 @@ mod tests {
             ("stats --watch", None),
             ("list --json --watch=5", None),
             ("tree --watch=0", Some(ErrorKind::ValueValidation)),
+            ("pin a", None),
+            ("unpin a", None),
+            ("pin", Some(ErrorKind::MissingRequiredArgument)),
+            ("gc", None),
+            ("gc --dry-run --json", None),
+            ("gc a", Some(ErrorKind::UnknownArgument)),
             ("hook precreate", None),
             ("hook createRuntime", None),
             ("hook poststop", None),

@@ -1,5 +1,6 @@
 //! The configuration file, parsed and validated once: past here nothing is.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -10,7 +11,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
+use crate::cache::evict::{Floor, Limits, Policy};
 use crate::cache::names::LvName;
+use crate::cache::spec;
 use crate::cache::units::Bytes;
 use crate::logging::LogLevel;
 use crate::storage::lvm::{self, LvmStore};
@@ -87,7 +90,99 @@ struct Document {
     log_level: LogLevel,
     #[serde(default)]
     job: JobLimits,
+    #[serde(default)]
+    policy: PolicyTable,
 }
+
+/// The bounds of the store, as they stand in the file.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct PolicyTable {
+    max_entries: Option<usize>,
+    #[serde(deserialize_with = "duration_if_any")]
+    max_age: Option<Duration>,
+    #[serde(deserialize_with = "duration_if_any")]
+    max_unused: Option<Duration>,
+    #[serde(deserialize_with = "parsed")]
+    data_floor: Floor,
+    #[serde(deserialize_with = "parsed")]
+    metadata_floor: Floor,
+    #[serde(deserialize_with = "parsed")]
+    group_floor: Floor,
+    #[serde(deserialize_with = "duration")]
+    keep_used: Duration,
+    scope: BTreeMap<String, LimitsTable>,
+}
+
+/// Limits of one scope.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct LimitsTable {
+    max_entries: Option<usize>,
+    #[serde(deserialize_with = "duration_if_any")]
+    max_age: Option<Duration>,
+    #[serde(deserialize_with = "duration_if_any")]
+    max_unused: Option<Duration>,
+}
+
+impl Default for PolicyTable {
+    fn default() -> Self {
+        let Policy {
+            all,
+            data,
+            metadata,
+            group,
+            ..
+        } = Policy::default();
+        Self {
+            max_entries: all.max_entries,
+            max_age: all.max_age,
+            max_unused: all.max_unused,
+            data_floor: data,
+            metadata_floor: metadata,
+            group_floor: group,
+            keep_used: Duration::from_secs(600),
+            scope: BTreeMap::new(),
+        }
+    }
+}
+
+impl PolicyTable {
+    fn policy(self) -> Result<Policy, String> {
+        let mut policy = Policy {
+            all: Limits {
+                max_entries: self.max_entries,
+                max_age: self.max_age,
+                max_unused: self.max_unused,
+            },
+            data: self.data_floor,
+            metadata: self.metadata_floor,
+            group: self.group_floor,
+            ..Policy::default()
+        };
+        for (name, table) in self.scope {
+            let limits = Limits {
+                max_entries: table.max_entries,
+                max_age: table.max_age,
+                max_unused: table.max_unused,
+            };
+            if name == EACH_SCOPE {
+                policy.each_scope = limits;
+            } else {
+                let scope = spec::scope(&name).map_err(|why| {
+                    format!(
+                        "policy.scope.{name:?}: {why}; or \"*\" for each scope that is not named"
+                    )
+                })?;
+                policy.scopes.insert(scope, limits);
+            }
+        }
+        Ok(policy)
+    }
+}
+
+/// Stands for each scope that has no limits of its own: no tag has a `*`.
+const EACH_SCOPE: &str = "*";
 
 /// What one job may do at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -154,7 +249,7 @@ const fn default_stop() -> Duration {
 }
 
 /// The validated configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// The store.
     pub store: StoreConfig,
@@ -179,6 +274,10 @@ pub struct Settings {
     pub log_level: LogLevel,
     /// What one job may do on its socket.
     pub job: JobLimits,
+    /// The bounds of the store.
+    pub policy: Policy,
+    /// For how long an entry is kept in any case that something was restored from.
+    pub keep_used: Duration,
 }
 
 /// The configuration cannot be had.
@@ -294,6 +393,8 @@ impl Settings {
             stop_timeout: document.stop_timeout,
             log_level: document.log_level,
             job: document.job,
+            keep_used: document.policy.keep_used,
+            policy: document.policy.policy()?,
         })
     }
 
@@ -424,6 +525,21 @@ fn text(store: &StoreConfig) -> String {
          #job.connections = {connections}\n\
          #job.request-time = {request_time}\n\
          \n\
+         # What goes, least recently used first, and when. How many entries there may be, how long ago\n\
+         # they may have been published, and last been restored from: as many and as long as there is\n\
+         # room. policy.scope.\"NAME\" has the same three for the entries of a scope, \"-\" for those\n\
+         # without scope, and \"*\" for each scope that is not named.\n\
+         # policy.max-entries = 1000\n\
+         # policy.max-age = \"90d\"\n\
+         # policy.max-unused = \"30d\"\n\
+         # policy.scope.\"*\".max-entries = 50\n\
+         # What is kept free of the pool's data, of its metadata, and of the volume group's metadata\n\
+         # area: a share or a size. And for how long an entry stays in any case that was restored from.\n\
+         #policy.data-floor = {data_floor}\n\
+         #policy.metadata-floor = {data_floor}\n\
+         #policy.group-floor = {data_floor}\n\
+         #policy.keep-used = {keep_used}\n\
+         \n\
          {store}",
         socket = path(&default_socket()),
         group = quoted(&default_group()),
@@ -440,6 +556,8 @@ fn text(store: &StoreConfig) -> String {
         saves = job.saves,
         connections = job.connections,
         request_time = quoted("30s"),
+        data_floor = quoted("10%"),
+        keep_used = quoted("10m"),
     )
 }
 
@@ -503,14 +621,24 @@ fn loopback<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketA
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
-    text.parse::<jiff::SignedDuration>()
+    // A day has 24 hours here, and a week 7 days; months and years have no length.
+    text.parse::<jiff::Span>()
         .ok()
-        .and_then(|d| Duration::try_from(d).ok())
+        .and_then(|span| {
+            let days = jiff::SpanRelativeTo::days_are_24_hours();
+            Duration::try_from(span.to_duration(days).ok()?).ok()
+        })
         .ok_or_else(|| {
             de::Error::custom(format_args!(
-                "{text:?} is not a length of time: write one such as \"30s\" or \"2m\""
+                "{text:?} is not a length of time: write one such as \"30s\", \"2m\" or \"14d\""
             ))
         })
+}
+
+fn duration_if_any<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Duration>, D::Error> {
+    duration(deserializer).map(Some)
 }
 
 #[cfg(test)]
@@ -553,6 +681,51 @@ mod tests {
                 1,
                 "nothing is left beside it"
             );
+        }
+    }
+
+    #[test]
+    fn bounds_of_the_store() {
+        let parse = |text: &str| Settings::parse(&format!("{text}\n[reflink]\ndir='/a'"));
+        let policy = |text: &str| parse(text).map(|settings| settings.policy);
+        assert_eq!(policy(""), Ok(Policy::default()));
+        let days = |n: u64| Some(Duration::from_secs(n * 24 * 60 * 60));
+        let scopes = "policy.max-entries=9\npolicy.max-age='2w'\npolicy.data-floor='20G'\n\
+            policy.scope.'*'.max-unused='1d'\npolicy.scope.'a/b'.max-age='36h'\npolicy.scope.-.max-entries=3";
+        let limits = |max_entries, max_age, max_unused| Limits {
+            max_entries,
+            max_age,
+            max_unused,
+        };
+        let want = Policy {
+            all: limits(Some(9), days(14), None),
+            each_scope: limits(None, None, days(1)),
+            scopes: [
+                (None, limits(Some(3), None, None)),
+                (
+                    Some("a/b".parse().expect("a tag")),
+                    limits(None, Some(Duration::from_secs(36 * 60 * 60)), None),
+                ),
+            ]
+            .into(),
+            data: Floor::Bytes(Bytes(20 * Bytes::GIB)),
+            ..Policy::default()
+        };
+        assert_eq!(policy(scopes), Ok(want));
+        for (text, words) in [
+            ("policy.max-entries='many'", ["line 1", "many"]),
+            ("policy.max-age='1 month'", ["line 1", "14d"]),
+            ("policy.data-floor='99%'", ["line 1", "90%"]),
+            ("policy.scope.'a b'.max-entries=3", ["a b", "letters"]),
+            ("policy.scope.a.data-floor='9%'", ["line 1", "max-age"]),
+        ] {
+            let problem = policy(text).expect_err(text);
+            for word in words {
+                assert!(
+                    problem.contains(word),
+                    "{text}: {word:?} is not in: {problem}"
+                );
+            }
         }
     }
 

@@ -10,7 +10,8 @@
 //! choice is made again in memory, and where it holds the mount is moved into
 //! place. After the last Unmount the engine flushes, waits for the last close,
 //! looks whether the file system is whole, publishes (one more snapshot, with cache
-//! tags), makes the volume's next copy, and has the old one removed.
+//! tags), makes the volume's next copy, and has the old one removed. What is then too
+//! much goes: [`cache::evict`].
 //!
 //! # The rooms
 //!

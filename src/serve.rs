@@ -186,6 +186,8 @@ fn start(settings: &Settings, jobs: UnboundedSender<JobSocket>) -> Result<Arc<En
             premounted: settings.premounted,
             scratch_size: settings.scratch_size,
             empty_size: settings.empty_size,
+            policy: settings.policy.clone(),
+            keep_used: settings.keep_used,
             jobs,
         },
     )?)

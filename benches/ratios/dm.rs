@@ -87,7 +87,8 @@ impl Pool {
         self.message(&format!("delete {}", thin.id))
     }
 
-    fn message(&self, message: &str) -> io::Result<()> {
+    /// Sends a message to the pool.
+    pub fn message(&self, message: &str) -> io::Result<()> {
         // struct dm_target_msg: the sector that it is for, and the text.
         let mut data = 0_u64.to_ne_bytes().to_vec();
         data.extend_from_slice(message.as_bytes());

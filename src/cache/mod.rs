@@ -1,6 +1,7 @@
 //! Pure decisions. No I/O, no clock: the same input always gives the same answer,
 //! and no input panics.
 //!
+//! - [`evict`] · which entries go, and why.
 //! - [`lineage`] · what was made from what, as it is drawn.
 //! - [`names`] · tags and names, made only by parsing; how text becomes part of a tag.
 //! - [`units`] · sizes.
@@ -12,6 +13,7 @@
 //! - [`select`] · which entry a volume restores from. Cases are rows of
 //!   `select_cases.txt`.
 
+pub mod evict;
 pub mod lineage;
 pub mod names;
 pub mod record;

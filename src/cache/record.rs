@@ -24,6 +24,11 @@ pub const VOLUME: &str = "friend:volume:";
 pub const FROM: &str = "friend:from:";
 /// Never evicted.
 pub const PIN: &str = "friend:pin";
+/// Prefix of the time (`2026-11-25T12:30:00Z`) at which a lease last came from an entry; written at most once in
+/// [`USED_GRAIN`] seconds.
+pub const USED: &str = "friend:used:";
+/// How often a use is noted, in seconds: each time is a commit, as many a lease takes anyhow.
+pub const USED_GRAIN: u64 = 60 * 60;
 /// To be removed; never matched, never mounted.
 pub const DOOMED: &str = "friend:doomed";
 /// Content not ready yet: being imported, or a kept volume before its first use.
@@ -61,6 +66,8 @@ pub enum Role {
         tags: Vec<Tag>,
         /// Never evicted.
         pinned: bool,
+        /// When it was last used, as far as that is noted, seconds since 1970; 0: never yet.
+        used: u64,
         /// Lineage.
         from: Option<LvName>,
     },
@@ -153,6 +160,7 @@ impl Role {
                 scope: found.scope,
                 tags: found.cache,
                 pinned: found.pinned,
+                used: found.used,
                 from: found.from,
             }
         })
@@ -166,6 +174,7 @@ struct Found {
     scope: Scope,
     from: Option<LvName>,
     pinned: bool,
+    used: u64,
     making: bool,
     failed: bool,
     /// There is a tag that only volumes have.
@@ -189,6 +198,9 @@ impl Found {
                 once(&mut found.scope, SCOPE, scope_name(rest).ok_or_else(bad)?)?;
             } else if let Some(rest) = text.strip_prefix(FROM) {
                 once(&mut found.from, FROM, rest.parse().map_err(|_| bad())?)?;
+            } else if let Some(rest) = text.strip_prefix(USED) {
+                // Whoever tagged it twice by hand: the later time counts.
+                found.used = found.used.max(time(rest).ok_or_else(bad)?);
             } else if let Some(rest) = text.strip_prefix(VOLUME) {
                 found.of_volume = true;
                 once(&mut found.volume, VOLUME, rest.parse().map_err(|_| bad())?)?;
@@ -214,6 +226,20 @@ impl Found {
         found.cache.dedup();
         Ok(found)
     }
+}
+
+/// The tag of an entry that is used at `now`, seconds since 1970; `None` beyond the year 9999.
+#[must_use]
+pub fn used_tag(now: u64) -> Option<Tag> {
+    let time = jiff::Timestamp::from_second(i64::try_from(now).ok()?).ok()?;
+    Some(tag(USED, &time.to_string()))
+}
+
+/// A time as [`used_tag`] writes it.
+fn time(text: &str) -> Option<u64> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    let seconds = u64::try_from(time.as_second()).ok()?;
+    (time.to_string() == text).then_some(seconds)
 }
 
 /// Fills `slot` with what only one tag may say.
@@ -295,6 +321,7 @@ mod tests {
                 scope,
                 tags,
                 pinned,
+                used,
                 from,
             } => {
                 let mut text = format!("entry {}", list(tags));
@@ -308,6 +335,9 @@ mod tests {
                 }
                 if *pinned {
                     text += ", pinned";
+                }
+                if *used > 0 {
+                    text += &format!(", used {used}");
                 }
                 text
             }
@@ -375,6 +405,22 @@ mod tests {
             (
                 "friend:snapshot friend:cache:a friend:scope:main friend:from:friend-x friend:pin",
                 "entry a, scope main, from friend-x, pinned",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02T00:00:01Z",
+                "entry a, used 86401",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02T00:00:01Z friend:used:1970-01-01T00:00:00Z",
+                "entry a, used 86401",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1970-01-02",
+                "unclear: friend:used:1970-01-02 does not parse",
+            ),
+            (
+                "friend:snapshot friend:cache:a friend:used:1969-12-31T00:00:00Z",
+                "unclear: friend:used:1969-12-31T00:00:00Z does not parse",
             ),
             ("friend:snapshot friend:cache:a friend:cache:a", "entry a"),
             ("friend:snapshot friend:cache:a someone:else", "entry a"),
@@ -525,6 +571,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn times_of_use() {
+        for (now, want) in [
+            (0, Some("friend:used:1970-01-01T00:00:00Z")),
+            (1_764_072_001, Some("friend:used:2025-11-25T12:00:01Z")),
+            (u64::MAX, None),
+        ] {
+            let tag = used_tag(now);
+            assert_eq!(tag.as_ref().map(Tag::as_str), want, "{now}");
+        }
+    }
+
     proptest! {
         #[test]
         fn volumes_come_back(
@@ -556,7 +614,7 @@ mod tests {
             let want = if spec.save.is_empty() {
                 Role::Plain
             } else {
-                Role::Entry { scope: spec.scope, tags: spec.save, pinned: false, from }
+                Role::Entry { scope: spec.scope, tags: spec.save, pinned: false, used: 0, from }
             };
             prop_assert_eq!(Role::from_tags(&all), want);
         }

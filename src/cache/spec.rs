@@ -590,7 +590,11 @@ pub(super) fn scope_name(text: &str) -> Option<Tag> {
     (text.len() <= MAX_TERM && !text.starts_with('-')).then_some(name)
 }
 
-fn scope(text: &str) -> Result<Scope, String> {
+/// The scope that a setting or an option names; `-`: none.
+///
+/// # Errors
+/// What is accepted.
+pub fn scope(text: &str) -> Result<Scope, String> {
     if text == UNSCOPED {
         return Ok(None);
     }

@@ -1,11 +1,13 @@
 //! What the commands do. Each reads the store itself: none but `remove` of a
-//! volume and `hook` needs the daemon, or cares whether one runs.
+//! volume, `gc` and `hook` needs the daemon, or cares whether one runs.
 
 pub mod doctor;
+pub mod gc;
 pub mod hook;
 pub mod import;
 pub mod init;
 pub mod list;
+pub mod pin;
 pub mod remove;
 pub(crate) mod rows;
 pub mod show;

@@ -541,6 +541,9 @@ impl Engine {
                 return Err(error);
             }
         };
+        if let Backing::Lv { copy, .. } = &lease.backing {
+            self.note_lease(&copy.source);
+        }
         if let Backing::Lv { copy, .. } = &lease.backing
             && may_publish(&volume.spec)
         {

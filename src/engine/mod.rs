@@ -9,6 +9,7 @@
 //! - `prepare`: choosing an entry and making a copy of it
 //! - `settle`: the end of a lease
 //! - `job`: job volumes, and what is mounted in them while they are in use
+//! - `bounds`: which entries go, and when
 //! - `start`: what the store and the mount table say after a restart
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!
@@ -16,6 +17,7 @@
 //! volume's own `op` is held over I/O); an LV that somebody writes to carries a
 //! cache tag; a volume that a client was told of has no LV.
 
+pub mod bounds;
 mod job;
 mod prepare;
 mod settle;
@@ -36,6 +38,7 @@ use rustix::fs::{Gid, Uid};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, info, warn};
 
+use crate::cache::evict::Policy;
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
 use crate::cache::select::{Entry, Index};
@@ -45,6 +48,7 @@ use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
 use crate::storage::{Listing, Store, StoreError};
 use crate::userns::Ids;
+use bounds::REQUEST_PATIENCE;
 pub use job::{Job, JobSocket, LateView, Saved};
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 use upkeep::Upkeep;
@@ -69,6 +73,10 @@ pub struct Settings {
     /// Virtual size of volumes that start empty, where neither the volume nor a
     /// base says it.
     pub empty_size: Bytes,
+    /// The bounds of the store.
+    pub policy: Policy,
+    /// For how long an entry is kept in any case that something was restored from.
+    pub keep_used: Duration,
     /// Who serves the sockets of job volumes.
     pub jobs: UnboundedSender<JobSocket>,
 }
@@ -133,6 +141,9 @@ pub enum EngineError {
     /// No criterion matches and the volume says `on-miss=fail`.
     #[error("no entry matches the criteria of volume {0}, and its on-miss is fail")]
     Miss(VolumeName),
+    /// What a volume starts from has more than the size that it asks for.
+    #[error("{0}")]
+    TooLarge(String),
     /// The engine is stopping and takes no new requests.
     #[error("the daemon is stopping")]
     Stopping,
@@ -186,6 +197,10 @@ struct State {
     gone: HashMap<LvName, Instant>,
     /// Entries found damaged while somebody else had them active: not used until nobody has.
     unready: HashSet<LvName>,
+    /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
+    used: HashMap<LvName, u64>,
+    /// When a use of an entry was last written to the store, or was about to be, in seconds since 1970.
+    noted: HashMap<LvName, u64>,
     /// LVs that are not clearly ours, and were reported.
     reported: HashMap<LvName, String>,
     stopping: bool,
@@ -267,6 +282,7 @@ impl Engine {
             tally: Tally::default(),
         });
         engine.take_up()?;
+        engine.upkeep.tidy();
         engine.start_upkeep()?;
         Ok(engine)
     }
@@ -315,11 +331,15 @@ impl Engine {
     fn make(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), EngineError> {
         reach("create", 1);
         let copy = match volume.spec.kind {
-            Kind::Cache => self.prepare(volume, "create").map(Phase::Ready),
+            Kind::Cache => self
+                .with_room(REQUEST_PATIENCE, || self.prepare(volume, "create"))
+                .map(Phase::Ready),
             Kind::Job => Err(EngineError::Miss(volume.name.clone())),
         };
         let made = match copy {
-            Err(EngineError::Miss(_)) => self.placeholder(volume).map(|lv| Phase::Stale(Some(lv))),
+            Err(EngineError::Miss(_)) => self
+                .with_room(REQUEST_PATIENCE, || self.placeholder(volume))
+                .map(|lv| Phase::Stale(Some(lv))),
             other => other,
         };
         reach("create", 4);
@@ -417,6 +437,9 @@ impl Engine {
         reach("mount", 3);
         lease.took = began.elapsed();
         self.count(volume, &lease);
+        if let Backing::Lv { copy, .. } = &lease.backing {
+            self.note_lease(&copy.source);
+        }
         if let Backing::Lv { copy, .. } = &lease.backing
             && may_publish(&volume.spec)
         {
@@ -483,6 +506,12 @@ impl Engine {
     ) -> Result<(Prepared, OpenFs), Refused> {
         let (old, premounted) = match phase {
             Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
+                // What a kept volume holds is nowhere else, and may be what is to be cleared away.
+                if !volume.keeps()
+                    && let Err(full) = self.with_room(REQUEST_PATIENCE, || self.room_for_lease())
+                {
+                    return Err(refuse(Phase::Ready(copy), full));
+                }
                 if let Some(premounted) = copy.premounted.take() {
                     return Ok((copy, premounted.fs));
                 }
@@ -499,7 +528,7 @@ impl Engine {
             Phase::Making | Phase::Changing | Phase::Leased(_) => (None, None),
         };
         reach("refresh", 1);
-        match self.prepare_open(volume, "refresh") {
+        match self.with_room(REQUEST_PATIENCE, || self.prepare_open(volume, "refresh")) {
             Ok(ready) => {
                 reach("refresh", 4);
                 if let Some(lv) = old {

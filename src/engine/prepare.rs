@@ -25,6 +25,10 @@ use crate::storage::{NewLv, StoreError};
 /// damaged. Each round gives one entry up, so this bounds one request's work.
 const ROUNDS: usize = 16;
 
+/// What a size asked for may be rounded up by, in bytes: stores round to their grain, LVM to extents of
+/// 4 MiB, or of more where somebody made the group so.
+const GRAIN: u64 = 256 * Bytes::MIB;
+
 /// A copy's file system could not be opened.
 #[derive(Debug)]
 pub(super) enum OpenError {
@@ -148,6 +152,11 @@ impl Engine {
             match (made, &source.lv) {
                 (Ok(device), _) => {
                     reach(stage, 2);
+                    if let Err(error) = fits(&volume.spec, device.as_ref(), &source) {
+                        let _ = self.doom(&new.name);
+                        return Err(error);
+                    }
+                    self.note_copy(&source);
                     return Ok(Prepared {
                         lv: new.name,
                         device,
@@ -430,6 +439,29 @@ pub(super) fn fresh_lv_name() -> Result<LvName, EngineError> {
         source: io::Error::other(e.to_string()),
     })?;
     Ok(LvName::fresh(unix_now(), random))
+}
+
+/// Refuses to hand out more than a volume may have: a file system is never shrunk.
+fn fits(spec: &Spec, device: Option<&PathBuf>, source: &Source) -> Result<(), EngineError> {
+    let (Some(size), Some(device), Some(origin)) = (spec.size, device, &source.lv) else {
+        return Ok(());
+    };
+    let has = device_size(device).map_err(|e| io_error("reading", device, e))?;
+    if has <= size.round_up(GRAIN) {
+        return Ok(());
+    }
+    let what = match source.how {
+        Restored::Base => "the base",
+        _ => "the entry to restore",
+    };
+    let instead = match source.how {
+        Restored::Base => "on-miss=empty for a new file system of this size",
+        _ => "remove that entry",
+    };
+    Err(EngineError::TooLarge(format!(
+        "size={}: {what}, {origin}, has {has}, and a file system is never shrunk: ask for size={} or more, or {instead}",
+        size.0, has.0
+    )))
 }
 
 fn device_size(device: &PathBuf) -> io::Result<Bytes> {

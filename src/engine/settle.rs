@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use std::{fs, mem, thread};
 
 use serde_json::json;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
 use super::prepare::fresh_lv_name;
 use super::volume::{
     Backing, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
@@ -52,8 +53,9 @@ pub(super) struct Ended {
 
 impl Ended {
     /// Has everything written, and tells how the lease ended and how many bytes
-    /// were written in it, as far as that shows while it is mounted.
-    fn flush(&self) -> (End, Option<u64>) {
+    /// were written in it, as far as that shows while it is mounted. What was deleted in it is given
+    /// back, so that nothing is published that nobody sees.
+    fn flush(&self, spec: &Spec) -> (End, Option<u64>) {
         let mut end = End {
             verdict: self.verdict,
             clean: !self.cut_short,
@@ -74,6 +76,12 @@ impl Ended {
             if let (Ok(written), Some(baseline)) = (written, self.baseline) {
                 bytes = Some(written.saturating_sub(baseline) * 512);
                 end.changed = written != baseline;
+            }
+            if end.changed
+                && refusal(spec, end).is_none()
+                && let Err(error) = crate::fs::trim(open.mounted.root())
+            {
+                debug!(lv = %self.lv, %error, "its free space is not given back");
             }
         }
         (end, bytes)
@@ -237,7 +245,7 @@ impl Engine {
         let device = ended.device.clone();
         let mark = ended.mark.clone();
         let cut_short = ended.cut_short;
-        let Some((end, bytes)) = self.close(ended) else {
+        let Some((end, bytes)) = self.close(&volume.spec, ended) else {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
             return;
         };
@@ -306,16 +314,17 @@ impl Engine {
             (Err(error), Some(device)) => {
                 info!(volume = %volume.name, %error, "no next copy: tried again without the data of the last lease");
                 crate::fs::discard_all(&device).map_err(|e| io_error("discarding", &device, e))?;
-                self.prepare(volume, "refresh").map(Phase::Ready)
+                self.with_room(PUBLISH_PATIENCE, || self.prepare(volume, "refresh"))
+                    .map(Phase::Ready)
             }
         }
     }
 
     /// Waits until nobody has a lease's file system mounted, and finds how it ended.
     /// `None`: the daemon stops first.
-    fn close(&self, ended: Ended) -> Option<(End, Option<u64>)> {
+    fn close(&self, spec: &Spec, ended: Ended) -> Option<(End, Option<u64>)> {
         reach("publish", 1);
-        let (mut end, bytes) = ended.flush();
+        let (mut end, bytes) = ended.flush(spec);
         drop(ended.open);
         if !end.clean && ended.cut_short {
             return Some((end, bytes));
@@ -370,7 +379,8 @@ impl Engine {
             tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
             active: false,
         };
-        self.store.snapshot(lv, &new).map_err(|e| e.to_string())?;
+        self.with_room(PUBLISH_PATIENCE, || Ok(self.store.snapshot(lv, &new)?))
+            .map_err(|e| e.to_string())?;
         self.born(new.name.clone(), spec);
         Ok(new.name)
     }
@@ -391,7 +401,11 @@ impl Engine {
         entries.push(entry.clone());
         state.index = Arc::new(Index::new(entries));
         state.generation += 1;
+        // Nor does it go at once: it is what the next job looks for.
+        state.used.insert(entry.lv.clone(), entry.created);
         state.born.insert(entry.lv.clone(), (Instant::now(), entry));
+        drop(state);
+        self.upkeep.tidy();
     }
 
     /// Settles a lease of a volume that keeps its content: it may be in use again
@@ -399,7 +413,7 @@ impl Engine {
     fn settle_kept(&self, volume: &Arc<Volume>, ended: Ended) {
         let story = Story::of(&ended);
         let lv = ended.lv.clone();
-        let (end, bytes) = ended.flush();
+        let (end, bytes) = ended.flush(&volume.spec);
         // What it holds is not what it was made from any more.
         let end = End {
             saved: false,
@@ -442,7 +456,8 @@ impl Engine {
             tags: vec![tag(SNAPSHOT), tag(MAKING)],
             active: true,
         };
-        let device = self.store.snapshot(lv, &making)?;
+        let device =
+            self.with_room(REQUEST_PATIENCE, || Ok(self.store.snapshot(lv, &making)?))?;
         let recovered = (|| {
             let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
             let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;

@@ -65,11 +65,12 @@ pub const UNPUBLISHED: [&str; 9] = [
 ];
 
 /// Why a request is refused: a word for each kind, few, as each is a time series.
-pub const REFUSED: [&str; 11] = [
+pub const REFUSED: [&str; 12] = [
     "no such volume",
     "volume exists",
     "option",
     "no match",
+    "too large",
     "stopping",
     "damaged",
     "job request",
@@ -324,6 +325,7 @@ fn reason(error: &EngineError) -> &'static str {
         EngineError::Exists(_) => "volume exists",
         EngineError::Option(_) => "option",
         EngineError::Miss(_) => "no match",
+        EngineError::TooLarge(_) => "too large",
         EngineError::Stopping => "stopping",
         EngineError::Damaged(_) => "damaged",
         EngineError::Job(_) => "job request",

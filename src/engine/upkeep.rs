@@ -11,6 +11,7 @@ use std::{io, mem, thread};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tracing::{debug, info, warn};
 
+use super::bounds::Ask;
 use super::volume::{Phase, Premounted, Volume};
 use super::{Engine, EngineError, lock, start, tag};
 use crate::cache::names::LvName;
@@ -33,6 +34,10 @@ const UNREADY: Duration = Duration::from_secs(2);
 /// given one: until then it is known to this daemon alone.
 const HOMELESS: Duration = Duration::from_secs(10);
 
+/// How often is looked how full leases have made the store: faster than a disk fills what is
+/// kept free.
+const FILLING: Duration = Duration::from_secs(5);
+
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
 
@@ -51,13 +56,35 @@ struct Todo {
     list: bool,
     /// The index changed: copies that wait may have become second best.
     recheck: bool,
+    /// A lease has begun.
+    leased: bool,
+    /// Entries whose use is to be noted in the store.
+    used: HashSet<LvName>,
     stop: bool,
+}
+
+impl Todo {
+    fn is_empty(&self) -> bool {
+        !(self.list || self.recheck || self.leased || self.stop)
+    }
 }
 
 #[derive(Default)]
 struct Removals {
     waiting: Vec<Removal>,
+    /// Entries may have to go.
+    tidy: bool,
+    /// Somebody waits for that.
+    asks: Vec<Ask>,
+    /// When entries had last to go, and none could.
+    fruitless: Option<Instant>,
     stop: bool,
+}
+
+/// What the thread that removes does next.
+enum Work {
+    Remove(Removal),
+    Evict(Vec<Ask>),
 }
 
 struct Removal {
@@ -104,6 +131,42 @@ impl Upkeep {
         self.more.notify_one();
     }
 
+    /// Has an eye kept on how full the store is, and the store know that an entry is used, where
+    /// that is to be noted.
+    pub fn lease_begins(&self, entry: Option<LvName>) {
+        let mut todo = lock(&self.todo);
+        todo.leased = true;
+        todo.used.extend(entry);
+        self.more.notify_one();
+    }
+
+    /// Has entries evicted that have to go.
+    pub fn tidy(&self) {
+        lock(&self.removals).tidy = true;
+        self.more_removals.notify_one();
+    }
+
+    pub fn ask(&self, ask: Ask) {
+        let mut removals = lock(&self.removals);
+        // Once it has stopped, nobody answers: who asks sees that his question is gone.
+        if !removals.stop {
+            removals.asks.push(ask);
+            self.more_removals.notify_one();
+        }
+    }
+
+    pub fn fruitless(&self) {
+        lock(&self.removals).fruitless = Some(Instant::now());
+    }
+
+    /// Whether an eviction, asked for now, may find more than the last one.
+    pub fn was_fruitful(&self, pause: Duration) -> bool {
+        let removals = lock(&self.removals);
+        removals
+            .fruitless
+            .is_none_or(|when| when.elapsed() >= pause)
+    }
+
     pub fn list(&self) {
         lock(&self.todo).list = true;
         self.more.notify_one();
@@ -112,14 +175,17 @@ impl Upkeep {
     pub fn stop(&self) {
         lock(&self.todo).stop = true;
         self.more.notify_one();
-        lock(&self.removals).stop = true;
+        let mut removals = lock(&self.removals);
+        removals.stop = true;
+        removals.asks.clear();
+        drop(removals);
         self.more_removals.notify_one();
     }
 
-    /// The next thing to do, or `None` when that is to stop. After `patience` that is to list.
+    /// The next thing to do, or `None` when that is to stop. After `patience` there is nothing.
     fn next(&self, patience: Option<Duration>) -> Option<Todo> {
         let todo = lock(&self.todo);
-        let idle = |todo: &mut Todo| !(todo.list || todo.recheck || todo.stop);
+        let idle = |todo: &mut Todo| todo.is_empty();
         let mut todo = match patience {
             None => self.more.wait_while(todo, idle),
             Some(patience) => self
@@ -132,13 +198,11 @@ impl Upkeep {
         if todo.stop {
             return None;
         }
-        let mut todo = mem::take(&mut *todo);
-        todo.list |= !todo.recheck;
-        Some(todo)
+        Some(mem::take(&mut *todo))
     }
 
-    /// The next removal that is due, or `None` when it is time to stop.
-    fn next_removal(&self) -> Option<Removal> {
+    /// The next removal that is due, or an eviction where none is; `None` when it is time to stop.
+    fn next_removal(&self) -> Option<Work> {
         let mut removals = lock(&self.removals);
         loop {
             if removals.stop {
@@ -148,7 +212,11 @@ impl Upkeep {
             let soonest = (0..removals.waiting.len()).min_by_key(|&i| removals.waiting[i].due);
             removals = match soonest {
                 Some(i) if removals.waiting[i].due <= now => {
-                    return Some(removals.waiting.swap_remove(i));
+                    return Some(Work::Remove(removals.waiting.swap_remove(i)));
+                }
+                _ if removals.tidy || !removals.asks.is_empty() => {
+                    removals.tidy = false;
+                    return Some(Work::Evict(mem::take(&mut removals.asks)));
                 }
                 Some(i) => {
                     let pause = removals.waiting[i].due - now;
@@ -223,18 +291,28 @@ impl Engine {
     fn upkeep_thread(self: &Arc<Self>) {
         let mut unready = false;
         loop {
-            let patience = if unready {
+            let again = if unready {
                 Some(UNREADY)
             } else {
                 self.has_homeless().then_some(HOMELESS)
             };
-            let Some(todo) = self.upkeep.next(patience) else {
+            let patience = again.or_else(|| self.has_leases().then_some(FILLING));
+            let Some(mut todo) = self.upkeep.next(patience) else {
                 return;
             };
+            todo.list |= todo.is_empty() && again.is_some();
             if todo.list {
                 unready = self.relist();
             }
-            self.refresh_waiting();
+            if todo.list || todo.recheck {
+                self.refresh_waiting();
+            }
+            if !todo.used.is_empty() {
+                self.write_use(&todo.used);
+            }
+            if self.has_leases() {
+                self.check_room();
+            }
             if todo.list {
                 thread::sleep(BETWEEN_LISTINGS);
             }
@@ -251,7 +329,16 @@ impl Engine {
     }
 
     fn removals_thread(self: &Arc<Self>) {
-        while let Some(mut removal) = self.upkeep.next_removal() {
+        let mut waiting: Vec<Ask> = Vec::new();
+        while let Some(work) = self.upkeep.next_removal() {
+            let mut removal = match work {
+                Work::Remove(removal) => removal,
+                Work::Evict(asks) => {
+                    waiting.extend(asks);
+                    waiting = self.evict_round(waiting);
+                    continue;
+                }
+            };
             match self.remove_lv(&mut removal) {
                 Ok(()) | Err(StoreError::NotFound(_)) => debug!(lv = %removal.lv, "LV removed"),
                 Err(error) => {

@@ -99,6 +99,8 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
+        // Ours, for `gc`.
+        .route("/Friend.Gc", post(gc))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
         .with_state(app)
@@ -219,6 +221,12 @@ async fn stats(State(app): State<Arc<App>>, _: Payload) -> Answer {
         pid: std::process::id(),
         stats: app.at_once(Engine::stats)?,
     }))
+}
+
+async fn gc(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let asked = wire::Gc::parse(&body.0)?;
+    let evicted = app.work(move |engine| engine.gc(asked.dry_run)).await?;
+    Ok(ok(&wire::Evictions { evicted }))
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {

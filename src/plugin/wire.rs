@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::names::{BadName, VolumeName};
+use crate::engine::bounds::Evicted;
 use crate::engine::{self, EngineError, Verdict, VolumeView};
 use crate::storage::StoreError;
 use crate::userns::{IdMap, Ids};
@@ -149,6 +150,32 @@ impl Use {
     }
 }
 
+/// That entries are to be evicted.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Gc {
+    /// Only to say which.
+    pub dry_run: bool,
+}
+
+impl Gc {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// When it is not of this shape.
+    pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
+        parse(body)
+    }
+}
+
+/// The answer to that.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Evictions {
+    /// What went, or would.
+    pub evicted: Vec<Evicted>,
+}
+
 /// What a hook says of a container that is about to start.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -240,7 +267,9 @@ impl From<EngineError> for Refusal {
         let status = match &error {
             EngineError::NoSuchVolume(_) | EngineError::Miss(_) => StatusCode::NOT_FOUND,
             EngineError::Exists(_) => StatusCode::CONFLICT,
-            EngineError::Option(_) | EngineError::Job(_) => StatusCode::BAD_REQUEST,
+            EngineError::Option(_) | EngineError::Job(_) | EngineError::TooLarge(_) => {
+                StatusCode::BAD_REQUEST
+            }
             EngineError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             EngineError::Store(StoreError::Full { .. }) => StatusCode::INSUFFICIENT_STORAGE,
             EngineError::Store(StoreError::Timeout { .. }) => StatusCode::GATEWAY_TIMEOUT,

@@ -10,6 +10,7 @@ pub mod reflink;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
@@ -53,10 +54,18 @@ pub struct Capacity {
     pub data_size: Bytes,
     /// Share of them in use, 0 to 100.
     pub data_percent: f64,
-    /// Share of the pool's own metadata in use, 0 to 100; 0 where there is none.
+    /// Share in use from which on no volume is made.
+    pub data_limit: f64,
+    /// Bytes that the pool's own metadata can take; 0 where there is none.
+    pub metadata_size: Bytes,
+    /// Share of them in use, 0 to 100.
     pub metadata_percent: f64,
-    /// Share in use of what describes the volumes, names and tags, where that has
-    /// a fixed size (a volume group's metadata area), 0 to 100; 0 where it has not.
+    /// Share in use from which on no volume is made.
+    pub metadata_limit: f64,
+    /// Bytes that the description of all volumes can take, names and tags, where that has
+    /// a fixed size (a volume group's metadata area); 0 where it has not.
+    pub group_size: Bytes,
+    /// Share of them in use, 0 to 100. What it refuses is told by a volume's own size.
     pub group_percent: f64,
 }
 
@@ -77,7 +86,32 @@ impl Capacity {
             ("group", self.group_percent),
         ]
     }
+
+    /// The same, as the policy of eviction looks at it.
+    #[must_use]
+    pub const fn fill(&self) -> Fill {
+        const fn space(size: Bytes, percent: f64, limit: f64) -> Space {
+            Space {
+                size,
+                percent,
+                limit,
+            }
+        }
+        Fill {
+            data: space(self.data_size, self.data_percent, self.data_limit),
+            metadata: space(
+                self.metadata_size,
+                self.metadata_percent,
+                self.metadata_limit,
+            ),
+            group: space(self.group_size, self.group_percent, GROUP_LIMIT),
+        }
+    }
 }
+
+/// Share in use of what describes the volumes above which entries are evicted in any case: what
+/// is left of the smallest area that LVM makes is enough for one more volume with tags of the usual length.
+const GROUP_LIMIT: f64 = 95.0;
 
 /// How much of the pool one volume takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -172,6 +206,14 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// When the store cannot be read.
     fn list(&self) -> Result<Listing, StoreError>;
+
+    /// How full it is, as far as that changes without a change to the volumes. So cheap that
+    /// it may be asked for each lease.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`] where no volume would be made: a write that finds no room is an
+    /// I/O error to whoever has written before.
+    fn room(&self) -> Result<Capacity, StoreError>;
 
     /// What each volume takes, active or not. Slower than [`Store::list`], and
     /// for people: nothing is decided by it.

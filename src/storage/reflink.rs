@@ -464,26 +464,15 @@ impl ReflinkStore {
             .map_err(failed("writing", &path))
     }
 
-    /// Refuses to make a volume when what is free would soon be needed by those
-    /// that are there: a write that finds no room is an I/O error to them.
-    fn room(&self) -> Result<(), StoreError> {
+    fn capacity(&self) -> Result<Capacity, StoreError> {
         let stat = self.space()?;
-        let block = stat.fragment_size();
-        let (size, free) = (stat.blocks() * block, stat.blocks_available() * block);
-        // btrfs counts as free what it will yet take for metadata: 60 MiB of 2 GiB.
-        let floor = (size / 20).min(Bytes::GIB);
-        if free >= floor {
-            return Ok(());
-        }
-        Err(StoreError::Full {
-            store: NAME.to_owned(),
-            detail: format!(
-                "{} of {} are free in {}, and nothing is made below {}: remove entries, or make room there",
-                Bytes(free),
-                Bytes(size),
-                self.dir.display(),
-                Bytes(floor)
-            ),
+        let (blocks, block) = (stat.blocks().max(1), stat.fragment_size());
+        let used = blocks - stat.blocks_available();
+        Ok(Capacity {
+            data_size: Bytes(blocks * block),
+            data_percent: used as f64 * 100.0 / blocks as f64,
+            data_limit: 100.0 - floor(blocks * block) as f64 * 100.0 / (blocks * block) as f64,
+            ..Capacity::default()
         })
     }
 
@@ -553,16 +542,29 @@ impl Store for ReflinkStore {
                 name,
             });
         }
-        let stat = self.space()?;
-        let used = stat.blocks() - stat.blocks_available();
         Ok(Listing {
             lvs,
-            capacity: Capacity {
-                data_size: Bytes(stat.blocks() * stat.fragment_size()),
-                data_percent: used as f64 * 100.0 / stat.blocks().max(1) as f64,
-                metadata_percent: 0.0,
-                group_percent: 0.0,
-            },
+            capacity: self.capacity()?,
+        })
+    }
+
+    fn room(&self) -> Result<Capacity, StoreError> {
+        let stat = self.space()?;
+        let block = stat.fragment_size();
+        let (size, free) = (stat.blocks() * block, stat.blocks_available() * block);
+        let floor = floor(size);
+        if free >= floor {
+            return self.capacity();
+        }
+        Err(StoreError::Full {
+            store: NAME.to_owned(),
+            detail: format!(
+                "{} of {} are free in {}, and nothing is made below {}: remove entries, or make room there",
+                Bytes(free),
+                Bytes(size),
+                self.dir.display(),
+                Bytes(floor)
+            ),
         })
     }
 
@@ -762,6 +764,12 @@ fn without_checksums(file: &File) {
     {
         let _ = rustix::fs::ioctl_setflags(file, flags | IFlags::NOCOW);
     }
+}
+
+/// How much of `size` bytes must be free for volumes to be made. btrfs counts as free what it
+/// will yet take for metadata: 60 MiB of 2 GiB.
+fn floor(size: u64) -> u64 {
+    (size / 20).min(Bytes::GIB)
 }
 
 fn usage(image: &Path) -> io::Result<Usage> {

@@ -5,6 +5,7 @@
 //! group share and which boots when the first of them asks.
 
 mod action;
+mod bounds;
 mod cli;
 mod crash;
 mod damage;
@@ -27,6 +28,7 @@ fn main() {
     harness::main(
         [
             action::tests(),
+            bounds::tests(),
             cli::tests(),
             crash::tests(),
             damage::tests(),

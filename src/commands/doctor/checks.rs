@@ -728,8 +728,11 @@ mod tests {
                 capacity: Capacity {
                     data_size: Bytes(Bytes::GIB),
                     data_percent: 10.0,
+                    data_limit: 95.0,
                     metadata_percent: 10.0,
+                    metadata_limit: 75.0,
                     group_percent: 10.0,
+                    ..Capacity::default()
                 },
                 when_full: Some("error".into()),
                 doomed: 0,

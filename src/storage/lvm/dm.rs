@@ -9,6 +9,8 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -69,7 +71,7 @@ impl PoolDevices {
 
     /// The pool's transaction id as the kernel has it; `None`: it is not active.
     pub(super) fn transaction_id(&self) -> Result<Option<u64>, StoreError> {
-        let field = |status: &str| status.split_ascii_whitespace().nth(3)?.parse().ok();
+        let field = |status: &str| status.split_ascii_whitespace().next()?.parse().ok();
         Ok(self.status()?.as_deref().and_then(field))
     }
 
@@ -109,10 +111,18 @@ impl PoolDevices {
         }
     }
 
-    /// `START LENGTH thin-pool TRANSACTION METADATA DATA HELD-ROOT …`.
+    /// Which shares in percent are in use of data and of metadata; `None`: the pool is not active, or
+    /// does not say.
+    pub(super) fn percent_used(&self) -> Result<Option<(f64, f64)>, StoreError> {
+        Ok(self.status()?.as_deref().and_then(percent_used))
+    }
+
+    /// `TRANSACTION METADATA DATA HELD-ROOT …`.
     fn status(&self) -> Result<Option<String>, StoreError> {
         self.lowest()
-            .map(|name| run("dmsetup", &["status", "--noflush", &name], MESSAGE))
+            .map(|name| {
+                status(&name).map_err(|error| io_error(format!("the status of {name}"), error))
+            })
             .transpose()
     }
 
@@ -197,11 +207,68 @@ fn doubled(name: &str) -> String {
     name.replace('-', "--")
 }
 
+/// `USED/TOTAL` blocks of metadata, then of data.
+fn percent_used(status: &str) -> Option<(f64, f64)> {
+    let mut fields = status.split_ascii_whitespace().skip(1);
+    let mut percent = || {
+        let (used, total) = fields.next()?.split_once('/')?;
+        let total: f64 = total.parse().ok()?;
+        let percent = used.parse::<f64>().ok()? * 100.0 / total.max(1.0);
+        // As LVM shows it.
+        Some((percent * 100.0).round() / 100.0)
+    };
+    let metadata = percent()?;
+    Some((percent()?, metadata))
+}
+
+/// The status of a device-mapper device's one target, its parameters only: what `dmsetup status --noflush`
+/// shows, which takes a process. struct dm_ioctl and struct dm_target_spec are those of Linux'
+/// include/uapi/linux/dm-ioctl.h.
+fn status(name: &str) -> io::Result<String> {
+    const TABLE_STATUS: u8 = 12;
+    const NO_FLUSH: u32 = 1 << 11;
+    const HEAD: usize = 312;
+    const SPEC: usize = 40;
+    /// A pool's status takes some 150 bytes.
+    const ROOM: usize = 1024;
+    let mut buffer = [0_u8; HEAD + ROOM];
+    for (at, value) in [
+        (0, 4),
+        (12, buffer.len() as u32),
+        (16, HEAD as u32),
+        (28, NO_FLUSH),
+    ] {
+        buffer[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    // Its last byte stays 0.
+    let field = &mut buffer[48..48 + 127];
+    if name.len() > field.len() {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
+    field[..name.len()].copy_from_slice(name.as_bytes());
+    let control = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/mapper/control")?;
+    let request = nix::request_code_readwrite!(0xfd, TABLE_STATUS, HEAD);
+    // SAFETY: the buffer is as long as its `data_size` says, and lives over the call.
+    let result = unsafe { libc::ioctl(control.as_raw_fd(), request, buffer.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let text = &buffer[HEAD + SPEC..];
+    let end = text
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(text.len());
+    Ok(String::from_utf8_lossy(&text[..end]).into_owned())
+}
+
 /// Whether a pool's status line names a held metadata root (`-`: none).
 fn holds_metadata(status: &str) -> bool {
     status
         .split_ascii_whitespace()
-        .nth(6)
+        .nth(3)
         .is_some_and(|root| root.parse::<u64>().is_ok())
 }
 
@@ -243,16 +310,28 @@ mod tests {
     fn a_held_copy_shows_in_the_status() {
         for (status, held) in [
             (
-                "0 2097152 thin-pool 6 220/2048 113/16384 - rw discard_passdown error_if_no_space - 512 \n",
+                "6 220/2048 113/16384 - rw discard_passdown error_if_no_space - 512 \n",
                 false,
             ),
             (
-                "0 2097152 thin-pool 6 218/2048 113/16384 77 rw discard_passdown error_if_no_space - 512 \n",
+                "6 218/2048 113/16384 77 rw discard_passdown error_if_no_space - 512 \n",
                 true,
             ),
-            ("0 2097152 thin-pool Fail", false),
+            ("Fail", false),
         ] {
             assert_eq!(holds_metadata(status), held, "{status}");
+        }
+    }
+
+    #[test]
+    fn how_full_a_pool_says_that_it_is() {
+        for (status, want) in [
+            ("6 512/2048 4096/16384 - rw", Some((25.0, 25.0))),
+            ("0 0/2048 0/0 - out_of_data_space", Some((0.0, 0.0))),
+            ("Fail", None),
+            ("", None),
+        ] {
+            assert_eq!(percent_used(status), want, "{status}");
         }
     }
 

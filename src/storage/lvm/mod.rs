@@ -50,7 +50,7 @@ use self::owner::{Owner, Urgency};
 use self::repair::Pool;
 use self::report::{LV_COLUMNS, PoolUse};
 use self::runner::{Answer, Failure, Runner};
-use super::{Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
@@ -69,6 +69,8 @@ pub struct LvmStore {
     owner: Owner,
     /// The pool's volumes, as last listed and since made: see [`LvmStore::is_ours`].
     known: Mutex<HashSet<LvName>>,
+    /// How full the pool was when last listed.
+    pool_use: Mutex<PoolUse>,
 }
 
 impl LvmStore {
@@ -119,6 +121,7 @@ impl LvmStore {
             host,
             system_dir,
             known: Mutex::default(),
+            pool_use: Mutex::default(),
         };
         store.state()?;
         PoolDevices::new(&store.vg, &store.pool).release_leftover(&store.system_dir)?;
@@ -173,6 +176,7 @@ impl LvmStore {
         state.pool = pool
             .pool_use()
             .ok_or_else(|| self.unusable("LVM shows no sizes of it"))?;
+        *self.last_use() = state.pool;
         *self.known() = state.lvs.iter().map(|lv| lv.name.clone()).collect();
         Ok(state)
     }
@@ -199,6 +203,10 @@ impl LvmStore {
 
     fn known(&self) -> MutexGuard<'_, HashSet<LvName>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last_use(&self) -> MutexGuard<'_, PoolUse> {
+        self.pool_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sees that `lv` is one of the pool's volumes before a command names it: a
@@ -265,9 +273,7 @@ impl LvmStore {
     /// Why LVM refused to make or grow something whose tags are `tags`.
     fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
         let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
-        let reason = state
-            .pool
-            .exhausted(&self.vg, &self.pool, config::LIMIT, text);
+        let reason = state.pool.exhausted(&self.vg, &self.pool, text);
         match reason {
             Some(detail) => StoreError::Full {
                 store: self.vg.to_string(),
@@ -307,6 +313,22 @@ impl Store for LvmStore {
             lvs: state.lvs,
             capacity: state.pool.capacity,
         })
+    }
+
+    fn room(&self) -> Result<Capacity, StoreError> {
+        let mut now = *self.last_use();
+        // What writes change, the kernel says; the group's description is as last listed.
+        if let Some((data, metadata)) = PoolDevices::new(&self.vg, &self.pool).percent_used()? {
+            now.capacity.data_percent = data;
+            now.capacity.metadata_percent = metadata;
+        }
+        match now.exhausted(&self.vg, &self.pool, LV_TEXT) {
+            Some(detail) => Err(StoreError::Full {
+                store: self.vg.to_string(),
+                detail,
+            }),
+            None => Ok(now.capacity),
+        }
     }
 
     fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError> {

@@ -7,6 +7,7 @@
 use serde::Deserialize;
 
 use super::super::{Capacity, Lv};
+use super::config::LIMIT;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 
@@ -80,8 +81,6 @@ pub(super) struct VgRow {
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(super) struct PoolUse {
     pub(super) capacity: Capacity,
-    /// Size of the pool's metadata.
-    pub(super) metadata_size: Bytes,
     /// What the text that describes the group may still grow by.
     pub(super) group_free: Bytes,
     /// Its device is there, so the percentages are known.
@@ -92,29 +91,21 @@ impl PoolUse {
     /// Why no volume can be made in the pool `pool` of `vg`, and what to do; `None`
     /// where these numbers are no reason.
     ///
-    /// `limit` is the usage in percent above which LVM refuses (see
-    /// [`super::config`]), and `text` the number of bytes that the volume adds to
-    /// the group's description. The other limits are those of
-    /// `pool_below_threshold` in lvm2's thin_manip.c.
-    pub(super) fn exhausted(
-        &self,
-        vg: &LvName,
-        pool: &LvName,
-        limit: f64,
-        text: usize,
-    ) -> Option<String> {
+    /// `text` is the number of bytes that the volume adds to the group's description.
+    pub(super) fn exhausted(&self, vg: &LvName, pool: &LvName, text: usize) -> Option<String> {
         let Capacity {
             data_size,
             data_percent,
+            data_limit,
+            metadata_size,
             metadata_percent,
+            metadata_limit,
             group_percent,
+            ..
         } = self.capacity;
-        let metadata_size = self.metadata_size;
-        let free = (4 * Bytes::MIB) as f64 * 100.0 / metadata_size.0.max(1) as f64;
-        let metadata_limit = limit.min(100.0 - free.min(25.0));
-        if data_percent > limit {
+        if data_percent > data_limit {
             Some(format!(
-                "{data_percent} % of the {data_size} of thin pool {pool} are in use, and new volumes are made up to {limit} %; remove entries, or `lvextend --size +SIZE {vg}/{pool}`"
+                "{data_percent} % of the {data_size} of thin pool {pool} are in use, and new volumes are made up to {data_limit} %; remove entries, or `lvextend --size +SIZE {vg}/{pool}`"
             ))
         } else if metadata_percent >= metadata_limit {
             Some(format!(
@@ -231,22 +222,33 @@ impl LvRow {
         // is all that it can take (_vg_mda_free in lvm2's format-text.c).
         let group_room = group_size / 2;
         let group_used = group_room.saturating_sub(group_free);
+        let metadata_size = Bytes(self.lv_metadata_size.parse().ok()?);
         Some(PoolUse {
             capacity: Capacity {
                 data_size: Bytes(self.lv_size.parse().ok()?),
                 data_percent: percent(&self.data_percent)?,
+                data_limit: LIMIT,
+                metadata_size,
                 metadata_percent: percent(&self.metadata_percent)?,
+                metadata_limit: metadata_limit(metadata_size),
+                group_size: Bytes(group_room),
                 group_percent: if group_room == 0 {
                     0.0
                 } else {
                     group_used as f64 * 100.0 / group_room as f64
                 },
             },
-            metadata_size: Bytes(self.lv_metadata_size.parse().ok()?),
             group_free: Bytes(group_free),
             active: !self.data_percent.is_empty(),
         })
     }
+}
+
+/// Usage in percent from which on LVM refuses volumes, with [`LIMIT`] in its configuration: that of
+/// `pool_below_threshold` in lvm2's thin_manip.c.
+fn metadata_limit(size: Bytes) -> f64 {
+    let free = (4 * Bytes::MIB) as f64 * 100.0 / size.0.max(1) as f64;
+    LIMIT.min(100.0 - free.min(25.0))
 }
 
 /// LVM leaves the percentages of an inactive pool empty.
@@ -268,10 +270,13 @@ mod tests {
             capacity: Capacity {
                 data_size: Bytes::mib(300),
                 data_percent: data,
+                data_limit: LIMIT,
+                metadata_size: Bytes::mib(metadata_mib),
                 metadata_percent: metadata,
+                metadata_limit: metadata_limit(Bytes::mib(metadata_mib)),
+                group_size: Bytes::mib(1),
                 group_percent: 98.76,
             },
-            metadata_size: Bytes::mib(metadata_mib),
             group_free: Bytes(group_free),
             active: true,
         };
@@ -297,7 +302,7 @@ mod tests {
             (pool(10.0, 10.0, 8, 1000), None),
         ] {
             let name = |text: &str| text.parse().unwrap();
-            let found = of.exhausted(&name("vg"), &name("pool"), 95.0, 1000);
+            let found = of.exhausted(&name("vg"), &name("pool"), 1000);
             match said {
                 None => assert_eq!(found, None),
                 Some(said) => assert!(

@@ -413,7 +413,9 @@ fn images(store: &Path) -> Census {
         // A volume may go while it is looked at.
         let place = store.join(&name);
         let record = fs::read_to_string(place.join("tags.json")).unwrap_or_default();
-        if let Ok(record) = serde_json::from_str::<Value>(&record) {
+        // Whatever is in `~new` is no volume yet.
+        let record = serde_json::from_str::<Value>(&record).ok();
+        if let Some(record) = record.filter(|_| !name.starts_with('~')) {
             let tags = record["tags"].as_array().unwrap().iter();
             let tags = tags.map(|tag| tag.as_str().unwrap().to_owned());
             census.lvs.insert(name, tags.collect());

@@ -1,0 +1,161 @@
+//! `gc`: through the daemon where one runs, which knows best what is in use; else here.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::list::now;
+use super::rows::age;
+use super::{Failure, failed, open, print};
+use crate::cache::names::LvName;
+use crate::cache::units::Bytes;
+use crate::cli;
+use crate::config::Settings;
+use crate::engine::bounds::{self, Evicted};
+use crate::mount;
+use crate::plugin::client;
+use crate::plugin::socket::SocketError;
+use crate::plugin::wire::{Evictions, rfc3339};
+use crate::serve::lock_store;
+use crate::storage::{Store, StoreError};
+
+/// How long the daemon may take: it removes one entry after the other.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// `gc`.
+///
+/// # Errors
+/// When the store cannot be read, or takes no change.
+pub fn run(config: &Path, args: &cli::Gc) -> Result<(), Failure> {
+    let (settings, store) = open(config)?;
+    // Held to the end: no daemon starts while this command acts in its stead.
+    let evicted = match lock_store(&settings.store) {
+        Ok(_lock) => evict(&settings, &*store, args.dry_run)?,
+        Err(SocketError::Locked(_)) => through_daemon(&settings, args.dry_run)?,
+        Err(error) => return Err(Failure::Failed(error.to_string())),
+    };
+    if args.json {
+        let rows: Vec<_> = evicted.iter().map(row).collect();
+        let json = serde_json::to_string_pretty(&rows).expect("plain data");
+        return print(&format!("{json}\n"));
+    }
+    print(&table(&evicted, now()))
+}
+
+fn through_daemon(settings: &Settings, dry_run: bool) -> Result<Vec<Evicted>, Failure> {
+    let body = json!({ "DryRun": dry_run });
+    let answer = client::call(&settings.socket, "Friend.Gc", &body, ANSWER_TIMEOUT)
+        .map_err(|error| Failure::Failed(error.to_string()))?;
+    let evictions: Evictions = serde_json::from_value(answer)
+        .map_err(|error| Failure::Failed(format!("the daemon's answer: {error}")))?;
+    Ok(evictions.evicted)
+}
+
+fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Evicted>, Failure> {
+    let usage = dry_run.then(|| store.usage().ok()).flatten();
+    let mut gone = Vec::new();
+    loop {
+        let listing = store.list()?;
+        let mounts = mount::table().map_err(failed("the mount table"))?;
+        // Nobody began a lease in a daemon that does not run.
+        let entries = bounds::entries(&listing, &mounts, &HashMap::new(), u64::MAX);
+        let capacity = &listing.capacity;
+        let round = bounds::plan(&entries, capacity, &settings.policy, usage.as_ref(), false);
+        let last = dry_run || round.is_empty();
+        for (lv, evicted) in round {
+            if !dry_run {
+                remove(store, &lv, &evicted)?;
+            }
+            gone.push(evicted);
+        }
+        if last {
+            return Ok(gone);
+        }
+    }
+}
+
+fn remove(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<(), Failure> {
+    match bounds::evict(store, lv, evicted) {
+        // Marked it is, and removed once it is free.
+        Err(StoreError::Busy(_)) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+fn row(evicted: &Evicted) -> Value {
+    json!({
+        "name": evicted.lv,
+        "reason": evicted.reason,
+        "scope": evicted.scope,
+        "tags": evicted.tags,
+        "created": rfc3339(evicted.created),
+        "last_use": rfc3339(evicted.used),
+        "exclusive": evicted.exclusive,
+    })
+}
+
+fn table(evicted: &[Evicted], now: u64) -> String {
+    if evicted.is_empty() {
+        return "nothing has to go\n".to_owned();
+    }
+    let heads = ["LV", "LAST USE", "ITS OWN", "SCOPE", "TAGS", "WHY"].map(String::from);
+    let lines: Vec<_> = std::iter::once(heads)
+        .chain(evicted.iter().map(|evicted| {
+            [
+                evicted.lv.clone(),
+                age(now, evicted.used),
+                evicted
+                    .exclusive
+                    .map_or_else(|| "?".into(), |bytes| Bytes(bytes).to_string()),
+                evicted.scope.clone().unwrap_or_else(|| "-".into()),
+                evicted.tags.join(" "),
+                evicted.reason.clone(),
+            ]
+        }))
+        .collect();
+    let mut widths = [0; 6];
+    for line in &lines {
+        for (width, cell) in widths.iter_mut().zip(line) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for line in &lines {
+        let cells = line.iter().zip(widths);
+        let cells: Vec<_> = cells
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_went_is_a_table() {
+        assert_eq!(table(&[], 0), "nothing has to go\n");
+        let evicted = Evicted {
+            lv: "friend-1".into(),
+            reason: "more entries than 1".into(),
+            scope: None,
+            tags: vec!["linux".into(), "main".into()],
+            created: 0,
+            used: 3600,
+            exclusive: Some(4096),
+        };
+        let want = "\
+LV        LAST USE  ITS OWN  SCOPE  TAGS        WHY
+friend-1  2h        4 KiB    -      linux main  more entries than 1
+";
+        assert_eq!(table(std::slice::from_ref(&evicted), 3 * 3600), want);
+        let row = row(&evicted);
+        assert_eq!(row["last_use"], "1970-01-01T01:00:00Z");
+        assert_eq!(row["exclusive"], 4096);
+    }
+}

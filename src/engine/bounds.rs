@@ -1,0 +1,385 @@
+//! Entries that go: which, decided by [`crate::cache::evict`], and when.
+//!
+//! After a publish, at the daemon's start, when somebody asks, when a lease fills the
+//! store, and before a volume is refused for want of room. All of it happens on the thread that
+//! removes: room that is about to be given back is no reason to evict.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::mpsc::{self, Sender};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tracing::{debug, info, warn};
+
+use super::volume::{Phase, Restored, Source};
+use super::{Engine, EngineError, lock, tag, unix_now};
+use crate::cache::evict::{self, Entry, Policy};
+use crate::cache::names::LvName;
+use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, used_tag};
+use crate::cache::units::Bytes;
+use crate::mount::{self, MountPoint};
+use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
+
+/// How long a request waits for room to be made for it: Podman gives up after 5 s.
+pub(super) const REQUEST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long a publish waits, which nobody waits for.
+pub(super) const PUBLISH_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a store that lacks room, and has nothing to evict, is left alone, unless something is
+/// published or asked for.
+const FRUITLESS: Duration = Duration::from_secs(60);
+
+/// An entry that went, or would go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evicted {
+    /// Its LV.
+    pub lv: String,
+    /// Why.
+    pub reason: String,
+    /// Its scope.
+    pub scope: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// When it was published, seconds since 1970.
+    pub created: u64,
+    /// When it was last of use, seconds since 1970; in the store to the hour.
+    pub used: u64,
+    /// Bytes that only it takes, where that was asked for and is known: its removal gives back
+    /// as many at least.
+    pub exclusive: Option<u64>,
+}
+
+/// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not
+/// settled, or whose volume is mounted now; and what `used` says was used after `since`, seconds since 1970.
+#[must_use]
+pub fn entries(
+    listing: &Listing,
+    mounts: &[MountPoint],
+    used: &HashMap<LvName, u64>,
+    since: u64,
+) -> Vec<Entry> {
+    let mut found = Vec::new();
+    let mut in_use = HashSet::new();
+    for lv in &listing.lvs {
+        match Role::from_tags(&lv.tags) {
+            Role::Entry {
+                scope,
+                tags,
+                pinned,
+                used: noted,
+                ..
+            } => found.push(Entry {
+                lv: lv.name.clone(),
+                seq: lv.seq,
+                created: lv.created,
+                used: used.get(&lv.name).map_or(noted, |used| noted.max(*used)),
+                pinned,
+                in_use: used.get(&lv.name).is_some_and(|used| *used > since),
+                scope,
+                tags,
+            }),
+            Role::Volume {
+                from: Some(from),
+                lease,
+                ..
+            } => {
+                let mounted = || mounts.iter().any(|m| Some(m.device) == lv.device);
+                if lease.is_some() || lv.device.is_some() && mounted() {
+                    in_use.insert(from);
+                }
+            }
+            _ => {}
+        }
+    }
+    for entry in &mut found {
+        entry.in_use |= in_use.contains(&entry.lv);
+    }
+    found
+}
+
+/// What is to go of `entries`.
+#[must_use]
+pub fn plan(
+    entries: &[Entry],
+    capacity: &Capacity,
+    policy: &Policy,
+    usage: Option<&HashMap<LvName, Usage>>,
+    refused: bool,
+) -> Vec<(LvName, Evicted)> {
+    let exclusive = |lv: &LvName| Some(usage?.get(lv)?.exclusive);
+    let now = unix_now();
+    let victims = evict::plan(entries, &capacity.fill(), policy, now, exclusive, refused);
+    let told = victims.into_iter().map(|victim| {
+        let entry = victim.entry;
+        let evicted = Evicted {
+            lv: entry.lv.to_string(),
+            reason: victim.reason.to_string(),
+            scope: entry.scope.as_ref().map(ToString::to_string),
+            tags: entry.tags.iter().map(ToString::to_string).collect(),
+            created: entry.created,
+            used: entry.last_use(now),
+            exclusive: exclusive(&entry.lv).map(|Bytes(bytes)| bytes),
+        };
+        (entry.lv.clone(), evicted)
+    });
+    told.collect()
+}
+
+/// Commits that an entry is to be removed, and removes it. [`StoreError::Busy`] where that has to be
+/// tried again: it is out of every choice by then.
+///
+/// # Errors
+/// What the store says.
+pub fn evict(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<(), StoreError> {
+    let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
+    match store.change_tags(lv, &[tag(DOOMED)], &[]) {
+        Err(StoreError::NotFound(_)) => return Ok(()),
+        marked => marked?,
+    }
+    info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
+    store.remove(lv)
+}
+
+fn mounts() -> Result<Vec<MountPoint>, StoreError> {
+    mount::table().map_err(|source| StoreError::Io {
+        what: "reading the mount table".to_owned(),
+        source,
+    })
+}
+
+fn entry_of(source: &Source) -> Option<&LvName> {
+    matches!(source.how, Restored::Exact | Restored::Fallback)
+        .then_some(source.lv.as_ref())
+        .flatten()
+}
+
+/// Somebody waits for what an eviction comes to.
+pub(super) struct Ask {
+    /// For one that a volume may have room: one round is all that he waits for.
+    room: bool,
+    so_far: Vec<Evicted>,
+    answer: Sender<Result<Vec<Evicted>, String>>,
+}
+
+impl Engine {
+    /// Evicts what has to go, and says what went; with `dry_run`, what would.
+    ///
+    /// # Errors
+    /// When the store cannot be read, or takes no change.
+    pub fn gc(&self, dry_run: bool) -> Result<Vec<Evicted>, EngineError> {
+        if dry_run {
+            let usage = self
+                .store
+                .usage()
+                .inspect_err(|error| debug!(%error, "space used is not known"));
+            let listing = self.store.list()?;
+            let plan = self.plan(&listing, usage.as_ref().ok(), false)?;
+            return Ok(plan.into_iter().map(|(_, evicted)| evicted).collect());
+        }
+        let answer = self.ask(false);
+        match answer.recv() {
+            Ok(Ok(evicted)) => Ok(evicted),
+            Ok(Err(error)) => Err(StoreError::Failed(error).into()),
+            Err(_) => Err(EngineError::Stopping),
+        }
+    }
+
+    fn ask(&self, room: bool) -> mpsc::Receiver<Result<Vec<Evicted>, String>> {
+        let (answer, answered) = mpsc::channel();
+        self.upkeep.ask(Ask {
+            room,
+            so_far: Vec::new(),
+            answer,
+        });
+        answered
+    }
+
+    /// Does what needs room in the store, and makes room as long as that is refused for want of it and
+    /// there is something to evict.
+    pub(super) fn with_room<T>(
+        &self,
+        patience: Duration,
+        mut act: impl FnMut() -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        let until = Instant::now() + patience;
+        loop {
+            let full = match act() {
+                Err(EngineError::Store(full @ StoreError::Full { .. })) => full,
+                done => return done,
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            match self.ask(true).recv_timeout(left) {
+                Ok(Ok(evicted)) if !evicted.is_empty() => {}
+                _ => return Err(full.into()),
+            }
+        }
+    }
+
+    /// One round of eviction, for those who asked among others; gives those who wait for more.
+    pub(super) fn evict_round(&self, asks: Vec<Ask>) -> Vec<Ask> {
+        let room = asks.iter().any(|ask| ask.room);
+        let round = self.evict_once(room);
+        let more = match &round {
+            Ok(evicted) => !evicted.is_empty(),
+            Err(error) => {
+                warn!(%error, "nothing could be evicted");
+                false
+            }
+        };
+        let mut waiting = Vec::new();
+        for mut ask in asks {
+            match &round {
+                Ok(evicted) => {
+                    ask.so_far.extend_from_slice(evicted);
+                    if more && !ask.room {
+                        waiting.push(ask);
+                    } else {
+                        let _ = ask.answer.send(Ok(ask.so_far));
+                    }
+                }
+                Err(error) => drop(ask.answer.send(Err(error.to_string()))),
+            }
+        }
+        if more {
+            // How much that gave back is known only now.
+            self.upkeep.tidy();
+        }
+        waiting
+    }
+
+    fn evict_once(&self, refused: bool) -> Result<Vec<Evicted>, StoreError> {
+        let listing = self.store.list()?;
+        let plan = self.plan(&listing, None, refused)?;
+        if plan.is_empty() && self.is_short(&listing.capacity) {
+            self.upkeep.fruitless();
+        }
+        for (lv, evicted) in &plan {
+            match evict(&*self.store, lv, evicted) {
+                Ok(()) => {}
+                Err(StoreError::Busy(_)) => self.upkeep.remove(lv.clone(), true),
+                Err(error) => return Err(error),
+            }
+            self.forget(lv);
+        }
+        Ok(plan.into_iter().map(|(_, evicted)| evicted).collect())
+    }
+
+    fn plan(
+        &self,
+        listing: &Listing,
+        usage: Option<&HashMap<LvName, Usage>>,
+        refused: bool,
+    ) -> Result<Vec<(LvName, Evicted)>, StoreError> {
+        let since = unix_now().saturating_sub(self.settings.keep_used.as_secs());
+        let mounts = mounts()?;
+        let entries = {
+            let mut state = lock(&self.state);
+            let entries = entries(listing, &mounts, &state.used, since);
+            let there: HashSet<_> = entries.iter().map(|entry| &entry.lv).collect();
+            // Those just published, too, are in the store's listing soon enough.
+            state
+                .used
+                .retain(|lv, used| *used > since || there.contains(lv));
+            state.noted.retain(|lv, _| there.contains(lv));
+            entries
+        };
+        let policy = &self.settings.policy;
+        Ok(plan(&entries, &listing.capacity, policy, usage, refused))
+    }
+
+    /// Has entries evicted where a lease that goes on leaves less free than there should be.
+    pub(super) fn check_room(&self) {
+        let short = match self.store.room() {
+            Ok(capacity) => self.is_short(&capacity),
+            Err(StoreError::Full { .. }) => true,
+            Err(error) => {
+                debug!(%error, "how full the store is cannot be told");
+                false
+            }
+        };
+        if short && self.upkeep.was_fruitful(FRUITLESS) {
+            self.upkeep.tidy();
+        }
+    }
+
+    fn is_short(&self, capacity: &Capacity) -> bool {
+        let (fill, policy) = (capacity.fill(), &self.settings.policy);
+        fill.data.missing(policy.data) > 0
+            || fill.metadata.missing(policy.metadata) > 0
+            || fill.group.missing(policy.group) > 0
+    }
+
+    /// Refuses a lease that would begin in a store without room, for its first writes would fail.
+    pub(super) fn room_for_lease(&self) -> Result<(), EngineError> {
+        match self.store.room() {
+            Err(full @ StoreError::Full { .. }) => Err(full.into()),
+            Err(error) => {
+                debug!(%error, "how full the store is cannot be told");
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Takes note that something is restored from an entry.
+    pub(super) fn note_copy(&self, source: &Source) {
+        if let Some(entry) = entry_of(source) {
+            lock(&self.state).used.insert(entry.clone(), unix_now());
+        }
+    }
+
+    /// Takes note that a lease begins with what was restored from `source`.
+    pub(super) fn note_lease(&self, source: &Source) {
+        let now = unix_now();
+        let mut state = lock(&self.state);
+        let due = entry_of(source).filter(|entry| {
+            state.used.insert((*entry).clone(), now);
+            let noted = state.noted.get(*entry);
+            let due = noted.is_none_or(|noted| now.abs_diff(*noted) >= USED_GRAIN);
+            if due {
+                state.noted.insert((*entry).clone(), now);
+            }
+            due
+        });
+        drop(state);
+        self.upkeep.lease_begins(due.cloned());
+    }
+
+    /// Writes to entries that they are used now, off everybody's path.
+    pub(super) fn write_use(&self, used: &HashSet<LvName>) {
+        let now = unix_now();
+        let Some(used_now) = used_tag(now) else {
+            return;
+        };
+        let listing = match self.store.list() {
+            Ok(listing) => listing,
+            Err(error) => {
+                debug!(%error, "uses are not noted");
+                return;
+            }
+        };
+        for lv in listing.lvs.iter().filter(|lv| used.contains(&lv.name)) {
+            match Role::from_tags(&lv.tags) {
+                Role::Entry { used, .. } if now.abs_diff(used) >= USED_GRAIN => {}
+                _ => continue,
+            }
+            let before = lv.tags.iter().filter(|tag| tag.as_str().starts_with(USED));
+            let before: Vec<_> = before.cloned().collect();
+            let written =
+                self.store
+                    .change_tags(&lv.name, std::slice::from_ref(&used_now), &before);
+            if let Err(error) = written {
+                debug!(lv = %lv.name, %error, "its use is not noted");
+            }
+        }
+    }
+
+    /// Whether a lease goes on.
+    pub(super) fn has_leases(&self) -> bool {
+        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
+        volumes
+            .iter()
+            .any(|volume| matches!(lock(&volume.now).phase, Phase::Leased(_)))
+    }
+}
