@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+pub use clap_complete::Shell;
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
@@ -93,6 +94,23 @@ pub enum Command {
     /// In a job: say how the job's work ended.
     #[command(override_help = client::VERDICT)]
     Verdict(Client),
+    /// Print a script that completes this program's commands in a shell.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        #[arg(value_name = "SHELL", value_enum)]
+        shell: Shell,
+    },
+    /// Write man pages into a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// Print a configuration that shows and explains every setting.
+    #[command(hide = true)]
+    ExampleConfig,
 }
 
 /// Where the caches will be: exactly one of three.
@@ -350,6 +368,10 @@ mod tests {
             ("restore --json --key a cargo --config", None),
             ("status --no-such-option", None),
             ("restore --help", Some(ErrorKind::DisplayHelp)),
+            ("completions bash", None),
+            ("completions dash", Some(ErrorKind::InvalidValue)),
+            ("man /d", None),
+            ("example-config", None),
             ("hook", Some(ErrorKind::MissingRequiredArgument)),
             ("hook prestart", Some(ErrorKind::InvalidValue)),
             ("serve --log-level debug", None),

@@ -454,33 +454,28 @@ pub fn write(file: &Path, store: &StoreConfig) -> Result<(), ConfigError> {
         .map_err(io)
 }
 
+/// A configuration that shows and explains every setting, those of each store too.
+#[must_use]
+pub fn example() -> String {
+    let name = |name: &str| name.parse().expect("made of LVM's alphabet");
+    let lvm = StoreConfig::Lvm(Lvm {
+        vg: name("vg0"),
+        pool: name("friend-pool"),
+        loop_file: Some("/var/lib/lvm-cache-friend.img".into()),
+    });
+    let reflink = StoreConfig::Reflink(Reflink {
+        dir: "/var/lib/lvm-cache-friend".into(),
+    });
+    // What is not for everyone is shown behind #.
+    let other = store_text(&reflink)
+        .replace("[reflink]", "#[reflink]")
+        .replace("dir =", "#dir =");
+    text(&lvm).replace("loop-file =", "#loop-file =") + "\n# Or, in place of [lvm]:\n" + &other
+}
+
 fn text(store: &StoreConfig) -> String {
     let job = JobLimits::default();
-    let quoted = |text: &str| toml::Value::from(text).to_string();
-    let path = |path: &Path| quoted(&path.to_string_lossy());
-    let store = match store {
-        StoreConfig::Lvm(lvm) => {
-            let mut table = format!(
-                "# The thin pool that holds the caches, and its volume group.\n\
-                 [lvm]\nvg = {}\npool = {}\n",
-                quoted(lvm.vg.as_str()),
-                quoted(lvm.pool.as_str())
-            );
-            if let Some(file) = &lvm.loop_file {
-                table.push_str(&format!(
-                    "# The group's only disk: a loop device on this file, set up again at each boot.\n\
-                     loop-file = {}\n",
-                    path(file)
-                ));
-            }
-            table
-        }
-        StoreConfig::Reflink(reflink) => format!(
-            "# The directory that holds the caches as image files; on XFS with reflinks, or btrfs.\n\
-             [reflink]\ndir = {}\n",
-            path(&reflink.dir)
-        ),
-    };
+    let store = store_text(store);
     format!(
         "# Configuration of lvm-cache-friend. A line that begins with # and a setting shows\n\
          # the default. Restart the daemon after a change.\n\
@@ -559,6 +554,41 @@ fn text(store: &StoreConfig) -> String {
         data_floor = quoted("10%"),
         keep_used = quoted("10m"),
     )
+}
+
+fn quoted(text: &str) -> String {
+    toml::Value::from(text).to_string()
+}
+
+fn path(path: &Path) -> String {
+    quoted(&path.to_string_lossy())
+}
+
+/// The table that names a store.
+fn store_text(store: &StoreConfig) -> String {
+    match store {
+        StoreConfig::Lvm(lvm) => {
+            let mut table = format!(
+                "# The thin pool that holds the caches, and its volume group.\n\
+                 [lvm]\nvg = {}\npool = {}\n",
+                quoted(lvm.vg.as_str()),
+                quoted(lvm.pool.as_str())
+            );
+            if let Some(file) = &lvm.loop_file {
+                table.push_str(&format!(
+                    "# The group's only disk: a loop device on this file, set up again at each boot.\n\
+                     loop-file = {}\n",
+                    path(file)
+                ));
+            }
+            table
+        }
+        StoreConfig::Reflink(reflink) => format!(
+            "# The directory that holds the caches as image files; on XFS with reflinks, or btrfs.\n\
+             [reflink]\ndir = {}\n",
+            path(&reflink.dir)
+        ),
+    }
 }
 
 fn parsed<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -729,23 +759,48 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_comments_show_the_defaults() {
-        let store = reflink("/srv/caches");
-        let plain = Settings::parse(&text(&store)).expect("valid");
-        let uncommented: String = text(&store)
-            .lines()
+    /// With every setting that is shown behind # set.
+    fn uncommented(text: &str) -> String {
+        text.lines()
             .map(|line| match line.strip_prefix('#') {
                 Some(setting) if !setting.starts_with(' ') => setting,
                 _ => line,
             })
             .map(|line| format!("{line}\n"))
-            .collect();
+            .collect()
+    }
+
+    #[test]
+    fn the_comments_show_the_defaults() {
+        let store = reflink("/srv/caches");
+        let plain = Settings::parse(&text(&store)).expect("valid");
+        let uncommented = uncommented(&text(&store));
         assert_eq!(Settings::parse(&uncommented).expect("valid"), plain);
         assert_eq!(
             uncommented.matches("\n#").count(),
             text(&store).matches("\n# ").count()
         );
+    }
+
+    #[test]
+    fn the_example_has_every_setting() {
+        assert_eq!(Settings::parse(&example()).expect("valid").store, lvm(None));
+        let all = uncommented(&example());
+        let (settings, tables) = all.split_once("[lvm]").expect("the first store");
+        let (first, second) = tables.split_once("[reflink]").expect("the other");
+        for (store, want) in [
+            (
+                format!("[lvm]{first}"),
+                lvm(Some("/var/lib/lvm-cache-friend.img")),
+            ),
+            (
+                format!("[reflink]{second}"),
+                reflink("/var/lib/lvm-cache-friend"),
+            ),
+        ] {
+            let parsed = Settings::parse(&format!("{settings}{store}")).expect("valid");
+            assert_eq!(parsed.store, want);
+        }
     }
 
     #[test]

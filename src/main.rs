@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         Command::Discard(raw) => return client::run("discard", &raw.args),
         Command::Status(raw) => return client::run("status", &raw.args),
         Command::Verdict(raw) => return client::run("verdict", &raw.args),
+        Command::Completions { shell } => commands::generate::completions(*shell),
+        Command::Man { dir } => commands::generate::man(dir),
+        Command::ExampleConfig => commands::generate::example_config(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,6 +3,7 @@
 
 pub mod doctor;
 pub mod gc;
+pub mod generate;
 pub mod hook;
 pub mod import;
 pub mod init;

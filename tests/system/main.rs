@@ -9,11 +9,13 @@ mod bounds;
 mod cli;
 mod crash;
 mod damage;
+mod docs;
 mod full;
 mod harness;
 mod jobs;
 mod lvm;
 mod mounts;
+mod package;
 mod podman;
 mod powercut;
 mod quickstart;
@@ -32,10 +34,12 @@ fn main() {
             cli::tests(),
             crash::tests(),
             damage::tests(),
+            docs::tests(),
             full::tests(),
             jobs::tests(),
             lvm::tests(),
             mounts::tests(),
+            package::tests(),
             podman::tests(),
             powercut::tests(),
             quickstart::tests(),

@@ -6,6 +6,7 @@ mod action;
 mod caches;
 mod churn;
 mod client;
+mod docs;
 pub mod doctor;
 mod hooks;
 mod job_client;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
     ] {
         let bodies = [
             client::BODIES,
+            docs::BODIES,
             caches::BODIES,
             options::BODIES,
             hooks::BODIES,

@@ -1,118 +1,61 @@
-//! README's quick start, its own commands, in a guest with systemd.
+//! README's quick start, its own commands, in a guest with systemd. In a volume group: see [`crate::package`].
 
 use std::path::Path;
-use std::process::Command;
 
 use lvm_cache_friend::config::DEFAULT_FILE;
 use serde_json::Value;
 
+use crate::docs::{block, type_in};
 use crate::harness::{Group, Test, Tier, test};
+use crate::package;
 use crate::podman::doctor::{finds, well};
-use crate::support::command::{run, sh, succeed};
-use crate::support::lvm::TestVg;
-use crate::support::podman::DropIn;
-use crate::support::{PROGRAM, busybox_image, wait_until};
+use crate::support::command::{run, sh};
+use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
-    let guest = Tier::Guest(Group::Systemd);
     vec![
-        test(guest, "quickstart::in_a_group", in_a_group).timeout(900),
-        test(guest, "quickstart::in_a_file", in_a_file).timeout(900),
+        test(
+            Tier::Guest(Group::Systemd),
+            "quickstart::in_a_file",
+            in_a_file,
+        )
+        .timeout(900)
+        .before(package::build),
     ]
 }
 
-const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
-
-fn in_a_group() {
-    let _vg = TestVg::fresh();
-    follow("--vg VG --size 100G", "--vg testvg --size 5G", doctor);
-}
-
 fn in_a_file() {
+    let image = package::prepare();
+    package::install();
+    // The other place that is no volume group, as far as init goes.
+    sh("mkdir /var/lib/lvm-cache-friend
+        truncate -s 2G /tmp/xfs
+        mkfs.xfs -q /tmp/xfs
+        mount -o loop /tmp/xfs /var/lib/lvm-cache-friend");
+    let elsewhere = "lvm-cache-friend --config /tmp/reflink.toml ";
+    type_in(&block("init-reflink").replace("lvm-cache-friend init", &format!("{elsewhere}init")));
+    let listed = type_in(&format!("{elsewhere}list"));
+    assert!(listed.contains("base"), "{listed}");
+    sh("umount /var/lib/lvm-cache-friend
+        rmdir /var/lib/lvm-cache-friend");
+
     // The guest's root is in its memory, and LVM fills a pool's metadata with zeros: 800 MiB of 100 GiB.
-    let image = "/var/lib/lvm-cache-friend.img";
-    let sized = |size: &str| format!("--loop {image} --size {size}");
-    follow(&sized("100G"), &sized("20G"), || {});
-    let device = sh(&format!(
-        "losetup --noheadings --output NAME --associated {image}"
-    ));
-    let device = device.trim();
-    let group = run("pvs", ["--noheadings", "--options", "vg_name", device]);
-    run("vgremove", ["--force", "--yes", group.trim()]);
-    run("losetup", ["--detach", device]);
-    std::fs::remove_file(image).unwrap();
-}
-
-/// Follows the quick start with the way to prepare storage that has `wanted` in it, and `instead` in its place; then looks
-/// whether what it makes does what the README promises, and `more`.
-fn follow(wanted: &str, instead: &str, more: fn()) {
-    let image = busybox_image();
-    // The guest has no network to join.
-    let _network = DropIn::new("60-test", "[containers]\nnetns = \"none\"\n");
-    let blocks = commands("## Quick start");
-    let (install, prepare, start) = (
-        &blocks[0],
-        &blocks[1..blocks.len() - 1],
-        &blocks[blocks.len() - 1],
-    );
-    let prepare = prepare
-        .iter()
-        .find(|block| block.contains(wanted))
-        .expect("a way to prepare storage");
-
-    type_in(
-        &install
-            .replace("cargo build --release\n", "")
-            .replace("target/release/lvm-cache-friend", PROGRAM),
-    );
-    type_in(&prepare.replace(wanted, instead));
-    let again = type_in(&prepare.replace(wanted, instead));
+    let init = block("init-loop").replace("100G", "20G");
+    type_in(&init);
+    let again = type_in(&init);
     assert!(again.contains("nothing to do"), "init again: {again}");
-    let said = type_in(&start.replace("docker.io/library/busybox", &image));
+    let said = type_in(&block("start"));
     assert!(said.contains("KIND"), "the table at its end: {said}");
-
-    let entries = |count: usize| wait_until(|| count_entries() == count);
     entries(1);
-    let container = |script: &str| {
-        run(
-            "podman",
-            [
-                "run",
-                "--rm",
-                "-v",
-                "try:/cache",
-                &image,
-                "sh",
-                "-c",
-                script,
-            ],
-        )
-    };
+    let container = |script: &str| package::container("try", &image, script);
     let dates = container("date >> /cache/dates; cat /cache/dates");
     assert_eq!(dates.lines().count(), 2, "restored, and one more: {dates}");
     entries(2);
 
     // The daemon is restarted under a container: that writes on, and its lease is published at its end.
-    let waits = "until [ -e /cache/go ]; do sleep 0.1; done; date >> /cache/dates";
-    run(
-        "podman",
-        [
-            "run",
-            "-d",
-            "--name",
-            "long",
-            "-v",
-            "try:/cache",
-            &image,
-            "sh",
-            "-c",
-            waits,
-        ],
-    );
+    package::start_container("long", "try", &image);
     run("systemctl", ["restart", "lvm-cache-friend.service"]);
-    run("podman", ["exec", "long", "touch", "/cache/go"]);
-    assert_eq!(run("podman", ["wait", "long"]).trim(), "0");
-    run("podman", ["rm", "long"]);
+    package::end_container("long");
     entries(3);
     let inspect = [
         "volume",
@@ -133,42 +76,27 @@ fn follow(wanted: &str, instead: &str, more: fn()) {
         "what was written over the restart is there: {dates}"
     );
 
-    more();
+    // A pod; here is no network for it to join.
+    type_in(&block("kube").replace("kube play", "kube play --network none"));
+    assert_eq!(run("podman", ["wait", "kube-job-job"]).trim(), "0");
+    entries(4);
+    run("podman", ["pod", "rm", "--force", "kube-job"]);
+    run("podman", ["volume", "rm", "kube-cache"]);
+
+    doctor();
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
         assert_eq!(run("systemctl", ["is-active", unit]).trim(), "active");
         assert_eq!(run("systemctl", ["is-enabled", unit]).trim(), "enabled");
     }
-    let warnings = run(
-        "journalctl",
-        [
-            "--quiet",
-            "--unit",
-            "lvm-cache-friend.service",
-            "--priority",
-            "warning",
-            "--output",
-            "cat",
-        ],
+    assert_eq!(
+        package::warnings(),
+        "",
+        "the daemon has nothing to complain of"
     );
-    assert_eq!(warnings, "", "the daemon has nothing to complain of");
 
     run("podman", ["volume", "rm", "try"]);
-    // With the socket: otherwise the next connection would start the service again.
-    run(
-        "systemctl",
-        [
-            "disable",
-            "--now",
-            "lvm-cache-friend.socket",
-            "lvm-cache-friend.service",
-        ],
-    );
-    run("journalctl", ["--quiet", "--rotate", "--vacuum-time", "1s"]);
-    sh(
-        "rm -r /etc/lvm-cache-friend /usr/share/containers/oci/hooks.d/50-lvm-cache-friend-* /etc/containers/containers.conf.d/50-lvm-cache-friend.conf
-        ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
-        rm -rf /run/lvm-cache-friend",
-    );
+    type_in(&block("purge"));
+    take_down("/var/lib/lvm-cache-friend.img");
 }
 
 /// What is installed is well, and what is broken about its units is found.
@@ -187,54 +115,37 @@ fn doctor() {
     finds(config, "namespace", "wrong", "PrivateTmp=yes", &[]);
     sh(&format!("rm -r {dir}; systemctl daemon-reload"));
 
-    let stop = ["stop", "lvm-cache-friend.socket", unit];
-    run("systemctl", stop);
-    finds(
-        config,
-        "units",
-        "wrong",
-        "does not run",
-        &["daemon", "socket"],
-    );
+    run("systemctl", ["stop", "lvm-cache-friend.socket", unit]);
+    let follows = ["daemon", "socket"];
+    finds(config, "units", "wrong", "does not run", &follows);
     run("systemctl", ["mask", "--runtime", unit]);
-    finds(config, "units", "wrong", "unmask", &["daemon", "socket"]);
+    finds(config, "units", "wrong", "unmask", &follows);
     run("systemctl", ["unmask", "--runtime", unit]);
     run("systemctl", ["start", "lvm-cache-friend.socket", unit]);
 }
 
-fn count_entries() -> usize {
-    let rows: Vec<Value> =
-        serde_json::from_str(&run("lvm-cache-friend", ["list", "--json"])).unwrap();
-    rows.iter().filter(|row| row["kind"] == "entry").count()
+/// Waits until there are so many entries.
+pub fn entries(count: usize) {
+    wait_until(|| {
+        let rows: Vec<Value> =
+            serde_json::from_str(&run("lvm-cache-friend", ["list", "--json"])).unwrap();
+        rows.iter().filter(|row| row["kind"] == "entry").count() == count
+    });
 }
 
-/// The commands in a section of the README, block by block.
-fn commands(heading: &str) -> Vec<String> {
-    let readme = std::fs::read_to_string(Path::new(REPOSITORY).join("README.md")).unwrap();
-    let section = readme
-        .split_once(&format!("\n{heading}\n"))
-        .expect("the section")
-        .1;
-    let section = section
-        .split_once("\n## ")
-        .map_or(section, |(section, _)| section);
-    let blocks = section.split("```sh\n").skip(1);
-    blocks
-        .map(|block| {
-            block
-                .split_once("```")
-                .expect("the block's end")
-                .0
-                .to_owned()
-        })
-        .collect()
-}
-
-/// Runs commands as somebody in a checkout does who stops at the first that fails.
-fn type_in(commands: &str) -> String {
-    succeed(
-        Command::new("/bin/sh")
-            .args(["-ec", commands])
-            .current_dir(REPOSITORY),
-    )
+/// Removes a volume group in a file, and what the daemon left for containers that might still run.
+fn take_down(image: &str) {
+    let device = sh(&format!(
+        "losetup --noheadings --output NAME --associated {image}"
+    ));
+    let device = device.trim();
+    let group = run("pvs", ["--noheadings", "--options", "vg_name", device]);
+    run("vgremove", ["--force", "--yes", group.trim()]);
+    run("losetup", ["--detach", device]);
+    sh(&format!(
+        "rm {image}
+        ! mountpoint --quiet /run/lvm-cache-friend/mnt || umount --lazy /run/lvm-cache-friend/mnt
+        rm -rf /run/lvm-cache-friend
+        journalctl --quiet --rotate --vacuum-time 1s"
+    ));
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use crate::docs::{block, type_in};
 use crate::harness::{Group, Test, Tier, agent, guest, test, vm_run};
 use crate::support::command::{outcome_of, run, sh};
 use crate::support::lvm::TestVg;
@@ -23,6 +24,7 @@ pub fn tests() -> Vec<Test> {
         test(Tier::Guest(Group::Systemd), "vm::udev_links", udev_links),
         test(Tier::Host, "vm::usage", usage),
         test(Tier::Driver, "vm::streams_and_status", streams_and_status),
+        test(Tier::Driver, "vm::as_documented", as_documented),
         test(Tier::Driver, "vm::power_cut", power_cut),
         test(Tier::Driver, "vm::power_cut_on_a_line", power_cut_on_a_line),
         test(Tier::Driver, "vm::failures_are_told", failures_are_told),
@@ -130,6 +132,13 @@ fn streams_and_status() {
         fs::read_to_string(here.path().join("file")).unwrap(),
         "whole"
     );
+}
+
+fn as_documented() {
+    let wreck = concat!(env!("CARGO_TARGET_TMPDIR"), "/wreck");
+    let said = type_in(&block("look-around").replace("target/tmp/wreck", wreck));
+    std::fs::remove_file(wreck).unwrap();
+    assert!(said.contains("vda"), "{said}");
 }
 
 fn power_cut() {

@@ -67,6 +67,7 @@ pub struct Test {
     name: String,
     tier: Tier,
     body: Arc<dyn Fn() + Send + Sync>,
+    before: fn(),
     timeout: Duration,
 }
 
@@ -76,6 +77,7 @@ pub fn test(tier: Tier, name: impl Into<String>, body: impl Fn() + Send + Sync +
         name: name.into(),
         tier,
         body: Arc::new(body),
+        before: || {},
         timeout: Duration::from_secs(600),
     }
 }
@@ -85,6 +87,12 @@ impl Test {
     #[allow(dead_code)]
     pub fn timeout(mut self, seconds: u64) -> Self {
         self.timeout = Duration::from_secs(seconds);
+        self
+    }
+
+    /// What is done on this machine before its guest is asked.
+    pub fn before(mut self, before: fn()) -> Self {
+        self.before = before;
         self
     }
 
@@ -112,6 +120,7 @@ impl Test {
                 Ok(())
             }
             Tier::Guest(group) => {
+                (self.before)();
                 guest::run(&guest::run_dir(), group, &name, self.timeout).map_err(Into::into)
             }
         })

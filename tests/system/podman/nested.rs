@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::hooks::Hooks;
 use super::{Body, Host, ended_after};
+use crate::docs::block;
 use crate::support::command::run;
 use crate::support::image;
 use crate::support::site::Kind;
@@ -14,16 +15,20 @@ pub const BODIES: &[Body] = &[("nested_build", nested_build)];
 /// The bit of CAP_SYS_ADMIN in the sets of `/proc/PID/status` (linux/capability.h).
 const CAP_SYS_ADMIN: u64 = 1 << 21;
 
-/// What the user `builder` runs.
-const JOB: &str = "
-cat /proc/self/uid_map
-grep ^Cap /proc/self/status
-/run/lvm-cache-friend/bin/lvm-cache-friend restore containers --key podman
-export XDG_DATA_HOME=/run/lvm-cache-friend/containers
-podman image exists localhost/busybox || podman load --quiet --input /src/busybox.tar
-podman build --tag app /src
-podman image inspect --format 'driver={{.GraphDriver.Name}}' app
-";
+/// What the user `builder` runs: as documented, but that the image to build on is there, as from a registry.
+fn script() -> String {
+    let build = block("nested-job").replace(
+        "podman build",
+        "podman image exists localhost/busybox || podman load --quiet --input busybox.tar\npodman build",
+    );
+    format!(
+        "cat /proc/self/uid_map
+        grep ^Cap /proc/self/status
+        cd /src
+        {build}
+        podman image inspect --format 'driver={{{{.GraphDriver.Name}}}}' app"
+    )
+}
 
 fn nested_build(kind: Kind) {
     let host = Host::new(kind);
@@ -58,7 +63,7 @@ fn nested_build(kind: Kind) {
     }
 }
 
-/// Runs [`JOB`] in a container that has 131,072 ids from `first_id` on; what it said.
+/// Runs [`script`] in a container that has 131,072 ids from `first_id` on; what it said.
 fn job(host: &Host, image: &str, src: &Path, first_id: u32) -> String {
     let last = || host.status("job")["last_lease"]["containers"].clone();
     let before = last();
@@ -66,7 +71,8 @@ fn job(host: &Host, image: &str, src: &Path, first_id: u32) -> String {
     let ids = ["--uidmap", &ids, "--gidmap", &ids];
     let src = format!("{}:/src:ro", src.display());
     let volumes = ["-v", &src, "-v", "job:/run/lvm-cache-friend:rslave"];
-    let tail = [image, "sh", "-ec", JOB];
+    let script = script();
+    let tail = [image, "sh", "-ec", &script];
     let said = host
         .podman
         .done(&[&["run", "--rm"], &ids[..], &volumes, &tail].concat());

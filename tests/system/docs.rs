@@ -1,0 +1,119 @@
+//! The documents' command blocks: each is run by a test as it stands, or says why not.
+//!
+//! The line before a block of commands says which: `<!-- run: ID -->`, and a test has it of [`block`] by that ID; or
+//! `<!-- not run: REASON -->`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::harness::{Test, Tier, test};
+use crate::support::command::succeed;
+
+pub fn tests() -> Vec<Test> {
+    vec![test(
+        Tier::Host,
+        "docs::every_block_is_run_or_says_why_not",
+        every_block,
+    )]
+}
+
+pub const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The commands of the block with this ID.
+#[track_caller]
+pub fn block(id: &str) -> String {
+    let mut blocks = blocks().unwrap();
+    blocks
+        .remove(id)
+        .unwrap_or_else(|| panic!("no document has a block {id}"))
+}
+
+/// Runs commands as somebody in a checkout does who stops at the first that fails; what they wrote.
+#[track_caller]
+pub fn type_in(commands: &str) -> String {
+    succeed(
+        Command::new("/bin/sh")
+            .args(["-ec", commands])
+            .current_dir(REPOSITORY),
+    )
+}
+
+fn every_block() {
+    let blocks = blocks().unwrap_or_else(|problem| panic!("{problem}"));
+    let sources = files("tests/system", "rs");
+    let sources: String = sources
+        .iter()
+        .map(|file| fs::read_to_string(file).unwrap())
+        .collect();
+    for id in blocks.keys() {
+        assert!(
+            sources.contains(&format!("block(\"{id}\")")),
+            "no test runs the block {id}"
+        );
+    }
+}
+
+/// The blocks to be run, by their IDs; or what is wrong with one.
+fn blocks() -> Result<BTreeMap<String, String>, String> {
+    let mut documents = files("docs", "md");
+    documents.extend(["README.md", "CONTRIBUTING.md"].map(|name| Path::new(REPOSITORY).join(name)));
+    let mut blocks = BTreeMap::new();
+    for document in documents {
+        let text = fs::read_to_string(&document).unwrap();
+        let (mut before, mut lines) = ("", text.lines().enumerate());
+        while let Some((number, line)) = lines.next() {
+            if let Some(language) = line.trim_start().strip_prefix("```") {
+                let content: String = lines
+                    .by_ref()
+                    .map(|(_, line)| line)
+                    .take_while(|line| !line.trim_start().starts_with("```"))
+                    .map(|line| format!("{line}\n"))
+                    .collect();
+                let place = format!("{}:{}", document.display(), number + 1);
+                let mark = |name: &str| {
+                    let text = before.strip_prefix(name)?.strip_suffix(" -->")?;
+                    (!text.is_empty()).then_some(text)
+                };
+                let run = match (language, mark("<!-- run: "), mark("<!-- not run: ")) {
+                    ("sh", Some(id), None) => Some(id),
+                    ("sh", None, Some(_)) => None,
+                    ("sh", _, _) => {
+                        return Err(format!(
+                            "{place}: the line before it says neither <!-- run: ID --> nor <!-- not run: REASON -->"
+                        ));
+                    }
+                    ("bash" | "shell" | "console", _, _) => {
+                        return Err(format!("{place}: commands are in blocks of `sh`"));
+                    }
+                    _ => None,
+                };
+                if let Some(id) = run
+                    && blocks.insert(id.to_owned(), content).is_some()
+                {
+                    return Err(format!("{place}: a second block {id}"));
+                }
+            }
+            before = line;
+        }
+    }
+    Ok(blocks)
+}
+
+/// The files below a directory of the repository whose names end so.
+fn files(dir: &str, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut dirs = vec![Path::new(REPOSITORY).join(dir)];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.extension().is_some_and(|end| end == extension) {
+                found.push(path);
+            }
+        }
+    }
+    found
+}

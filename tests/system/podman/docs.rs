@@ -1,0 +1,48 @@
+//! What the documents show of Podman, as it stands there but for IMAGE and the work that jobs do.
+
+use super::{Body, Host};
+use crate::docs::{block, type_in};
+use crate::support::site::Kind;
+use crate::support::wait_until;
+
+pub const BODIES: &[Body] = &[("as_documented", as_documented)];
+
+fn as_documented(kind: Kind) {
+    let host = Host::new(kind);
+    let podman = &host.podman;
+    let run = |block: String, job: &str| {
+        let script = format!("{} sh -ec '{job}'", podman.image);
+        type_in(
+            &block
+                .replace("IMAGE make", &script)
+                .replace("IMAGE", &script),
+        )
+    };
+    run(block("glance"), "date > /cache/file");
+    wait_until(|| host.entries_tagged(&["linux", "dc5e8c"]).len() == 1);
+    podman.create("try", &["restore=linux"]);
+    run(block("annotation"), "cat /cache/file");
+
+    podman.done(&["volume", "rm", "job1"]);
+    run(block("job-volume"), "test -S /run/lvm-cache-friend/socket");
+    let in_job = |script: &str| {
+        let mut options = vec!["-v", "job1:/run/lvm-cache-friend:rslave"];
+        // The image has neither ncat nor what it needs.
+        for lent in ["/usr:/usr:ro", "/lib:/lib:ro", "/lib64:/lib64:ro"] {
+            options.extend(["-v", lent]);
+        }
+        podman.sh_with(
+            &options,
+            &format!("PATH=/bin:/usr/bin; cd /tmp; touch Cargo.lock\n{script}"),
+        )
+    };
+    let build = "date > ~/.cargo/registry/crate\n[ -L ~/.cargo/registry ]";
+    in_job(&block("client").replace("cargo build", build));
+    in_job(&block("ncat"));
+
+    podman.done(&["volume", "rm", "job1"]);
+    run(
+        block("nested-volume"),
+        "grep -q \" 131072$\" /proc/self/uid_map",
+    );
+}
