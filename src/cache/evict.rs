@@ -123,6 +123,18 @@ pub enum Bound {
     Group,
 }
 
+impl Bound {
+    /// A word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Metadata => "metadata",
+            Self::Group => "group",
+        }
+    }
+}
+
 impl fmt::Display for Bound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -163,6 +175,19 @@ impl Space {
         }
     }
 
+    /// Share in use, 0 to 100, above which something is missing for `floor`.
+    #[must_use]
+    pub fn mark(&self, floor: Floor) -> f64 {
+        let share = self.floor(floor) * 100.0 / self.size.0.max(1) as f64;
+        (100.0 - share).clamp(0.0, self.limit)
+    }
+
+    /// No more volumes are made.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.size.0 > 0 && self.percent >= self.limit
+    }
+
     fn floor(&self, floor: Floor) -> f64 {
         match floor {
             Floor::Percent(share) => self.size.0 as f64 * share / 100.0,
@@ -184,6 +209,20 @@ pub struct Fill {
     pub metadata: Space,
     /// Of the description of all volumes.
     pub group: Space,
+}
+
+impl Fill {
+    /// Those that this store has, and what the policy wants free of each.
+    #[must_use]
+    pub fn bounds(&self, policy: &Policy) -> Vec<(Bound, Space, Floor)> {
+        let mut all = vec![
+            (Bound::Data, self.data, policy.data),
+            (Bound::Metadata, self.metadata, policy.metadata),
+            (Bound::Group, self.group, policy.group),
+        ];
+        all.retain(|(_, space, _)| space.size.0 > 0);
+        all
+    }
 }
 
 /// Why an entry goes.
@@ -300,11 +339,7 @@ pub fn plan<'a>(
         }
     }
 
-    for (bound, space, floor) in [
-        (Bound::Data, fill.data, policy.data),
-        (Bound::Metadata, fill.metadata, policy.metadata),
-        (Bound::Group, fill.group, policy.group),
-    ] {
+    for (bound, space, floor) in fill.bounds(policy) {
         let gives = |entry: &Entry| match bound {
             Bound::Data => gives(&entry.lv),
             Bound::Metadata | Bound::Group => None,

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::list::now;
 use super::rows::age;
-use super::{Failure, failed, open, print};
+use super::table::{self, table};
+use super::{Failure, failed, json as to_json, open, print};
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
 use crate::cli;
@@ -38,10 +39,9 @@ pub fn run(config: &Path, args: &cli::Gc) -> Result<(), Failure> {
     };
     if args.json {
         let rows: Vec<_> = evicted.iter().map(row).collect();
-        let json = serde_json::to_string_pretty(&rows).expect("plain data");
-        return print(&format!("{json}\n"));
+        return print(&to_json(&rows));
     }
-    print(&table(&evicted, now()))
+    print(&lines(&evicted, now(), table::width()))
 }
 
 fn through_daemon(settings: &Settings, dry_run: bool) -> Result<Vec<Evicted>, Failure> {
@@ -96,41 +96,24 @@ fn row(evicted: &Evicted) -> Value {
     })
 }
 
-fn table(evicted: &[Evicted], now: u64) -> String {
+fn lines(evicted: &[Evicted], now: u64, width: Option<usize>) -> String {
     if evicted.is_empty() {
         return "nothing has to go\n".to_owned();
     }
-    let heads = ["LV", "LAST USE", "ITS OWN", "SCOPE", "TAGS", "WHY"].map(String::from);
-    let lines: Vec<_> = std::iter::once(heads)
-        .chain(evicted.iter().map(|evicted| {
-            [
-                evicted.lv.clone(),
-                age(now, evicted.used),
-                evicted
-                    .exclusive
-                    .map_or_else(|| "?".into(), |bytes| Bytes(bytes).to_string()),
-                evicted.scope.clone().unwrap_or_else(|| "-".into()),
-                evicted.tags.join(" "),
-                evicted.reason.clone(),
-            ]
-        }))
-        .collect();
-    let mut widths = [0; 6];
-    for line in &lines {
-        for (width, cell) in widths.iter_mut().zip(line) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut text = String::new();
-    for line in &lines {
-        let cells = line.iter().zip(widths);
-        let cells: Vec<_> = cells
-            .map(|(cell, width)| format!("{cell:width$}"))
-            .collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
-    }
-    text
+    let lines = evicted.iter().map(|evicted| {
+        [
+            evicted.lv.clone(),
+            age(now, evicted.used),
+            evicted
+                .exclusive
+                .map_or_else(|| "?".into(), |bytes| Bytes(bytes).to_string()),
+            evicted.scope.clone().unwrap_or_else(|| "-".into()),
+            evicted.tags.join(" "),
+            evicted.reason.clone(),
+        ]
+    });
+    let heads = ["LV", "LAST USE", "OWN", "SCOPE", "TAGS", "WHY"];
+    table(heads, lines, width)
 }
 
 #[cfg(test)]
@@ -139,7 +122,7 @@ mod tests {
 
     #[test]
     fn what_went_is_a_table() {
-        assert_eq!(table(&[], 0), "nothing has to go\n");
+        assert_eq!(lines(&[], 0, None), "nothing has to go\n");
         let evicted = Evicted {
             lv: "friend-1".into(),
             reason: "more entries than 1".into(),
@@ -150,10 +133,11 @@ mod tests {
             exclusive: Some(4096),
         };
         let want = "\
-LV        LAST USE  ITS OWN  SCOPE  TAGS        WHY
-friend-1  2h        4 KiB    -      linux main  more entries than 1
+LV        LAST USE  OWN    SCOPE  TAGS        WHY
+friend-1  2h        4 KiB  -      linux main  more entries than 1
 ";
-        assert_eq!(table(std::slice::from_ref(&evicted), 3 * 3600), want);
+        let text = lines(std::slice::from_ref(&evicted), 3 * 3600, None);
+        assert_eq!(anstream::adapter::strip_str(&text).to_string(), want);
         let row = row(&evicted);
         assert_eq!(row["last_use"], "1970-01-01T01:00:00Z");
         assert_eq!(row["exclusive"], 4096);

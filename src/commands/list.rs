@@ -62,15 +62,16 @@ fn fill(store: &str, capacity: Capacity) -> String {
 }
 
 fn lines(rows: &[Row], now: u64, width: Option<usize>) -> String {
-    let heads = ["KIND", "LV", "AGE", "SIZE", "USED", "SCOPE", "WHAT"];
+    let heads = ["KIND", "LV", "AGE", "SIZE", "USED", "OWN", "SCOPE", "WHAT"];
+    let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "?".into(), |b| Bytes(b).to_string());
     let lines = rows.iter().map(|row| {
         [
             row.kind.as_str().to_owned(),
             row.name.clone(),
             age(now, row.created_seconds),
             Bytes(row.size).to_string(),
-            row.used
-                .map_or_else(|| "?".into(), |used| Bytes(used).to_string()),
+            bytes(row.used),
+            bytes(row.exclusive),
             row.scope.clone().unwrap_or_else(|| "-".into()),
             what(row),
         ]
@@ -80,6 +81,9 @@ fn lines(rows: &[Row], now: u64, width: Option<usize>) -> String {
 
 fn what(row: &Row) -> String {
     let mut words: Vec<String> = row.cache_tags.iter().map(ToString::to_string).collect();
+    if row.pinned {
+        words.push("(pinned)".into());
+    }
     if let Some(volume) = &row.volume {
         words.push(volume.clone());
     }
@@ -109,9 +113,11 @@ mod tests {
             created: None,
             size: 1 << 30,
             used: Some(5 << 20),
-            exclusive: None,
+            exclusive: Some(1 << 20),
             origin: None,
             from: None,
+            pinned: kind == Kind::Entry,
+            last_use: None,
             mounted: false,
             mountpoint: None,
             seq: 0,
@@ -126,9 +132,9 @@ mod tests {
         entry.cache_tags = ["linux", "main"].map(|t| t.parse().expect("a tag")).into();
         let rows = [row(Kind::Base, "friend-base"), entry];
         let want = "\
-KIND   LV           AGE  SIZE   USED   SCOPE  WHAT
-base   friend-base  1m   1 GiB  5 MiB  -
-entry  friend-1     1m   1 GiB  5 MiB  -      linux main
+KIND   LV           AGE  SIZE   USED   OWN    SCOPE  WHAT
+base   friend-base  1m   1 GiB  5 MiB  1 MiB  -
+entry  friend-1     1m   1 GiB  5 MiB  1 MiB  -      linux main (pinned)
 ";
         let text = lines(&rows, 1000, None);
         assert_eq!(anstream::adapter::strip_str(&text).to_string(), want);

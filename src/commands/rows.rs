@@ -55,6 +55,10 @@ pub struct Row {
     pub origin: Option<String>,
     /// What it was made from, whether or not that is still there.
     pub from: Option<String>,
+    /// An entry that is never evicted.
+    pub pinned: bool,
+    /// RFC 3339, to the hour: when a lease last came from an entry. None: never yet.
+    pub last_use: Option<String>,
     pub mounted: bool,
     /// Where, while it is.
     pub mountpoint: Option<PathBuf>,
@@ -130,10 +134,19 @@ impl Rows {
 }
 
 fn row(lv: &Lv, role: Role, usage: Option<&HashMap<LvName, Usage>>, mounts: &[MountPoint]) -> Row {
+    let (mut pinned, mut last_use) = (false, None);
     let (kind, volume, scope, from, cache_tags) = match role {
         Role::Entry {
-            scope, tags, from, ..
-        } => (Kind::Entry, None, scope, from, tags),
+            scope,
+            tags,
+            from,
+            pinned: is_pinned,
+            used,
+        } => {
+            pinned = is_pinned;
+            last_use = (used > 0).then(|| rfc3339(used)).flatten();
+            (Kind::Entry, None, scope, from, tags)
+        }
         Role::Volume {
             volume, spec, from, ..
         } => (Kind::Volume, volume, spec.scope, from, Vec::new()),
@@ -156,6 +169,8 @@ fn row(lv: &Lv, role: Role, usage: Option<&HashMap<LvName, Usage>>, mounts: &[Mo
         exclusive: usage.map(|u| u.exclusive.0),
         origin: lv.origin.as_ref().map(LvName::to_string),
         from: from.map(|f| f.to_string()),
+        pinned,
+        last_use,
         mounted: mountpoint.is_some(),
         mountpoint,
         seq: lv.seq,
@@ -204,7 +219,11 @@ mod tests {
         let listing = Listing {
             lvs: vec![
                 mounted,
-                lv("e1", 2, "friend:snapshot friend:cache:linux friend:scope:s"),
+                lv(
+                    "e1",
+                    2,
+                    "friend:snapshot friend:cache:linux friend:scope:s friend:pin",
+                ),
                 lv("e2", 3, "friend:snapshot friend:cache:linux other"),
                 lv("base", 1, "friend:default"),
                 lv("gone", 4, "friend:snapshot friend:cache:x friend:doomed"),
@@ -245,9 +264,9 @@ mod tests {
             json[2],
             serde_json::json!({
                 "kind": "entry", "name": "e1", "volume": null, "scope": "s",
-                "tags": ["friend:snapshot", "friend:cache:linux", "friend:scope:s"],
+                "tags": ["friend:snapshot", "friend:cache:linux", "friend:scope:s", "friend:pin"],
                 "created": "2023-11-14T22:13:20Z", "size": 1 << 30, "used": 4096,
-                "exclusive": 1024, "origin": null, "from": null,
+                "exclusive": 1024, "origin": null, "from": null, "pinned": true, "last_use": null,
                 "mounted": false, "mountpoint": null,
             })
         );

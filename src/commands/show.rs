@@ -27,8 +27,6 @@ struct Story {
     row: Row,
     /// The volume's options.
     options: Option<Map<String, Value>>,
-    /// Never evicted.
-    pinned: bool,
     /// A lease began and is not settled yet.
     leased: bool,
     /// What it was made from, and that from, newest first.
@@ -103,10 +101,9 @@ fn story(row: Row, listing: &Listing, settings: &Settings) -> Story {
         .map(|lv| (lv.name.as_str(), lv))
         .collect();
     let role = |name: &str| by_name.get(name).map(|lv| Role::from_tags(&lv.tags));
-    let (options, leased, pinned) = match role(&row.name) {
-        Some(Role::Volume { spec, lease, .. }) => (Some(options(&spec)), lease.is_some(), false),
-        Some(Role::Entry { pinned, .. }) => (None, false, pinned),
-        _ => (None, false, false),
+    let (options, leased) = match role(&row.name) {
+        Some(Role::Volume { spec, lease, .. }) => (Some(options(&spec)), lease.is_some()),
+        _ => (None, false),
     };
     let mut lineage = Vec::new();
     let mut next = row.from.clone();
@@ -137,7 +134,6 @@ fn story(row: Row, listing: &Listing, settings: &Settings) -> Story {
     Story {
         row,
         options,
-        pinned,
         leased,
         lineage,
         descendants,
@@ -207,8 +203,11 @@ fn lines(story: &Story, now: u64) -> String {
     if let Some(scope) = &row.scope {
         line("scope", scope);
     }
-    if story.pinned {
+    if row.pinned {
         line("pinned", "yes: never evicted");
+    }
+    if let Some(last_use) = &row.last_use {
+        line("last used", &format!("{last_use}, or up to an hour later"));
     }
     if !row.cache_tags.is_empty() {
         let tags: Vec<_> = row.cache_tags.iter().map(Tag::as_str).collect();

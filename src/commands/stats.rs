@@ -88,6 +88,9 @@ fn text(answer: &Stats, now: u64, width: Option<usize>) -> String {
             );
         }
     }
+    if stats.evicted > 0 {
+        line("evicted", format!("{} entries", stats.evicted));
+    }
     if stats.damaged > 0 {
         line("damaged", format!("{} entries given up", stats.damaged));
     }
@@ -180,6 +183,7 @@ mod tests {
             mount_p99_ms: Some(12.25),
             restored_bytes: 3 << 30,
             published: 1,
+            evicted: 2,
             unpublished: [("the work failed".to_owned(), 1)].into(),
             ..engine::Stats::default()
         };
@@ -199,6 +203,7 @@ restored   3 GiB that jobs need not fetch or make again
 written    0 B
 published  1
 not        the work failed 1
+evicted    2 entries
 
 MOUNTS  EXACT      FALLBACK  MISS      ASKED FOR
 3       2 (67 %)   0 (0 %)   1 (33 %)  linux

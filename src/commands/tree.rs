@@ -98,6 +98,7 @@ fn text(lines: &[Line<'_>], rows: &[Row], hits: Option<&Counts>, now: u64) -> St
             }
             words.extend(row.cache_tags.iter().map(ToString::to_string));
             words.extend(row.scope.as_ref().map(|scope| format!("({scope})")));
+            words.extend(row.pinned.then(|| "(pinned)".to_owned()));
             [
                 of(hits, row).map_or_else(|| "-".into(), |hits| hits.to_string()),
                 bytes(row.used),

@@ -260,6 +260,7 @@ impl Engine {
                 Err(StoreError::Busy(_)) => self.upkeep.remove(lv.clone(), true),
                 Err(error) => return Err(error),
             }
+            self.tally.evicted();
             self.forget(lv);
         }
         Ok(plan.into_iter().map(|(_, evicted)| evicted).collect())
@@ -304,10 +305,10 @@ impl Engine {
     }
 
     fn is_short(&self, capacity: &Capacity) -> bool {
-        let (fill, policy) = (capacity.fill(), &self.settings.policy);
-        fill.data.missing(policy.data) > 0
-            || fill.metadata.missing(policy.metadata) > 0
-            || fill.group.missing(policy.group) > 0
+        let bounds = capacity.fill().bounds(&self.settings.policy);
+        bounds
+            .iter()
+            .any(|(_, space, floor)| space.missing(*floor) > 0)
     }
 
     /// Refuses a lease that would begin in a store without room, for its first writes would fail.

@@ -823,6 +823,12 @@ impl Engine {
         self.store.list()
     }
 
+    /// The bounds of the store.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.settings.policy
+    }
+
     /// What the store is called where a job is told of it.
     #[must_use]
     pub fn store_name(&self) -> &str {

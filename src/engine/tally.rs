@@ -173,6 +173,8 @@ pub struct Stats {
     pub refused: BTreeMap<String, u64>,
     /// Damaged entries that were given up.
     pub damaged: u64,
+    /// Entries that were evicted.
+    pub evicted: u64,
     /// How often each entry that is still there was restored from.
     pub entries: BTreeMap<String, u64>,
     /// The last failures, newest first.
@@ -261,6 +263,11 @@ impl Tally {
     pub(super) fn damaged(&self, message: String) {
         lock(&self.counts).stats.damaged += 1;
         self.failed("damaged", message);
+    }
+
+    /// An entry was evicted.
+    pub(super) fn evicted(&self) {
+        lock(&self.counts).stats.evicted += 1;
     }
 
     /// A request was refused, or did not succeed.

@@ -11,6 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::cache::evict::{Floor, Policy, Space};
 use crate::commands::rows::{Kind, Rows};
 use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
@@ -123,6 +124,14 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
         stats.damaged,
     );
 
+    counter(
+        &mut all,
+        "evicted_entries",
+        "Entries that were evicted",
+        None,
+        stats.evicted,
+    );
+
     gauge(
         &mut all,
         "store_up",
@@ -131,14 +140,14 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
         f64::from(listing.is_ok()),
     );
     if let Ok(listing) = listing {
-        store(&mut all, &listing);
+        store(&mut all, &listing, engine.policy());
     }
     let mut text = String::new();
     encode(&mut text, &all).expect("a String takes all");
     text
 }
 
-fn store(all: &mut Registry, listing: &Listing) {
+fn store(all: &mut Registry, listing: &Listing, policy: &Policy) {
     let full = listing.capacity;
     gauge(
         all,
@@ -147,17 +156,35 @@ fn store(all: &mut Registry, listing: &Listing) {
         Some(Unit::Bytes),
         full.data_size.0 as f64,
     );
-    let used = Family::<Labels, Gauge<f64, AtomicU64>>::default();
-    for (part, percent) in full.parts() {
-        let labels = vec![("part", part.to_owned())];
-        used.get_or_create(&labels).set(percent / 100.0);
+    let bounds = full.fill().bounds(policy);
+    let share: fn(Space, Floor) -> f64 = |space, _| space.percent;
+    let mark: fn(Space, Floor) -> f64 = |space, floor| space.mark(floor);
+    let limit: fn(Space, Floor) -> f64 = |space, _| space.limit;
+    for (name, help, percent) in [
+        (
+            "pool_used",
+            "How full the pool is: its data, its metadata, and the group's metadata",
+            share,
+        ),
+        (
+            "pool_evict",
+            "How full it is when entries are evicted",
+            mark,
+        ),
+        (
+            "pool_limit",
+            "How full it is when no more volumes are made",
+            limit,
+        ),
+    ] {
+        let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
+        for (bound, space, floor) in &bounds {
+            let labels = vec![("part", bound.word().to_owned())];
+            let ratio = percent(*space, *floor) / 100.0;
+            family.get_or_create(&labels).set(ratio);
+        }
+        all.register_with_unit(name, help, Unit::Other("ratio".into()), family);
     }
-    all.register_with_unit(
-        "pool_used",
-        "How full the pool is: its data, its metadata, and the group's metadata",
-        Unit::Other("ratio".into()),
-        used,
-    );
     let rows = Rows::new(listing, None, &[]);
     let entries = rows.rows.iter().filter(|row| row.kind == Kind::Entry);
     gauge(

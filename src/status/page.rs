@@ -4,6 +4,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
 use super::picture::{Label, picture};
+use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
 use crate::cache::units::Bytes;
 use crate::commands::list::now;
@@ -11,7 +12,7 @@ use crate::commands::rows::{Kind, Row, Rows, age};
 use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
 use crate::plugin::wire::{printable, rfc3339};
-use crate::storage::{Capacity, Listing, NEARLY_FULL, TOO_FULL};
+use crate::storage::{Capacity, Listing};
 
 /// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.
 const ENTRIES: usize = 200;
@@ -47,7 +48,7 @@ pub fn page(engine: &Engine, listing: Result<Listing, String>) -> String {
         }
         main {
             (section("pool", "Pool", &match &listing {
-                Ok((full, rows)) => pool(*full, rows),
+                Ok((full, rows)) => pool(*full, engine.policy(), rows),
                 Err(why) => html! { p.alert { strong { "The store cannot be read: " } (printable(why)) } },
             }))
             (section("leases", "In use", &leases(&volumes, stats.volumes)))
@@ -94,28 +95,24 @@ fn time(at: u64) -> Markup {
     html! { time datetime=(text) { (text) } }
 }
 
-fn pool(full: Capacity, rows: &Rows) -> Markup {
-    let worst = full
-        .parts()
-        .map(|(_, percent)| percent)
-        .into_iter()
-        .fold(0.0, f64::max);
+fn pool(full: Capacity, policy: &Policy, rows: &Rows) -> Markup {
+    let bounds = full.fill().bounds(policy);
+    let is_full = bounds.iter().any(|(_, space, _)| space.is_full());
+    let is_short = bounds.iter().any(|(_, space, f)| space.missing(*f) > 0);
     html! {
-        @if worst >= TOO_FULL {
-            p.alert { strong { "Full: " } "jobs are about to fail when they write. Remove entries, or give the pool more room." }
-        } @else if worst >= NEARLY_FULL {
-            p.alert { strong { "Nearly full: " } "remove entries, or give the pool more room." }
+        @if is_full {
+            p.alert { strong { "Full: " } "no more volumes are made, and jobs are about to fail when they write. Remove entries, or give the pool more room." }
+        } @else if is_short {
+            p.alert { strong { "Nearly full: " } "entries are evicted, as far as they may be. If this stays, remove entries, or give the pool more room." }
         }
         dl.meters {
-            // A part that this store has not is never in use.
-            @for (part, percent) in full.parts().into_iter().filter(|(part, percent)| *part == "data" || *percent > 0.0) {
+            @for (bound, space, floor) in bounds {
                 div {
-                    dt id={"meter-" (part)} { (part) }
+                    dt id={"meter-" (bound.word())} { (bound.word()) }
                     dd {
-                        meter aria-labelledby={"meter-" (part)} min="0" max="100" optimum="0"
-                            low=(NEARLY_FULL) high=(TOO_FULL) value=(percent) {}
-                        " " (format!("{percent:.1}")) " %"
-                        @if part == "data" { " of " (full.data_size) }
+                        meter aria-labelledby={"meter-" (bound.word())} min="0" max="100" optimum="0"
+                            low=(space.mark(floor)) high=(space.limit) value=(space.percent) {}
+                        " " (format!("{:.1}", space.percent)) " % of " (space.size)
                     }
                 }
             }
@@ -192,6 +189,7 @@ fn counts(stats: &Stats) -> Markup {
         ("Published", stats.published.to_string()),
         ("Not published", listed(&stats.unpublished)),
         ("Refused", listed(&stats.refused)),
+        ("Evicted", stats.evicted.to_string()),
     ];
     let mut tags: Vec<(&String, &Hits)> = stats.tags.iter().collect();
     tags.sort_by_key(|(tag, hits)| (std::cmp::Reverse(hits.total()), *tag));
@@ -298,6 +296,7 @@ fn what(row: &Row) -> String {
     }
     let mut words: Vec<_> = row.cache_tags.iter().map(ToString::to_string).collect();
     words.extend(row.scope.as_ref().map(|scope| format!("({scope})")));
+    words.extend(row.pinned.then(|| "· pinned".to_owned()));
     words.join(" ")
 }
 

@@ -69,24 +69,7 @@ pub struct Capacity {
     pub group_percent: f64,
 }
 
-/// From here on a part of the store is nearly full, in percent: room for what a few jobs write until
-/// somebody looks.
-pub const NEARLY_FULL: f64 = 80.0;
-
-/// From here on it is too full, in percent.
-pub const TOO_FULL: f64 = 95.0;
-
 impl Capacity {
-    /// Each part by name, and the share of it that is in use, 0 to 100.
-    #[must_use]
-    pub fn parts(&self) -> [(&'static str, f64); 3] {
-        [
-            ("data", self.data_percent),
-            ("metadata", self.metadata_percent),
-            ("group", self.group_percent),
-        ]
-    }
-
     /// The same, as the policy of eviction looks at it.
     #[must_use]
     pub const fn fill(&self) -> Fill {

@@ -103,6 +103,7 @@ fn in_a_file() {
 fn doctor() {
     let config = Path::new(DEFAULT_FILE);
     well(config);
+    type_in(&block("doctor"));
     let unit = "lvm-cache-friend.service";
     run("systemctl", ["disable", unit]);
     finds(config, "units", "wrong", "systemctl enable", &[]);

@@ -12,6 +12,7 @@ use promql_parser::label::{MatchOp, Matcher};
 use promql_parser::parser::{self, Expr};
 use serde_json::{Value, json};
 
+use crate::docs::{block, type_in};
 use crate::harness::{Test, Tier, test};
 use crate::support::PROGRAM;
 use crate::support::command::{Outcome, outcome_of, run, succeed};
@@ -313,9 +314,15 @@ fn metrics() {
     ] {
         assert_eq!(value(&text, series), Some(want), "{series} in {text}");
     }
-    let used = value(&text, "lvm_cache_friend_pool_used_ratio{part=\"data\"}").unwrap();
+    let ratio = |what: &str| {
+        let series = format!("lvm_cache_friend_pool_{what}_ratio{{part=\"data\"}}");
+        value(&text, &series).unwrap()
+    };
+    let (used, evict, limit) = (ratio("used"), ratio("evict"), ratio("limit"));
     assert!((0.0..0.5).contains(&used), "{used}");
+    assert!(used < evict && evict < limit && limit < 1.0);
     assert!(value(&text, "lvm_cache_friend_pool_size_bytes").unwrap() > 1e9);
+    assert!(type_in(&block("metrics")).contains("lvm_cache_friend_store_up 1"));
 
     let tcp = |request: &str| http(TcpStream::connect(("127.0.0.1", port)).unwrap(), request);
     let (status, head, _) = tcp("GET /metrics HTTP/1.1\r\nHost: localhost");

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use super::facts::{Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, SOCKET};
+use super::facts::{Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, SOCKET, TIMER};
 use super::{Finding, State};
-use crate::cache::units::Bytes;
-use crate::config::{Settings, StoreConfig};
-use crate::storage::{NEARLY_FULL, TOO_FULL};
+use crate::cache::evict::Bound;
+use crate::config::{Lvm, Settings, StoreConfig};
 
 /// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
 const SHORT_TIMEOUT: u64 = 20;
@@ -229,36 +228,42 @@ fn pool(facts: &Facts) -> Vec<Judged> {
     let Some(Ok(store)) = &facts.store else {
         return vec![skipped("the store cannot be read")];
     };
-    let full = &store.capacity;
-    let mut found = Vec::new();
-    let (data, metadata, group) = match settings(facts).map(|s| &s.store) {
-        Some(StoreConfig::Lvm(lvm)) => {
-            let (vg, pool) = (&lvm.vg, &lvm.pool);
-            (
-                format!("remove entries, or lvextend --size +SIZE {vg}/{pool}"),
-                format!("remove entries, or lvextend --poolmetadatasize +SIZE {vg}/{pool}"),
-                "remove entries, or make the group anew with a larger --metadatasize".to_owned(),
-            )
+    let Some(settings) = settings(facts) else {
+        return unconfigured();
+    };
+    let room = |bound| match (&settings.store, bound) {
+        (StoreConfig::Reflink(_), _) => "remove what else is on that file system".to_owned(),
+        (StoreConfig::Lvm(Lvm { vg, pool, .. }), Bound::Data) => {
+            format!("lvextend --size +SIZE {vg}/{pool}")
         }
-        _ => {
-            let fix = "remove entries, or what else is on that file system".to_owned();
-            (fix.clone(), fix.clone(), fix)
+        (StoreConfig::Lvm(Lvm { vg, pool, .. }), Bound::Metadata) => {
+            format!("lvextend --poolmetadatasize +SIZE {vg}/{pool}")
+        }
+        (StoreConfig::Lvm(_), Bound::Group) => {
+            "make the group anew with a larger --metadatasize".to_owned()
         }
     };
-    for (what, percent, fix) in [
-        ("data", full.data_percent, data),
-        ("metadata", full.metadata_percent, metadata),
-        ("group metadata", full.group_percent, group),
-    ] {
-        let finding = format!("{what}: {percent:.1} % used");
-        if percent >= TOO_FULL {
+    let full = &store.capacity;
+    let mut found = Vec::new();
+    for (bound, space, floor) in full.fill().bounds(&settings.policy) {
+        let finding = format!(
+            "{:.1} % of {} for {bound} are used",
+            space.percent, space.size
+        );
+        let fix = format!("remove entries, or {}", room(bound));
+        if space.is_full() {
+            let limit = space.limit;
+            let finding = format!("{finding}, and from {limit:.0} % on no volume is made");
             found.push(wrong(finding, fix));
-        } else if percent >= NEARLY_FULL {
-            found.push(note(finding, fix));
+        } else if space.missing(floor) > 0 {
+            let mark = space.mark(floor);
+            found.push(note(
+                format!("{finding}: entries should have been evicted down to {mark:.0} %"),
+                format!("see what may go with lvm-cache-friend gc --dry-run; {fix}"),
+            ));
         }
     }
-    if let (Some(when_full), Some(StoreConfig::Lvm(lvm))) =
-        (&store.when_full, settings(facts).map(|s| &s.store))
+    if let (Some(when_full), StoreConfig::Lvm(lvm)) = (&store.when_full, &settings.store)
         && when_full != "error"
     {
         found.push(wrong(
@@ -266,7 +271,7 @@ fn pool(facts: &Facts) -> Vec<Judged> {
             format!("lvchange --errorwhenfull y {}/{}", lvm.vg, lvm.pool),
         ));
     }
-    let size = Bytes(full.data_size.0);
+    let size = full.data_size;
     or_ok(found, format!("{:.1} % of {size} used", full.data_percent))
 }
 
@@ -347,6 +352,13 @@ fn units(facts: &Facts) -> Vec<Judged> {
                 format!("systemctl daemon-reload, then systemctl restart {unit}"),
             ));
         }
+    }
+    let timer = units.get(TIMER).and_then(|all| all.get("ActiveState"));
+    if timer.is_none_or(|state| state != "active") && !matches!(facts.config, Config::Missing) {
+        found.push(note(
+            format!("{TIMER} does not run: what is too old goes only after a publish"),
+            format!("systemctl enable --now {TIMER}"),
+        ));
     }
     or_ok(found, "enabled and active")
 }
@@ -729,10 +741,11 @@ mod tests {
                     data_size: Bytes(Bytes::GIB),
                     data_percent: 10.0,
                     data_limit: 95.0,
+                    metadata_size: Bytes::mib(16),
                     metadata_percent: 10.0,
                     metadata_limit: 75.0,
+                    group_size: Bytes::mib(1),
                     group_percent: 10.0,
-                    ..Capacity::default()
                 },
                 when_full: Some("error".into()),
                 doomed: 0,
@@ -785,7 +798,7 @@ mod tests {
                 now: 1_700_000_000,
                 synchronised: true,
             },
-            units: Some(Ok([unit(SERVICE), unit(SOCKET)].into())),
+            units: Some(Ok([SERVICE, SOCKET, TIMER].map(unit).into())),
         }
     }
 
@@ -847,7 +860,7 @@ mod tests {
     #[test]
     fn each_fault_is_found() {
         use State::{Note, Skipped, Wrong};
-        let cases: [(&str, State, &str, Break); 54] = [
+        let cases: [(&str, State, &str, Break); 55] = [
             ("configuration", Wrong, "init", |f| {
                 f.config = Config::Missing;
             }),
@@ -881,7 +894,7 @@ mod tests {
                 f.store = None;
             }),
             ("pool", Note, "lvextend --size", |f| {
-                the_store(f).capacity.data_percent = 80.0;
+                the_store(f).capacity.data_percent = 91.0;
             }),
             ("pool", Wrong, "lvextend --size", |f| {
                 the_store(f).capacity.data_percent = 95.0;
@@ -928,6 +941,9 @@ mod tests {
             }),
             ("units", Wrong, "at boot", |f| {
                 set(f, SERVICE, "UnitFileState", "disabled");
+            }),
+            ("units", Note, "only after a publish", |f| {
+                set(f, TIMER, "ActiveState", "inactive");
             }),
             ("units", Note, "daemon-reload", |f| {
                 set(f, SERVICE, "NeedDaemonReload", "yes");

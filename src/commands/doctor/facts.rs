@@ -25,6 +25,8 @@ use crate::storage::{Capacity, Listing};
 pub const SERVICE: &str = "lvm-cache-friend.service";
 /// See [`SERVICE`].
 pub const SOCKET: &str = "lvm-cache-friend.socket";
+/// It.
+pub const TIMER: &str = "lvm-cache-friend-gc.timer";
 
 /// What the driver is called in Podman's configuration, and our volumes' driver.
 pub const DRIVER: &str = "lvm-cache-friend";
@@ -504,7 +506,8 @@ fn clock() -> Clock {
 }
 
 fn units() -> Result<Units, String> {
-    let said = exec::run("systemctl", ["show", SERVICE, SOCKET]).map_err(|e| e.to_string())?;
+    let said =
+        exec::run("systemctl", ["show", SERVICE, SOCKET, TIMER]).map_err(|e| e.to_string())?;
     Ok(properties(&String::from_utf8_lossy(&said)))
 }
 
