@@ -53,6 +53,7 @@ fn main() {
         &["list", "--json"],
         &["tree"],
         &["tree", "--json"],
+        &["gc", "--dry-run"],
         &["stats"],
     ] {
         let command = || run(&mut friend(&config, arguments));

@@ -68,7 +68,8 @@ impl Bystander {
                 content::write(&at, number);
                 run("sync", ["--file-system".as_ref(), at.as_os_str()]);
                 assert_eq!(content::read(&at), Content::Whole(number));
-                thread::sleep(Duration::from_millis(100));
+                // Not all that a guest's one processor can do.
+                thread::sleep(Duration::from_millis(500));
             }
             number
         });
@@ -263,14 +264,13 @@ fn of_data(kind: Kind) {
     let bystander = Bystander::start(plugin);
     let fill = |at: &Path| {
         let mut file = File::create(at.join("big")).unwrap();
-        file.write_all(&vec![0x5a; 40 * MIB]).unwrap();
+        file.write_all(&vec![0x5a; 60 * MIB]).unwrap();
         file.sync_data().unwrap();
     };
     let a = publish(&site, plugin, "a", fill);
     let b = publish(&site, plugin, "b", fill);
-    let c = publish(&site, plugin, "c", fill);
     site.done(&["pin", &a]);
-    entries_are(&site, &[&a, &b, &c]);
+    entries_are(&site, &[&a, &b]);
 
     // What there was room for before goes as a job needs it: the least recently used that may.
     plugin.create("job", &json!({"save": "job", "restore": "job"}));
@@ -293,10 +293,7 @@ fn of_data(kind: Kind) {
     let volumes = ["job", "bystander"].map(Known::idle);
     let census = site.settled(&volumes);
     assert!(census.entries().contains(&a) && !census.entries().contains(&b));
-    assert_eq!(
-        census.entries().len(),
-        2 + usize::from(census.entries().contains(&c))
-    );
+    assert_eq!(census.entries().len(), 2, "the job's is there");
     daemon.stop();
 }
 
@@ -322,41 +319,39 @@ fn never_shrunk(kind: Kind) {
     plugin.remove("v");
 
     // Growing a mounted ext4 takes CAP_SYS_RESOURCE, which root has not everywhere.
-    let types: &[&str] = match kind {
-        Kind::Reflink => &["xfs"],
-        Kind::Lvm => &["xfs", "ext4"],
+    let fs = match kind {
+        Kind::Reflink => "xfs",
+        Kind::Lvm => "ext4",
     };
-    for &fs in types {
-        let size = |at: &Path| {
-            let stat = nix::sys::statvfs::statvfs(at).unwrap();
-            stat.blocks() * stat.fragment_size()
-        };
-        let made = json!({"size": "1G", "save": fs, "fs": fs});
-        plugin.create("v", &made);
-        let at = plugin.mount("v", "x");
-        content::write(&at, 1);
-        let small = size(&at);
-        plugin.unmount("v", "x");
-        site.settled(&[Known::idle("v")]);
-        plugin.remove("v");
-        plugin.create("v", &json!({"size": "2G", "restore": fs, "save": fs}));
-        let at = plugin.mount("v", "x");
-        assert_eq!(content::read(&at), Content::Whole(1));
-        assert!(
-            size(&at) > small + (900 << 20),
-            "{fs}: {small}, now {}",
-            size(&at)
-        );
-        content::write(&at, 2);
-        plugin.unmount("v", "x");
-        site.settled(&[Known::idle("v")]);
-        plugin.remove("v");
-        let said = refused(json!({"size": "1G", "restore": fs}));
-        assert!(
-            said.contains("the entry to restore") && said.contains("2 GiB"),
-            "{said}"
-        );
-    }
+    let size = |at: &Path| {
+        let stat = nix::sys::statvfs::statvfs(at).unwrap();
+        stat.blocks() * stat.fragment_size()
+    };
+    let made = json!({"size": "1G", "save": fs, "fs": fs});
+    plugin.create("v", &made);
+    let at = plugin.mount("v", "x");
+    content::write(&at, 1);
+    let small = size(&at);
+    plugin.unmount("v", "x");
+    site.settled(&[Known::idle("v")]);
+    plugin.remove("v");
+    plugin.create("v", &json!({"size": "2G", "restore": fs, "save": fs}));
+    let at = plugin.mount("v", "x");
+    assert_eq!(content::read(&at), Content::Whole(1));
+    assert!(
+        size(&at) > small + (900 << 20),
+        "{fs}: {small}, now {}",
+        size(&at)
+    );
+    content::write(&at, 2);
+    plugin.unmount("v", "x");
+    site.settled(&[Known::idle("v")]);
+    plugin.remove("v");
+    let said = refused(json!({"size": "1G", "restore": fs}));
+    assert!(
+        said.contains("the entry to restore") && said.contains("2 GiB"),
+        "{said}"
+    );
     site.settled(&[]);
     daemon.stop();
 }

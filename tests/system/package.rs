@@ -14,7 +14,7 @@ use crate::harness::{Test, Tier, test};
 use crate::quickstart::entries;
 use crate::support::command::{outcome, run, sh, succeed};
 use crate::support::vm::boot_part;
-use crate::support::{busybox_image, temp_dir, wait_until};
+use crate::support::{PROGRAM, busybox_image, temp_dir, wait_until};
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -28,7 +28,7 @@ pub fn tests() -> Vec<Test> {
 /// Where [`build`] leaves a package for an upgrade.
 const NEWER: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/newer.deb");
 
-/// Makes the packages as the documents say, and one of a version above them: once in each run of tests, as guests read the files.
+/// Makes the packages as the documents say, but of the program that is tested, and one of a version above them: once in each run of tests, as guests read the files.
 pub fn build() {
     let run = std::env::var("NEXTEST_RUN_ID").unwrap_or_else(|_| std::process::id().to_string());
     fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -44,16 +44,24 @@ pub fn build() {
     let make = |targets: &[&str]| {
         // A test runner that make started is no part of that.
         let mut make = Command::new("make");
-        make.arg("--silent").args(targets).env_remove("MAKEFLAGS");
+        make.arg("--silent").arg(format!("program={PROGRAM}"));
+        make.args(targets).env_remove("MAKEFLAGS");
         succeed(make.current_dir(REPOSITORY));
     };
-    make(&["deb", "rpm"]);
-    let newer = ["deb", "--quiet", "--no-build", "--deb-version", "9"];
+    // First, as the packer removes what it made before.
+    make(&["package"]);
+    let newer = [
+        "deb",
+        "--quiet",
+        "--no-build",
+        "--fast",
+        "--deb-version",
+        "9",
+    ];
     let output = ["--output", NEWER];
     let mut cargo = Command::new("cargo");
     succeed(cargo.args(newer).args(output).current_dir(REPOSITORY));
-    // The packer removes what it made before.
-    make(&["deb"]);
+    make(&["deb", "rpm"]);
     built.rewind().unwrap();
     built.set_len(0).unwrap();
     built.write_all(run.as_bytes()).unwrap();

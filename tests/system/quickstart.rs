@@ -36,8 +36,26 @@ fn in_a_file() {
     type_in(&block("init-reflink").replace("lvm-cache-friend init", &format!("{elsewhere}init")));
     let listed = type_in(&format!("{elsewhere}list"));
     assert!(listed.contains("base"), "{listed}");
+    sh("mkdir -p /tmp/home/.cargo/registry
+        echo crate > /tmp/home/.cargo/registry/crate");
+    type_in(&format!(
+        "export HOME=/tmp/home\n{}",
+        block("import").replace("lvm-cache-friend ", elsewhere)
+    ));
     sh("umount /var/lib/lvm-cache-friend
         rmdir /var/lib/lvm-cache-friend");
+
+    // The pool of the article's script, with an entry of its own.
+    sh("vgcreate --quiet banana /dev/vda
+        lvcreate --quiet --type thin-pool --size 3G banana/friend-pool
+        lvcreate --quiet --thinpool banana/friend-pool --virtualsize 3G --name friend-default --addtag friend:default
+        mkfs.xfs -q /dev/banana/friend-default
+        lvcreate --quiet --snapshot --name friend-Y_v7HD25 --addtag friend:snapshot --addtag friend:cache:linux banana/friend-default");
+    let article = "lvm-cache-friend --config /tmp/article.toml ";
+    let listed = type_in(&block("migrate").replace("lvm-cache-friend ", article));
+    assert!(listed.contains("friend-Y_v7HD25"), "{listed}");
+    sh("vgremove --quiet --yes banana
+        pvremove --quiet /dev/vda");
 
     // The guest's root is in its memory, and LVM fills a pool's metadata with zeros: 800 MiB of 100 GiB.
     let init = block("init-loop").replace("100G", "20G");
@@ -121,6 +139,8 @@ fn doctor() {
     finds(config, "units", "wrong", "does not run", &follows);
     run("systemctl", ["mask", "--runtime", unit]);
     finds(config, "units", "wrong", "unmask", &follows);
+    // What the timer starts acts by itself where the daemon is away.
+    run("systemctl", ["start", "lvm-cache-friend-gc.service"]);
     run("systemctl", ["unmask", "--runtime", unit]);
     run("systemctl", ["start", "lvm-cache-friend.socket", unit]);
 }
