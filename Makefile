@@ -16,12 +16,13 @@ bench:
 	tests/vm/deps
 	cargo bench --locked --bench ratios --bench lvm_shell --bench select --bench views
 
-# Packages: target/debian/*.deb and target/generate-rpm/*.rpm. What they hold is in Cargo.toml.
+# Packages: target/debian/*.deb and target/generate-rpm/*.rpm. What they hold is in Cargo.toml. Those of a given program are for
+# tests, which have no time to compress it well.
 deb: packers package
-	cargo deb --no-build --quiet
+	cargo deb --no-build --quiet $(if $(program),--fast)
 
 rpm: packers package
-	cargo generate-rpm
+	cargo generate-rpm $(if $(program),--payload-compress none)
 
 # Compiled as quickly as can be: not optimized.
 packers:
@@ -35,7 +36,7 @@ package:
 	$(if $(program),,cargo build --release --locked --quiet)
 	rm -rf target/package
 	mkdir -p target/package
-	strip --strip-debug -o $(packed) $(or $(program),$${CARGO_TARGET_DIR:-target}/release/lvm-cache-friend)
+	strip -o $(packed) $(or $(program),$${CARGO_TARGET_DIR:-target}/release/lvm-cache-friend)
 	$(packed) man target/package/man
 	for shell in bash zsh fish; do $(packed) completions $$shell >target/package/$$shell || exit; done
 	$(packed) example-config >target/package/config.toml
