@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The packages: what is in them, and a host's life with the .deb, over an upgrade and a reboot to its purge.
 
 use std::fs::{self, File};
@@ -103,6 +104,7 @@ fn content() {
             "/usr/bin/lvm-cache-friend",
             "/usr/lib/systemd/system/lvm-cache-friend.service",
             "/usr/lib/systemd/system/lvm-cache-friend.socket",
+            "/usr/lib/systemd/system/lvm-cache-friend-gc.timer",
             "/usr/lib/sysusers.d/lvm-cache-friend.conf",
             "/usr/lib/tmpfiles.d/lvm-cache-friend.conf",
             "/etc/containers/containers.conf.d/50-lvm-cache-friend.conf",
@@ -391,6 +393,7 @@ fn after_the_reboot() {
         "/etc/containers/containers.conf.d/50-lvm-cache-friend.conf",
         "/etc/systemd/system/multi-user.target.wants/lvm-cache-friend.service",
         "/etc/systemd/system/sockets.target.wants/lvm-cache-friend.socket",
+        "/etc/systemd/system/timers.target.wants/lvm-cache-friend-gc.timer",
     ] {
         assert!(fs::symlink_metadata(gone).is_err(), "{gone} is gone");
     }

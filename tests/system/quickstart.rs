@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! README's quick start, its own commands, in a guest with systemd. In a volume group: see [`crate::package`].
 
 use std::path::Path;
@@ -58,7 +59,7 @@ fn in_a_file() {
         pvremove --quiet /dev/vda");
 
     // The guest's root is in its memory, and LVM fills a pool's metadata with zeros: 800 MiB of 100 GiB.
-    let init = block("init-loop").replace("100G", "20G");
+    let init = block("init-loop").replace("100G", "5G");
     type_in(&init);
     let again = type_in(&init);
     assert!(again.contains("nothing to do"), "init again: {again}");
