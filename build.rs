@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Builds the client of job volumes, a static program of its own, which the daemon has in itself.
 //!
 //! Not as a binary of this crate: static linking (`crt-static`) is a flag for all of a build, and with glibc a

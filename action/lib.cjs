@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 "use strict";
 // What the entry points share: GitHub's protocol with actions, and what to ask the job volume's client for.
 

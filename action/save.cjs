@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 "use strict";
 // The action's post step, and all of action/save.
 

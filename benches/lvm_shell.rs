@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an LVM command costs: as a process and in one long-lived `lvm` shell, each with and without
 //! LVM's asynchronous I/O. The store (src/storage/lvm) rests on the answer.
 //!

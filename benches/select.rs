@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How long a choice takes at 10,000 entries of 8 tags, and its index to build.
 //!
 //! `cargo bench --bench select` prints minimum, median and maximum of each case,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is shown of a store with 2,000 entries, on this machine's own kernel, and the daemon's memory.
 //!
 //! `cargo bench --bench views`, as root: the store is image files on an XFS of its own.

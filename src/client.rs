@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client of a job volume: `restore`, `save`, `discard`, `status` and `verdict`.
 //!
 //! This file is two things. It is a module of the main program, for its subcommands of those names;

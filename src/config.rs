@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration file, parsed and validated once: past here nothing is.
 
 use std::collections::BTreeMap;

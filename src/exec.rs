@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The one way to run an external command.
 //!
 //! Tools are looked up once in a fixed list of system directories, never in

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Places where a test can have the daemon die, as `kill -9` would have it.
 //!
 //! Built in only with the feature `failpoints`. The variable

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! File systems on block devices: which one, making, growing, whether it is clean.
 //!
 //! On-disk formats: XFS Algorithms & Data Structures (kernel.org) and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sockets of job volumes: connections, bounded in number, in length and in time,
 //! each of which makes requests ([`crate::cache::request`]) of the engine.
 //!

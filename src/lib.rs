@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! lvm-cache-friend: copy-on-write caches for CI containers.
 //!
 //! # The flow

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The log: to the journal in its own format when it is what standard error
 //! goes to, else lines on standard error.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! lvm-cache-friend's program: parse, log, call.
 
 use std::process::ExitCode;

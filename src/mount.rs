@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts: detached ones, moving them into place, and the kernel's mount table.
 //!
 //! A file system is mounted through the descriptor-based calls (`fsopen`,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman's record of how a container ended.
 //!
 //! A poststop hook is not told the exit code, the file that conmon wrote it to is

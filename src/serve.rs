@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon: engine and socket brought up together, and down again.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! User namespaces: which ids a process has on this host, and mounts that undo it.
 //!
 //! A cache holds its files under the ids that they have *inside* a container, so that a file of the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The least that a snapshot of a thin volume takes: device-mapper's ioctls, with no LVM and no process.
 //!
 //! The structures are those of Linux' `include/uapi/linux/dm-ioctl.h`; the messages and tables, of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Thousands of entries at once: thin snapshots made by device-mapper messages, and one restore of LVM's metadata with
 //! all of them. The daemon could make each of them too, but for hours.
 

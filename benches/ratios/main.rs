@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the daemon's work costs, as ratios to what it stands on.
 //!
 //! `cargo bench --bench ratios` boots one guest (`tests/vm/run`) and measures in it, on real thin pools: the two sides of a

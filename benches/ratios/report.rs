@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Medians, spreads, ratios and the goals beside them.
 
 use std::time::Duration;

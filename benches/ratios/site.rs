@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A daemon on a pool of its own, and a client that measures.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which entries go, in which order, and why.
 //!
 //! Least recently used first. What is pinned, or in use, never goes; the newest of

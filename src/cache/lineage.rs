@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lineage: what was made from what, in the order in which it is drawn.
 //!
 //! Caches come in long chains, each made from the one before it, and now and then two are made from

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pure decisions. No I/O, no clock: the same input always gives the same answer,
 //! and no input panics.
 //!

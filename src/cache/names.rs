@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The names that cross our edges, each made only by parsing.
 //!
 //! LVM's rules for names and tags are those of lvm2's `validate_name` and

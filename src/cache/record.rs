@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a logical volume's tags make of it.
 
 use super::names::{LvName, Tag, VolumeName, shortened};

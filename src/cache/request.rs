@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a job asks for on its job volume's socket: the original script's lines, parsed one by one.
 //!
 //! ```text

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The choice of what to restore from: criteria, an index of entries, newest first.
 //!
 //! The index is inverted: each tag has the list of its entries, and each scope

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A volume's specification: its options, parsed once at Create, kept as tags.
 
 use std::collections::{BTreeMap, BTreeSet};

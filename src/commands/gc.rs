@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `gc`: through the daemon where one runs, which knows best what is in use; else here.
 
 use std::collections::HashMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a package has beside the program, made from the program itself: man pages,
 //! shell completions, an example configuration.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `hook STAGE`: what the hooks in hooks.d/ run. They tell the daemon which
 //! container uses which volume and how it ended, and keep containers from starting
 //! with a silent local volume in place of one of ours.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `import`: an entry from a directory.
 
 use std::collections::{BTreeMap, HashSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `init`: storage prepared, once, and the configuration written.
 
 use std::cell::Cell;

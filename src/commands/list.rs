@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `list`: the base, the entries, the volumes.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the commands do. Each reads the store itself: none but `remove` of a
 //! volume, `gc` and `hook` needs the daemon, or cares whether one runs.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `pin` and `unpin`: whether an entry may be evicted.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `remove`: a volume through the daemon that serves it, all else here.
 
 use std::path::Path;

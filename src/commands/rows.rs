@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the store holds, as people and scripts are shown it.
 
 use std::collections::HashMap;

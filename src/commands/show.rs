@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `show`: all there is to know of one volume or logical volume.
 
 use std::collections::HashMap;

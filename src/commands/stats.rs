@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `stats`: what the daemon has counted since it started.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tables for people.
 
 use std::io::{self, IsTerminal as _};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `tree`: what was made from what.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Entries that go: which, decided by [`crate::cache::evict`], and when.
 //!
 //! After a publish, at the daemon's start, when somebody asks, when a lease fills the

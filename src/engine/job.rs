@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Job volumes: a directory in which a job has caches mounted while it runs.
 //!
 //! The volume's LV only carries its name and specification. In use, it is a small

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The life of a lease: volumes are made, mounted, written to, and published.
 //!
 //! A volume always has one logical volume that carries its name and

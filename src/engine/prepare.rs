@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Choosing an entry and making a copy of it.
 
 use std::path::PathBuf;

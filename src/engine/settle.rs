@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end of a lease: flush, last close, verdict, publish or drop, next copy.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the store and the mount table say after a restart.
 
 use std::collections::{BTreeMap, BTreeSet};

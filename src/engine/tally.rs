@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What has happened since the daemon started, for people and for Prometheus.
 //!
 //! In memory alone: the store's tags are the only database, and nothing is decided by these

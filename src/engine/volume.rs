@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A volume in memory, and the phases that its copies of entries go through.
 
 use std::collections::{BTreeMap, BTreeSet};

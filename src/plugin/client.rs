@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The other side of the socket, for our own commands: one request, one connection.
 
 use std::io::{self, Read as _, Write as _};

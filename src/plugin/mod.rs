@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The volume-plugin protocol, as Podman and dockerd speak it, over a unix socket.
 //!
 //! [`router`] holds the endpoints, [`server`] the connections, [`socket`] the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Connections: accepted, bounded in number and in idleness, and let go at the end.
 
 use std::future::Future;

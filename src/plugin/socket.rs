@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The socket: made with its permissions from the first moment, or handed over
 //! by systemd; and the locks that keep a second daemon away.
 

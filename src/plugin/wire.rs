@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What clients send and get: the volume-plugin protocol's JSON, version 1.2.
 //!
 //! Read leniently, for Podman and dockerd differ: Podman leaves `Opts` out when it

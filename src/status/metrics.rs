@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Metrics in Prometheus' text format.
 
 use std::collections::BTreeMap;

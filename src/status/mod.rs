@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the daemon shows of itself: metrics for Prometheus at `GET /metrics`, and a page for people
 //! at `GET /`. On the plugin's socket, and on a loopback port where one is configured.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The page for people: plain HTML, made here, that needs no script.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};

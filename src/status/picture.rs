@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The lineage as a picture: an SVG, drawn here.
 
 use maud::{Markup, html};

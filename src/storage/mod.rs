@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Stores hand out block devices and hold tags; all else is shared.
 //!
 //! There are two, and one body of tests for both (`tests/system/store.rs`):

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Volumes as image files that share blocks, on XFS or btrfs, behind loop
 //! devices: for hosts without device-mapper.
 //!

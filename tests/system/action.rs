@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The GitHub action in `action/`: its entry points, run with what GitHub's runner gives them.
 //!
 //! What the runner does is from its source (actions/runner: `ActionRunner`, `NodeScriptActionHandler`, `FileCommandManager`,

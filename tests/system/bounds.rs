@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bounds: which entries go, when, and what a job in another volume notices of it: nothing.
 
 use std::collections::BTreeSet;

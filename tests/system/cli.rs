@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command line, from `init` on, as scripts rely on it.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `kill -9` of the daemon, at each place that matters and at random ones: no entry is lost, nothing half-written is published, and
 //! a restart finishes what was begun.
 

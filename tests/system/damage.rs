@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Entries whose file systems are damaged: given up, and the next best one used.
 
 use std::collections::BTreeSet;

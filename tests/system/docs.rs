@@ -12,11 +12,13 @@ use crate::harness::{Test, Tier, test};
 use crate::support::command::succeed;
 
 pub fn tests() -> Vec<Test> {
-    vec![test(
-        Tier::Host,
-        "docs::every_block_is_run_or_says_why_not",
-        every_block,
-    )]
+    let tests: [(&str, fn()); 2] = [
+        ("docs::every_block_is_run_or_says_why_not", every_block),
+        ("docs::every_source_names_its_licence", every_source),
+    ];
+    tests
+        .map(|(name, body)| test(Tier::Host, name, body))
+        .into()
 }
 
 pub const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
@@ -51,6 +53,19 @@ fn every_block() {
         assert!(
             sources.contains(&format!("block(\"{id}\")")),
             "no test runs the block {id}"
+        );
+    }
+}
+
+fn every_source() {
+    let sources = ["src", "tests", "benches"].map(|dir| files(dir, "rs"));
+    for file in sources.iter().flatten() {
+        let text = fs::read_to_string(file).unwrap();
+        let licence = "// SPDX-License-Identifier: Apache-2.0 OR MIT\n";
+        assert!(
+            text.starts_with(licence),
+            "{} does not begin with {licence}",
+            file.display()
         );
     }
 }

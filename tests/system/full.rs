@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! No room: a job that fills the pool is told so, and nobody else pays for it.
 
 use std::fs::File;

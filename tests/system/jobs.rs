@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Job volumes: what is asked for on their sockets, and what becomes of what is mounted there.
 //!
 //! The client here is on the host, where a job volume is as it is in a container; `podman::jobs` has

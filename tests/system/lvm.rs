@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thin pool store where it differs from others: LVM's processes, locks, limits, and what is not ours.
 
 use std::collections::HashSet;

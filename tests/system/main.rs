@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! System tests: on real kernels, real devices, real tools, as root.
 //!
 //! Each module has a table of tests, and each test says where it runs (see [`harness::Tier`]).

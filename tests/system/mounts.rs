@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts and file systems, on loop devices of this machine's own kernel.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Real Podman, real containers, the daemon as it is installed: what users do and what Podman does to plugins.
 //!
 //! `facts` of Podman that are relied on were read from its source (4.3.1) and are named where they matter.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power cuts: what was published stays, whole, and what was being written is never seen.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The plugin's socket, spoken to as no well-behaved client does.
 
 use std::fs;

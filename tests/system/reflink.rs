@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The reflink store, on XFS and on btrfs, on this machine's own kernel.
 
 use std::collections::BTreeSet;

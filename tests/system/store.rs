@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What every store promises: one body of tests for all of them.
 
 use std::collections::{BTreeSet, HashSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What people and Prometheus are shown: `tree`, `stats`, metrics, the status page, `contrib/`.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The testbed itself: guests boot, have what tests need, and tell what became of them.
 
 use std::fs;

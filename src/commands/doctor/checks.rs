@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The judgements: each a function of what was found, and of nothing else.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What there is on this host, as it was found. Nothing is judged here.
 
 use std::collections::{BTreeMap, BTreeSet};

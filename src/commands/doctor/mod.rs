@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `doctor`: what a support thread would ask, asked of the host itself.
 //!
 //! `facts` gathers, and judges nothing; `checks` judges, and asks nobody. So each check is

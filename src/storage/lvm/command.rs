@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! LVM commands, safe by construction in the `lvm` shell.
 //!
 //! The shell splits a line at white space, knows two kinds of quotes and takes a

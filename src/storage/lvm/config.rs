@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A configuration directory of our own for LVM (`LVM_SYSTEM_DIR`).
 //!
 //! It differs from the host's in what makes commands slow and in how they

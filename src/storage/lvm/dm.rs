@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The pool's device-mapper devices: what LVM has no command for.
 //!
 //! What each thin volume takes, active or not, is in the pool's own metadata.

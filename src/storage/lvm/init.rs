@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Preparing a pool, once; run again it finishes what an earlier run began.
 //!
 //! Everything here is told to be ours by a mark that is there from the first

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A thin pool in a volume group, spoken to through LVM's own tools.
 //!
 //! [`LvmStore`] turns each call into one LVM command, which one thread (`owner`)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The one owner of the disk: a thread that runs LVM's commands one at a time.
 //!
 //! LVM locks the whole group for each command anyway, so more than one at once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One child process, read up to a deadline and never waited for without one.
 
 use std::ffi::OsStr;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What LVM leaves behind when it is killed in the middle of a command, or the
 //! power goes, and does not clean up by itself.
 //!

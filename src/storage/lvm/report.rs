@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What LVM answers: `--reportformat json` with its command log.
 //!
 //! Everything is text in that format; numbers are parsed here. LVM writes one

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs LVM's commands in a long-lived `lvm` shell, or, what does not fit into
 //! it, as a process of their own.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Loop devices over image files, with direct I/O: what is written to the device
 //! is in the file, and held in memory once.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Inside a guest: runs the tests that the host asks for, each as a process and a cgroup of its
 //! own.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! On the host: one guest for each group of tests, booted by the first test that wants it and
 //! shared by the others.
 //!

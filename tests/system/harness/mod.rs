@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where each test runs, and how its result comes back.
 
 pub mod agent;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The GitHub action in containers.
 
 use std::collections::BTreeMap;

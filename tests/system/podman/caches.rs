@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What containers find in their caches, and what becomes of what they leave there.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Many containers that end in many ways, at once: what is left of them.
 
 use std::fs;

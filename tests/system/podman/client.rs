@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman as a client of plugins: its own tests of them (test/e2e/volume_plugin_test.go), and what it does beside those.
 
 use std::fs;

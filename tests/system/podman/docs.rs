@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the documents show of Podman, as it stands there but for IMAGE and the work that jobs do.
 
 use super::{Body, Host};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `doctor`, on a host that is broken in one way after the other.
 
 use std::fs;

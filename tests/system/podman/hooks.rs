@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The hooks of hooks.d/, run by Podman: how containers ended, and the guard.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client program of job volumes, in containers of an image that has nothing but busybox.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Job volumes in containers.
 
 use super::hooks::Hooks;

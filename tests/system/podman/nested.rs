@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `podman build` in a container, whose store is a cache that the job asked for.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Options, through all the ways that Podman has for them.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whose files are, in one user namespace and the next.
 
 use std::fs;

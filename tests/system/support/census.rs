@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What there is in a store and around it, counted with its own tools and not with ours.
 
 use std::collections::{BTreeMap, BTreeSet};

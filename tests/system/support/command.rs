@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Running commands: in tests they succeed, or say all that there is to say.
 
 use std::ffi::OsStr;

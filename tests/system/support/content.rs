@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Content of a cache that tells whether it is whole: a job's work, in miniature.
 
 use std::fs;

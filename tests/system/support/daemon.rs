@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon as a process, and a plugin client that says what it is told, byte for byte.
 
 use std::fs::File;

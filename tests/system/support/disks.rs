@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Block devices for tests: image files on loop devices, gone when dropped.
 
 use std::fs::File;

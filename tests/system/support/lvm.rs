@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Volume groups in a guest.
 
 use std::path::Path;

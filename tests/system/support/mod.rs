@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What tests share: commands, file systems, guests, and the daemon with a client for it.
 //!
 //! A fixture undoes itself when dropped, a failed test's too.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman, told of the plugin as the README says, and what goes on in containers.
 
 use std::collections::BTreeMap;

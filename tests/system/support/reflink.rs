@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A file system with reflinks on this machine's own kernel.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an administrator has after `init`: a store, a configuration, and the
 //! daemon's default paths below `/run`.
 

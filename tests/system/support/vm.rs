@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests that a test drives by itself: power cuts, restarts, disks that survive.
 
 use std::path::Path;
