@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The documents' command blocks: each is run by a test as it stands, or says why not.
 //!
 //! The line before a block of commands says which: `<!-- run: ID -->`, and a test has it of [`block`] by that ID; or
