@@ -84,6 +84,10 @@ struct Document {
     log_level: LogLevel,
     #[serde(default)]
     job: JobLimits,
+    /// The supervisor's alone ([`crate::supervisor::config`]): a mistake there keeps neither the daemon nor
+    /// a hook from its work.
+    #[serde(default, rename = "supervise")]
+    _supervise: Option<de::IgnoredAny>,
 }
 
 /// What one job may do at most.
@@ -474,7 +478,7 @@ fn socket_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D:
     Ok(path)
 }
 
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     text.parse::<jiff::SignedDuration>()
         .ok()

@@ -27,6 +27,7 @@
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
 //!   program that asks, which each job volume has in it.
+//!   [`supervisor`]: GitHub runners, beside the daemon; it uses its socket alone.
 //!   [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
@@ -55,4 +56,5 @@ pub mod plugin;
 pub mod podman;
 pub mod serve;
 pub mod storage;
+pub mod supervisor;
 pub mod userns;

@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         Command::Show(args) => commands::show::run(config, args),
         Command::Import(args) => commands::import::run(config, args),
         Command::Remove(args) => commands::remove::run(config, args),
+        Command::Supervise(args) => commands::runners::supervise(config, args),
+        Command::Runners(args) => commands::runners::runners(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
         Command::Restore(raw) => return client::run("restore", &raw.args),
         Command::Save(raw) => return client::run("save", &raw.args),

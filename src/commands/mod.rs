@@ -7,6 +7,7 @@ pub mod init;
 pub mod list;
 pub mod remove;
 mod rows;
+pub mod runners;
 pub mod show;
 
 use std::io::{self, Write as _};

@@ -94,10 +94,12 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/VolumeDriver.Mount", post(mount))
         .route("/VolumeDriver.Unmount", post(unmount))
         .route("/VolumeDriver.Capabilities", post(capabilities))
-        // Ours, for the hooks.
+        // Ours, for the hooks and the supervisor.
         .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
+        .route("/Friend.Judged", post(judged))
+        .route("/Friend.Admit", post(admit))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
         .with_state(app)
@@ -210,6 +212,21 @@ async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let of = wire::Use::parse(&body.0)?;
     let verdict = of.verdict();
     app.tell(of, Happened::Ended(verdict)).await
+}
+
+async fn judged(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let of = wire::Use::parse(&body.0)?;
+    let verdict = of.verdict();
+    app.tell(of, Happened::Judged(verdict)).await
+}
+
+async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let name = request.name()?;
+    let options = request.into_options();
+    app.work(move |engine| engine.admit(&name, &options))
+        .await?;
+    Ok(ok(&wire::Done {}))
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {

@@ -9,6 +9,7 @@ mod cli;
 mod crash;
 mod damage;
 mod full;
+mod github;
 mod harness;
 mod jobs;
 mod lvm;
@@ -30,6 +31,7 @@ fn main() {
             crash::tests(),
             damage::tests(),
             full::tests(),
+            github::tests(),
             jobs::tests(),
             lvm::tests(),
             mounts::tests(),

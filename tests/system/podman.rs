@@ -11,6 +11,7 @@ mod job_client;
 mod jobs;
 mod nested;
 mod options;
+mod supervisor;
 mod users;
 
 use std::fs;
@@ -36,6 +37,7 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            supervisor::BODIES,
             nested::BODIES,
             churn::BODIES,
             users::BODIES,
