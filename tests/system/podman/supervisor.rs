@@ -69,7 +69,7 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
+        if true || std::thread::panicking() {
             println!("--- the supervisor's log:\n{}", self.log());
         }
     }
@@ -156,6 +156,12 @@ impl Place {
     #[track_caller]
     fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let since = Instant::now();
+        println!(
+            "DBG until {what} {:?}",
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+        );
         while !so(self) {
             assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
             let supervisor = self.supervisor();
@@ -191,6 +197,7 @@ impl Place {
         for place in ["/run/libpod", "/run/containers", "/run/crun", RUN_DIR] {
             let _ = fs::remove_dir_all(place);
         }
+        let _ = fs::remove_file("/dev/shm/libpod_lock");
         self.host.daemon = Some(self.host.site.serve());
         self.service = Some(Service::start());
     }
@@ -474,7 +481,9 @@ fn each_step(kind: Kind) {
 /// Another life finds another world: a lower count, registrations of its own and of another host's, and a
 /// machine that was switched off, as far as Podman, the daemon and the supervisor can tell.
 fn starts_again(kind: Kind) {
-    let mut place = Place::new(kind, "token", FIXED, CACHE);
+    // A registration is read again every 15 s then.
+    let settings = format!("{FIXED}job-timeout = '60s'\n");
+    let mut place = Place::new(kind, "token", &settings, CACHE);
     let idle = |place: &mut Place, slots: &[&str]| {
         let rows = place.rows();
         let rows = rows.iter().filter(|row| row["state"] == "idle");
@@ -718,29 +727,29 @@ fn faults(kind: Kind) {
     place.finish();
 }
 
-/// Each request of a scale set's meets each fault.
+/// Each request that a scale set's job needs meets each fault; those that begin a session take turns.
 fn set_faults(kind: Kind) {
     let mut place = Place::new(kind, "token", SET, JOB);
     let status = |status, message| FaultKind::Status(status, Vec::new(), message);
     let begin = Instant::now();
     let mut shared = 0;
-    for fault in [
+    let faults = [
+        status(409, "already has an active session"),
         status(500, "Server Error"),
         status(401, "unauthorized"),
         status(404, "Not Found"),
-        status(409, "already has an active session"),
         FaultKind::Status(429, vec![("retry-after", "1".to_owned())], "slow down"),
         FaultKind::Dropped,
         FaultKind::DroppedAfter,
-    ] {
+    ];
+    for (turn, fault) in faults.into_iter().enumerate() {
         println!("{fault:?}");
         let warnings = |place: &mut Place| place.supervisor().log().matches(" WARN ").count();
         let before = warnings(&mut place);
+        let begins = ["/sessions", "/registration-token", "/runner-registration"][turn % 3];
         for path in [
+            begins,
             "/queue/",
-            "/registration-token",
-            "/runner-registration",
-            "/sessions",
             "/acquirejobs",
             "/generatejitconfig",
             "/actions/runs/",
