@@ -76,6 +76,12 @@ pub enum Command {
     /// does by itself.
     #[command(after_help = EXIT_CODES)]
     Gc(Gc),
+    /// Keep ephemeral GitHub runners running, each a container for one job.
+    #[command(after_help = EXIT_CODES)]
+    Supervise(Supervise),
+    /// Show the supervisor's runners, and tell it what to do.
+    #[command(after_help = EXIT_CODES)]
+    Runners(Runners),
     /// What the hooks in hooks.d run when a container starts or has ended; reads the
     /// OCI runtime's state, or its configuration, from standard input.
     #[command(after_help = EXIT_CODES)]
@@ -156,6 +162,64 @@ pub struct Serve {
     /// before both.
     #[arg(long, value_name = "LEVEL", value_enum)]
     pub log_level: Option<LogLevel>,
+}
+
+/// Options of `supervise`.
+#[derive(Debug, Args)]
+pub struct Supervise {
+    /// Only look whether the configuration and its secrets are right; ask nobody, start nothing.
+    #[arg(long)]
+    pub check: bool,
+
+    /// What is logged; goes before the configuration's log-level, and RUST_LOG
+    /// before both.
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    pub log_level: Option<LogLevel>,
+}
+
+/// What `runners` does.
+#[derive(Debug, Args)]
+pub struct Runners {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: RunnersCommand,
+}
+
+/// The commands of `runners`.
+#[derive(Debug, Subcommand)]
+pub enum RunnersCommand {
+    /// List the slots: state, job, and how many of its caches were restored.
+    List {
+        /// Of this pool only.
+        pool: Option<String>,
+        /// One JSON array instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take no new jobs; runners without one go.
+    Pause {
+        /// This pool only.
+        pool: Option<String>,
+    },
+    /// Take jobs again.
+    Resume {
+        /// This pool only.
+        pool: Option<String>,
+    },
+    /// Take no new jobs, and end the supervisor when those that run have ended.
+    Drain {
+        /// End the jobs that run too; nothing of them is published.
+        #[arg(long)]
+        now: bool,
+    },
+    /// Show the last lines of a runner's log.
+    Logs {
+        /// The runner, or its slot.
+        runner: String,
+        /// How many lines.
+        #[arg(long, value_name = "N", default_value_t = 200)]
+        lines: u32,
+    },
 }
 
 /// Options of `list`.

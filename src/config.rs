@@ -93,6 +93,10 @@ struct Document {
     job: JobLimits,
     #[serde(default)]
     policy: PolicyTable,
+    /// The supervisor's alone ([`crate::supervisor::config`]): a mistake there keeps neither the daemon nor
+    /// a hook from its work.
+    #[serde(default, rename = "supervise")]
+    _supervise: Option<de::IgnoredAny>,
 }
 
 /// The bounds of the store, as they stand in the file.
@@ -650,7 +654,7 @@ fn loopback<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketA
     }
 }
 
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     // A day has 24 hours here, and a week 7 days; months and years have no length.
     text.parse::<jiff::Span>()

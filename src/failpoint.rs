@@ -31,6 +31,30 @@ pub const ALL: [&str; 22] = [
     "remove.3",
 ];
 
+/// Every place in the life of a supervisor's slot: before each action, and after it.
+pub const SUPERVISOR: [&str; 20] = [
+    "register.1",
+    "register.2",
+    "ready.1",
+    "ready.2",
+    "ready.3",
+    "container.1",
+    "container.2",
+    "start.1",
+    "start.2",
+    "start.3",
+    "judge.1",
+    "judge.2",
+    "judge.3",
+    "end.1",
+    "end.2",
+    "clear.1",
+    "clear.2",
+    "clear.3",
+    "look.1",
+    "look.2",
+];
+
 /// Dies here if the environment says so.
 #[cfg(feature = "failpoints")]
 pub fn reach(stage: &str, step: u32) {
@@ -41,11 +65,12 @@ pub fn reach(stage: &str, step: u32) {
     static REACHED: AtomicU32 = AtomicU32::new(0);
 
     let here = format!("{stage}.{step}");
-    assert!(ALL.contains(&here.as_str()), "{here} is not in the list");
+    let known = |name: &str| ALL.contains(&name) || SUPERVISOR.contains(&name);
+    assert!(known(&here), "{here} is not in the list");
     let chosen = CHOSEN.get_or_init(|| {
         let text = std::env::var("LVM_CACHE_FRIEND_FAILPOINT").ok()?;
         let (name, count) = text.split_once(':').unwrap_or((&text, "1"));
-        assert!(ALL.contains(&name), "there is no failpoint {name}");
+        assert!(known(name), "there is no failpoint {name}");
         Some((
             name.to_owned(),
             count.parse().expect("a count after the colon"),

@@ -30,6 +30,10 @@ pub const MAX_WORK: usize = 32;
 /// And of one job.
 const WORK_OF_JOB: usize = 4;
 
+/// How long a request waits for somebody to say whose job it is. A supervisor is told of a job
+/// some seconds after it has begun.
+const ADMISSION: Duration = Duration::from_secs(120);
+
 /// What is mounted where, if nothing else can be found out.
 const USUAL_TARGET: &str = "/run/lvm-cache-friend";
 
@@ -197,6 +201,12 @@ impl Place {
             Said::Bye => return Ok(false),
             Said::Refused(why) => error(&why),
             Said::Request(request) => {
+                if needs_scope(&request) && timeout(ADMISSION, self.job.admitted()).await.is_err() {
+                    let seconds = ADMISSION.as_secs();
+                    let text = format!("nobody has said within {seconds} s whose job this is");
+                    self.say(stream, &error(&text)).await?;
+                    return Ok(true);
+                }
                 let act = self.clone();
                 let own = Arc::clone(&self.own).acquire_owned().await;
                 let work = Arc::clone(&self.work).acquire_owned().await;
@@ -293,6 +303,13 @@ impl Place {
         lv.map(|lv| format!("{} {lv}\n", self.engine.store_name()))
             .unwrap_or_default()
     }
+}
+
+fn needs_scope(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Mount { .. } | Request::Lookup { .. } | Request::Save { .. }
+    )
 }
 
 fn error(why: &str) -> String {

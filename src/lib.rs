@@ -29,7 +29,8 @@
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
 //!   program that asks, which each job volume has in it.
-//!   [`status`]: metrics and a page. [`cli`], [`config`], [`commands`],
+//!   [`status`]: metrics and a page. [`supervisor`]: GitHub runners, beside the daemon;
+//!   it uses its socket alone. [`cli`], [`config`], [`commands`],
 //!   [`serve`], [`logging`]: the program around it.
 //! - [`failpoint`]: where tests have the daemon die.
 //!
@@ -58,4 +59,5 @@ pub mod podman;
 pub mod serve;
 pub mod status;
 pub mod storage;
+pub mod supervisor;
 pub mod userns;

@@ -24,6 +24,8 @@ fn main() -> ExitCode {
         Command::Pin(args) => commands::pin::run(config, args, true),
         Command::Unpin(args) => commands::pin::run(config, args, false),
         Command::Gc(args) => commands::gc::run(config, args),
+        Command::Supervise(args) => commands::runners::supervise(config, args),
+        Command::Runners(args) => commands::runners::runners(config, args),
         Command::Hook(args) => commands::hook::run(config, args),
         Command::Restore(raw) => return client::run("restore", &raw.args),
         Command::Save(raw) => return client::run("save", &raw.args),

@@ -186,6 +186,23 @@ words! {
     }
 }
 
+/// When the requests that a job makes in a job volume are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Admit {
+    /// As they come.
+    #[default]
+    AtOnce,
+    /// Once somebody on the host has said whose job it is ([`Spec::admitted`]).
+    Later,
+}
+
+words! {
+    Admit {
+        AtOnce = "at-once",
+        Later = "later",
+    }
+}
+
 /// Owner of the volume's root directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Owner {
@@ -206,6 +223,8 @@ impl fmt::Display for Owner {
 pub struct Spec {
     /// What it is mounted as. What else a job volume's options say is of the caches in it.
     pub kind: Kind,
+    /// When a job's requests are served, in a job volume.
+    pub admit: Admit,
     /// What to restore from.
     pub restore: Criteria,
     /// Tags of what is published, in order, each once; none: nothing is.
@@ -258,7 +277,7 @@ fn refused(value: &str, accepted: &str) -> String {
 
 /// The options, as an error about an unknown one lists them.
 const OPTIONS: &str = "restore, save, publish, scope, read-scopes, size, fs, owner, mode, \
-                       on-miss, on-error, reuse, type";
+                       on-miss, on-error, reuse, type, admit";
 
 impl Spec {
     /// The specification that a volume's options make.
@@ -339,6 +358,18 @@ impl Spec {
                 "fail needs restore: without criteria nothing ever matches",
             ));
         }
+        if self.admit == Admit::Later {
+            let problem = if self.kind != Kind::Job {
+                "later is for job volumes: it needs type=job"
+            } else if self.scope.is_some() || !self.read_scopes.is_empty() {
+                "later, so neither scope nor read-scopes may be given: whoever admits the job says them"
+            } else {
+                ""
+            };
+            if !problem.is_empty() {
+                return Err(BadOption::new("admit", problem));
+            }
+        }
         let fs = self.fs.unwrap_or_default();
         if self.on_miss == OnMiss::Empty && self.size.is_some_and(|size| size < fs.min_size()) {
             return Err(BadOption::new(
@@ -374,6 +405,7 @@ impl Spec {
             "on-error" => self.on_error = Word::parse(value)?,
             "reuse" => self.reuse = Word::parse(value)?,
             "type" => self.kind = Word::parse(value)?,
+            "admit" => self.admit = Word::parse(value)?,
             _ => return Err(format!("there is no such option; there are {OPTIONS}")),
         }
         Ok(())
@@ -430,6 +462,7 @@ impl Spec {
             (!read_scopes.is_empty()).then(|| read_scopes.join(" ")),
         );
         option("type", unless(self.kind, Kind::default()));
+        option("admit", unless(self.admit, Admit::default()));
         option("publish", unless(self.publish, Publish::default()));
         option("size", self.size.map(|size| size.0.to_string()));
         option("fs", self.fs.map(|fs| fs.to_string()));
@@ -508,11 +541,38 @@ impl Spec {
         };
         Ok(Self {
             kind: Kind::Cache,
+            admit: Admit::AtOnce,
             reuse: Reuse::Fresh,
             restore: Criteria(restore),
             save: save.into_iter().collect(),
             ..self.clone()
         })
+    }
+
+    /// The specification of a job volume with `admit=later` whose job is known now: `options` say its
+    /// scopes, and what else depends on the job.
+    ///
+    /// # Errors
+    /// An option that is malformed, or no such one.
+    pub fn admitted(&self, options: &BTreeMap<String, String>) -> Result<Self, BadOption> {
+        let mut spec = Self {
+            admit: Admit::AtOnce,
+            ..self.clone()
+        };
+        for (option, value) in options {
+            if !matches!(
+                option.as_str(),
+                "scope" | "read-scopes" | "restore" | "save"
+            ) {
+                let problem = "is settled when the volume is created";
+                return Err(BadOption::new(option, problem));
+            }
+            spec.set(option, value)
+                .map_err(|problem| BadOption::new(option, problem))?;
+        }
+        spec.settle_read_scopes();
+        spec.check()?;
+        Ok(spec)
     }
 
     /// The scopes to read, in order.

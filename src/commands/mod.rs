@@ -12,6 +12,7 @@ pub mod list;
 pub mod pin;
 pub mod remove;
 pub(crate) mod rows;
+pub mod runners;
 pub mod show;
 pub mod stats;
 mod table;

@@ -36,7 +36,7 @@ use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, SAVE};
 use crate::cache::request::LatePath;
 use crate::cache::select::Criterion;
-use crate::cache::spec::Publish;
+use crate::cache::spec::{Admit, Publish, Spec};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
 use crate::userns::Ids;
@@ -178,6 +178,20 @@ impl Job {
     #[must_use]
     pub fn closed(&self) -> watch::Receiver<bool> {
         self.closed.subscribe()
+    }
+
+    /// Returns once it is known whose job it is.
+    pub async fn admitted(&self) {
+        if self.volume.spec.admit == Admit::Later {
+            let mut admitted = self.volume.admitted.subscribe();
+            let _ = admitted.wait_for(Option::is_some).await;
+        }
+    }
+
+    /// What requests start from.
+    fn spec(&self) -> Result<Spec, EngineError> {
+        let known = self.volume.for_requests();
+        known.ok_or_else(|| refused("nobody has said yet whose job this is"))
     }
 
     /// The device number of its directory: by it the job's own mount table tells where that is.
@@ -495,7 +509,7 @@ impl Engine {
     ) -> Result<LateView, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
-        let spec = job.volume.spec.of_request(criteria, save)?;
+        let spec = job.spec()?.of_request(criteria, save)?;
         let _reserved = job.reserve(path, most)?;
         let failed = |e: io::Error| {
             refused(format!(
@@ -567,7 +581,7 @@ impl Engine {
     /// See [`EngineError`].
     pub fn lookup(&self, job: &Job, criteria: &[Criterion]) -> Result<LateView, EngineError> {
         let began = Instant::now();
-        let spec = job.volume.spec.of_request(criteria, &[])?;
+        let spec = job.spec()?.of_request(criteria, &[])?;
         let path = LatePath::parse("lookup", &[]).expect("a name");
         let (_, source) = self.choose(&Volume::late_of(&job.volume, &path, spec))?;
         Ok(LateView::of(&source, None, began.elapsed()))
@@ -598,7 +612,7 @@ impl Engine {
         })?;
         let mut spec = volume.spec.clone();
         if !tags.is_empty() {
-            spec.save = job.volume.spec.of_request(&[], tags)?.save;
+            spec.save = job.spec()?.of_request(&[], tags)?.save;
         }
         if spec.save.is_empty() {
             return Err(refused(format!(

@@ -104,13 +104,15 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a hook says of a container that uses volumes.
+/// What is said of a container that uses volumes.
 #[derive(Debug, Clone)]
 pub enum Happened {
     /// It runs, with these ids on this host where that is known.
     Started(Option<Ids>),
     /// It has ended so.
     Ended(Verdict),
+    /// Whoever has it do its work says how that ended, whatever its exit code was.
+    Judged(Verdict),
 }
 
 /// A volume as Get and List show it.
@@ -679,7 +681,7 @@ impl Engine {
         }
     }
 
-    /// Takes what a hook says of a container that uses a volume's present lease. Nothing
+    /// Takes what is said of a container that uses a volume's present lease. Nothing
     /// happens where there is no such lease.
     pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) {
         let Ok(volume) = self.volume(name) else {
@@ -692,11 +694,16 @@ impl Engine {
                 return;
             };
             let before = lease.verdict();
-            let verdict = match happened {
-                Happened::Started(_) => Verdict::Unknown,
-                Happened::Ended(verdict) => *verdict,
-            };
-            lease.ends.insert(container.to_owned(), verdict);
+            match happened {
+                Happened::Started(_) => {
+                    lease.ends.insert(container.to_owned(), Verdict::Unknown);
+                }
+                Happened::Ended(verdict) => {
+                    lease.ends.insert(container.to_owned(), *verdict);
+                }
+                // The container's end may be told later still.
+                Happened::Judged(verdict) => lease.judged = Some(*verdict),
+            }
             if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
                 (&lease.backing, happened)
             {
@@ -720,6 +727,52 @@ impl Engine {
                 warn!(volume = %name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
             }
         }
+    }
+
+    /// Says whose job it is that a job volume with `admit=later` is for: its requests are served from
+    /// now on, with these scopes. Said once; the same again changes nothing.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn admit(
+        &self,
+        name: &VolumeName,
+        options: &BTreeMap<String, String>,
+    ) -> Result<(), EngineError> {
+        let volume = self.volume(name)?;
+        let _op = lock(&volume.op);
+        let spec = volume.spec.admitted(options)?;
+        if let Some(known) = volume.for_requests() {
+            return if known == spec {
+                Ok(())
+            } else {
+                Err(EngineError::Exists(name.clone()))
+            };
+        }
+        let lv = match &lock(&volume.now).phase {
+            Phase::Leased(Lease {
+                backing: Backing::Job { lv, .. },
+                ..
+            })
+            | Phase::Stale(lv) => lv.clone(),
+            _ => None,
+        };
+        // First where another life of ours reads it: what a job was given must not be asked for again.
+        if let Some(lv) = lv {
+            let (old, new) = (volume.spec.to_tags(), spec.to_tags());
+            let without = |all: &[Tag], others: &[Tag]| -> Vec<Tag> {
+                let others: HashSet<_> = others.iter().collect();
+                all.iter()
+                    .filter(|tag| !others.contains(tag))
+                    .cloned()
+                    .collect()
+            };
+            self.store
+                .change_tags(&lv, &without(&new, &old), &without(&old, &new))?;
+        }
+        info!(volume = %name, scope = spec.scope.as_ref().map_or("-", Tag::as_str), "its job is known");
+        volume.admitted.send_replace(Some(spec));
+        Ok(())
     }
 
     /// Removes a volume; a lease that goes on ends.

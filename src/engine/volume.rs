@@ -9,12 +9,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tokio::sync::watch;
 
 use super::job::Job;
 use super::{Verdict, lock};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::request::LatePath;
-use crate::cache::spec::{FsType, Publish, Reuse, Spec};
+use crate::cache::spec::{Admit, FsType, Publish, Reuse, Spec};
 use crate::mount::Mounted;
 use crate::userns::Ids;
 
@@ -23,6 +24,8 @@ use crate::userns::Ids;
 pub(super) struct Volume {
     pub name: VolumeName,
     pub spec: Spec,
+    /// With `admit=later`: what it says since its job is known.
+    pub admitted: watch::Sender<Option<Spec>>,
     /// Seconds since 1970.
     pub created: u64,
     /// The job volume that this is mounted in, and where.
@@ -185,6 +188,8 @@ pub(super) struct Lease {
     /// How each container that used it ended; unknown as long as it runs. Restarted,
     /// its last end counts.
     pub ends: BTreeMap<String, Verdict>,
+    /// How the work in it ended, as whoever had it done says.
+    pub judged: Option<Verdict>,
     /// Writes the lease's mark, behind Mount's answer.
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
@@ -219,6 +224,7 @@ impl Lease {
             began: Instant::now(),
             took: Duration::ZERO,
             ends: BTreeMap::new(),
+            judged: None,
             mark: None,
             discarded: false,
             shown: None,
@@ -234,13 +240,18 @@ impl Lease {
         }
     }
 
-    /// How the work in it ended: as the job says, else as its containers ended, of which a failure of
-    /// one is a failure of all.
+    /// How the work in it ended: as the job says, but that whoever had it done knows better of a success;
+    /// else as its containers ended, of which a failure of one is a failure of all.
     pub fn verdict(&self) -> Verdict {
-        if let Backing::Job { job, .. } = &self.backing
-            && job.verdict() != Verdict::Unknown
-        {
-            return job.verdict();
+        let by_job = match &self.backing {
+            Backing::Job { job, .. } => job.verdict(),
+            Backing::Lv { .. } | Backing::Scratch(_) => Verdict::Unknown,
+        };
+        match (by_job, self.judged) {
+            (Verdict::Failure, _) => return Verdict::Failure,
+            (_, Some(judged)) => return judged,
+            (Verdict::Success, None) => return Verdict::Success,
+            (Verdict::Unknown, None) => {}
         }
         let all = |verdict| self.ends.values().all(|end| *end == verdict);
         if self.ends.values().any(|end| *end == Verdict::Failure) {
@@ -283,6 +294,7 @@ impl Volume {
         Self {
             name,
             spec,
+            admitted: watch::Sender::new(None),
             created,
             late: None,
             op: Mutex::new(()),
@@ -292,6 +304,14 @@ impl Volume {
                 settling: Vec::new(),
                 last: None,
             }),
+        }
+    }
+
+    /// What a job's requests start from; `None` as long as nobody said whose job it is.
+    pub fn for_requests(&self) -> Option<Spec> {
+        match self.spec.admit {
+            Admit::AtOnce => Some(self.spec.clone()),
+            Admit::Later => self.admitted.borrow().clone(),
         }
     }
 

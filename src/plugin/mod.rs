@@ -102,6 +102,9 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/Friend.Ended", post(ended))
         // Ours, for `gc`.
         .route("/Friend.Gc", post(gc))
+        // Ours, for the supervisor.
+        .route("/Friend.Judged", post(judged))
+        .route("/Friend.Admit", post(admit))
         .fallback(no_such_endpoint)
         .method_not_allowed_fallback(not_a_post)
         .with_state(app)
@@ -228,6 +231,21 @@ async fn gc(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let asked = wire::Gc::parse(&body.0)?;
     let evicted = app.work(move |engine| engine.gc(asked.dry_run)).await?;
     Ok(ok(&wire::Evictions { evicted }))
+}
+
+async fn judged(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let of = wire::Use::parse(&body.0)?;
+    let verdict = of.verdict();
+    app.tell(of, Happened::Judged(verdict)).await
+}
+
+async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
+    let request = body.request()?;
+    let name = request.name()?;
+    let options = request.into_options();
+    app.work(move |engine| engine.admit(&name, &options))
+        .await?;
+    Ok(ok(&wire::Done {}))
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {

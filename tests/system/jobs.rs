@@ -39,6 +39,7 @@ const BODIES: &[Body] = &[
     ("a_checkpoint_is_of_one_instant", checkpoint),
     ("a_checkpoint_while_dd_writes", checkpoint_of_much),
     ("mounts_go_on_after_a_kill", over_a_kill),
+    ("none_gets_in_before_it_is_known", unknown),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
     ("a_directory_swapped_for_a_link_leads_nowhere", swapped),
@@ -299,29 +300,50 @@ fn verdicts(kind: Kind) {
         jobs.daemon().plugin().remove("job");
         expected += usize::from(published);
     }
-    // How its container ends counts where the job says nothing.
-    for (code, published) in [(0, true), (1, false)] {
-        let at = jobs.job("job", &json!({"save": "a"}));
-        let of = |extra: Value| {
+    // How its container ends counts where the job says nothing; and before both, what whoever had it done says of it,
+    // but that a job's failure is one.
+    let (ended, judged) = ("Friend.Ended", "Friend.Judged");
+    for (told, said, published) in [
+        (&[(ended, json!(0))][..], "status\n", true),
+        (&[(ended, json!(1))], "status\n", false),
+        (&[(judged, json!(0)), (ended, json!(100))], "status\n", true),
+        (&[(ended, json!(100)), (judged, json!(0))], "status\n", true),
+        (&[(ended, json!(0)), (judged, json!(1))], "status\n", false),
+        (
+            &[(ended, json!(0)), (judged, json!(1))],
+            "verdict success\n",
+            false,
+        ),
+        (
+            &[(ended, json!(0)), (judged, json!(0))],
+            "verdict failure\n",
+            false,
+        ),
+        (
+            &[(ended, json!(0)), (judged, Value::Null)],
+            "status\n",
+            false,
+        ),
+    ] {
+        let options = json!({"save": "a", "publish": "on-success"});
+        let at = jobs.job("job", &options);
+        let tell = |endpoint: &str, more: (&str, &Value)| {
             let mut body = json!({"Container": "c", "Volumes": ["job"]});
-            body.as_object_mut()
-                .unwrap()
-                .extend(extra.as_object().unwrap().clone());
-            body
+            body[more.0] = more.1.clone();
+            jobs.daemon().plugin().ok(endpoint, &body);
         };
-        jobs.daemon()
-            .plugin()
-            .ok("Friend.Started", &of(json!({"Pid": 1})));
+        tell("Friend.Started", ("Pid", &json!(1)));
         assert_ok(&ask(&at, "mount x\n"));
         fs::write(at.join("x/y"), "y").unwrap();
-        jobs.daemon()
-            .plugin()
-            .ok("Friend.Ended", &of(json!({"ExitCode": code})));
+        assert_ok(&ask(&at, said));
+        for (endpoint, code) in told {
+            tell(endpoint, ("ExitCode", code));
+        }
         let last = jobs.end("job", 1);
         assert_eq!(
             last["x"]["published"].is_string(),
             published,
-            "exit {code}: {last}"
+            "{told:?} {said}: {last}"
         );
         jobs.daemon().plugin().remove("job");
         expected += usize::from(published);
@@ -811,6 +833,78 @@ fn flood(kind: Kind) {
     assert_ok(&ask(&at, "mount x\n> linux one\n"));
     assert_eq!(fs::read_to_string(at.join("x/who")).unwrap(), "b");
     jobs.end("other", 1);
+}
+
+/// A job whose scope nobody has said yet gets nothing, and then what it was waiting for.
+fn unknown(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    jobs.entry("trusted", "linux", "trusted");
+    jobs.entry("unscoped", "linux", "-");
+    jobs.entry("own", "linux", "fork");
+    let at = jobs.job("job", &json!({"admit": "later", "publish": "on-success"}));
+    let wanted = "mount x\n> linux\n< linux new\n";
+    let early = thread::spawn({
+        let at = at.clone();
+        move || ask(&at, wanted)
+    });
+    let admit = |jobs: &Jobs, options: Value| {
+        let body = json!({"Name": "job", "Opts": options});
+        jobs.daemon().plugin().call("Friend.Admit", &body)
+    };
+    // What needs no scope is answered meanwhile; by the second answer the first request has long come.
+    assert_ok(&ask(&at, "status\n"));
+    let refused = admit(&jobs, json!({"scope": "fork", "size": "1T"}));
+    assert!(
+        refused.0 == 400 && refused.1["Err"].as_str().unwrap().contains("size"),
+        "{refused:?}"
+    );
+    assert_ok(&ask(&at, "status\n"));
+    assert!(!early.is_finished(), "{:?}", early.join());
+    assert!(!at.join("x").exists());
+
+    let options = json!({"scope": "fork", "read-scopes": "trusted", "save": "job-7"});
+    assert_eq!(admit(&jobs, options.clone()).0, 200);
+    let answer = early.join().unwrap();
+    assert_ok(&answer);
+    assert_eq!(
+        fs::read_to_string(at.join("x/who")).unwrap(),
+        "own",
+        "{answer}"
+    );
+    // Once is for ever, in another life of the daemon too.
+    for _ in 0..2 {
+        assert_eq!(admit(&jobs, options.clone()).0, 200);
+        let (status, body) = admit(&jobs, json!({"scope": "trusted"}));
+        assert_eq!(status, 409, "{body}");
+        let daemon = jobs.daemon.take().unwrap();
+        daemon.kill();
+        jobs.daemon = Some(jobs.site.serve());
+    }
+    assert_ok(&ask(&at, "mount y\n> other\n> linux\n"));
+    assert_eq!(fs::read_to_string(at.join("y/who")).unwrap(), "own");
+    fs::write(at.join("x/who"), "new").unwrap();
+    assert_ok(&ask(&at, "verdict success\n"));
+    let last = jobs.end("job", 2);
+    let rows = jobs.site.list();
+    let published = rows
+        .iter()
+        .find(|row| row["name"] == last["x"]["published"]);
+    let published = published.unwrap_or_else(|| panic!("{last}"));
+    assert_eq!(published["scope"], "fork");
+    assert!(
+        published["tags"].to_string().contains("job-7"),
+        "{published}"
+    );
+
+    for options in [
+        json!({"admit": "later"}),
+        json!({"type": "job", "admit": "later", "scope": "trusted"}),
+        json!({"type": "job", "admit": "soon"}),
+    ] {
+        let body = json!({"Name": "v", "Opts": options});
+        let why = jobs.daemon().plugin().refused("VolumeDriver.Create", &body);
+        assert!(why.contains("admit"), "{why}");
+    }
 }
 
 fn bounds(kind: Kind) {

@@ -12,6 +12,7 @@ mod crash;
 mod damage;
 mod docs;
 mod full;
+mod github;
 mod harness;
 mod jobs;
 mod lvm;
@@ -37,6 +38,7 @@ fn main() {
             damage::tests(),
             docs::tests(),
             full::tests(),
+            github::tests(),
             jobs::tests(),
             lvm::tests(),
             mounts::tests(),

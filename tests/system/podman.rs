@@ -14,6 +14,7 @@ mod job_client;
 mod jobs;
 mod nested;
 mod options;
+mod supervisor;
 mod users;
 
 use std::fs;
@@ -40,6 +41,10 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
+            match kind {
+                Kind::Reflink => supervisor::BODIES,
+                Kind::Lvm => supervisor::GUEST,
+            },
             nested::BODIES,
             churn::BODIES,
             users::BODIES,

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The supervisor's socket, for `runners`: JSON over HTTP, as the plugin's. Root's alone.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::post;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::pool::{Orders, SlotView, Worker, unix_now};
+use crate::engine::Verdict;
+use crate::plugin::wire::{Refusal, ok};
+
+struct App {
+    workers: Vec<Arc<Worker>>,
+    asked: watch::Sender<Orders>,
+}
+
+/// A slot, as `runners list --json` shows it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The pool's name, `-`, and the slot's number.
+    pub slot: String,
+    /// `empty`, `starting`, `idle`, `busy`, `ending`; `paused` and `empty` where no job is taken.
+    pub state: String,
+    /// The runner's name.
+    pub runner: String,
+    /// Its job: repository and name, where a scale set says it.
+    pub job: String,
+    /// Seconds in that state.
+    pub age: u64,
+    /// Caches that were restored, exactly or by a later criterion.
+    pub hits: usize,
+    /// Caches that it has.
+    pub caches: usize,
+    /// How its last job ended.
+    pub last: Option<String>,
+}
+
+/// What is asked of one pool, or of all.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Asked {
+    pool: Option<String>,
+    now: bool,
+    runner: String,
+    lines: u32,
+}
+
+/// The endpoints.
+pub(super) fn router(workers: Vec<Arc<Worker>>, asked: watch::Sender<Orders>) -> Router {
+    Router::new()
+        .route("/Runners.List", post(list))
+        .route("/Runners.Pause", post(pause))
+        .route("/Runners.Resume", post(resume))
+        .route("/Runners.Drain", post(drain))
+        .route("/Runners.Logs", post(logs))
+        .with_state(Arc::new(App { workers, asked }))
+}
+
+type Answer = Result<Response, Refusal>;
+
+fn parse(body: &[u8]) -> Result<Asked, Refusal> {
+    serde_json::from_slice(body).map_err(|e| Refusal::new(StatusCode::BAD_REQUEST, e.to_string()))
+}
+
+fn missing(what: &str, name: &str) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, format!("there is no {what} {name}"))
+}
+
+impl App {
+    fn pools(&self, name: Option<&str>) -> Result<Vec<&Arc<Worker>>, Refusal> {
+        let Some(name) = name else {
+            return Ok(self.workers.iter().collect());
+        };
+        let pool = self.workers.iter().find(|worker| worker.pool.name == name);
+        Ok(vec![pool.ok_or_else(|| missing("pool", name))?])
+    }
+
+    fn order(&self, asked: &Asked, orders: Orders) -> Answer {
+        let pools = self.pools(asked.pool.as_deref())?;
+        // What ends is not called back.
+        if pools.iter().any(|worker| worker.ends()) {
+            let problem = "the supervisor is ending".to_owned();
+            return Err(Refusal::new(StatusCode::CONFLICT, problem));
+        }
+        for worker in pools {
+            worker.orders.send_replace(orders);
+            worker.poke();
+        }
+        Ok(ok(&json!({})))
+    }
+}
+
+async fn list(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    let asked = parse(&body)?;
+    let mut rows = Vec::new();
+    for worker in app.pools(asked.pool.as_deref())? {
+        let paused = *worker.orders.borrow() == Orders::Pause;
+        for (slot, view) in worker.views() {
+            rows.push(row(worker, slot, &view, paused).await);
+        }
+    }
+    Ok(ok(&rows))
+}
+
+async fn row(worker: &Worker, slot: usize, view: &SlotView, paused: bool) -> Row {
+    let (mut hits, mut caches) = (0, 0);
+    for volume in &view.volumes {
+        let asked = worker
+            .friend("VolumeDriver.Get", json!({"Name": volume}))
+            .await;
+        let status = asked
+            .map(|answer| answer["Volume"]["Status"].clone())
+            .unwrap_or_default();
+        let mounts = status["mounts"]
+            .as_object()
+            .map(|all| all.values().cloned().collect());
+        for cache in mounts.unwrap_or_else(|| vec![status]) {
+            caches += usize::from(cache["restored"].is_string());
+            hits += usize::from(matches!(
+                cache["restored"].as_str(),
+                Some("exact" | "fallback")
+            ));
+        }
+    }
+    Row {
+        slot: worker.pool.slot_name(slot),
+        state: if paused && view.state == "empty" {
+            "paused"
+        } else {
+            view.state
+        }
+        .to_owned(),
+        runner: view.runner.clone(),
+        job: view.job.clone(),
+        age: unix_now().saturating_sub(view.since),
+        hits,
+        caches,
+        last: view.last.as_ref().map(Verdict::to_string),
+    }
+}
+
+async fn pause(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    app.order(&parse(&body)?, Orders::Pause)
+}
+
+async fn resume(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    app.order(&parse(&body)?, Orders::Run)
+}
+
+async fn drain(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    let asked = parse(&body)?;
+    let orders = if asked.now {
+        Orders::Stop
+    } else {
+        Orders::Drain
+    };
+    app.asked.send_replace(orders);
+    Ok(ok(&json!({})))
+}
+
+async fn logs(State(app): State<Arc<App>>, body: Bytes) -> Answer {
+    let asked = parse(&body)?;
+    for worker in &app.workers {
+        for (slot, view) in worker.views() {
+            let named = view.runner == asked.runner || worker.pool.slot_name(slot) == asked.runner;
+            if !named || view.container.is_empty() {
+                continue;
+            }
+            let text = worker.logs(&view.container, asked.lines).await;
+            return match text {
+                Ok(text) => Ok(ok(&Value::String(text)).into_response()),
+                Err(error) => Err(Refusal::new(StatusCode::BAD_GATEWAY, error.to_string())),
+            };
+        }
+    }
+    Err(missing("runner with a container", &asked.runner))
+}

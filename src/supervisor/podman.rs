@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Podman's REST API (libpod, `podman system service`) over its unix socket.
+//!
+//! What is secret goes to Podman as one of its own secrets, in a request's body: it comes to be in the
+//! environment of the container's first process, and in no argument, no label and no `podman inspect`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_util::client::legacy::Client;
+use hyperlocal::{UnixClientExt as _, UnixConnector};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::slot::{Container, State};
+use crate::plugin::wire::printable;
+
+/// The API's version: that of Podman 4.0, which later ones speak too.
+const VERSION: &str = "v4.0.0";
+
+/// For an answer. Starting a container may wait for its volumes.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Longest answer, in bytes.
+const MAX_ANSWER: usize = 16 << 20;
+
+/// The label with the slot's name of what is ours.
+pub const SLOT: &str = "lvm-cache-friend.slot";
+
+/// And the one with the runner's.
+pub const RUNNER: &str = "lvm-cache-friend.runner";
+
+/// A request that Podman did not grant.
+#[derive(Debug, thiserror::Error)]
+pub enum PodmanError {
+    /// Nobody answered.
+    #[error("Podman does not answer on {}: {problem}", .socket.display())]
+    Away {
+        /// Its socket.
+        socket: PathBuf,
+        /// What went wrong.
+        problem: String,
+    },
+    /// It was refused.
+    #[error("Podman: {what}: {status}: {message}")]
+    Refused {
+        /// What was asked for.
+        what: &'static str,
+        /// The status.
+        status: StatusCode,
+        /// What Podman said.
+        message: String,
+    },
+}
+
+/// A client.
+pub struct Podman {
+    socket: PathBuf,
+    client: Client<UnixConnector, Full<Bytes>>,
+}
+
+impl fmt::Debug for Podman {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Podman").field(&self.socket).finish()
+    }
+}
+
+struct Answer {
+    what: &'static str,
+    status: StatusCode,
+    body: Bytes,
+}
+
+impl Answer {
+    fn expect(&self, wanted: &[u16]) -> Result<(), PodmanError> {
+        if wanted.contains(&self.status.as_u16()) {
+            return Ok(());
+        }
+        #[derive(Deserialize)]
+        struct Message {
+            message: String,
+        }
+        let message = serde_json::from_slice::<Message>(&self.body).map_or_else(
+            |_| String::from_utf8_lossy(&self.body).into_owned(),
+            |m| m.message,
+        );
+        Err(self.refused(&message))
+    }
+
+    fn refused(&self, message: &str) -> PodmanError {
+        PodmanError::Refused {
+            what: self.what,
+            status: self.status,
+            message: printable(message.trim()),
+        }
+    }
+
+    fn json<T: DeserializeOwned>(&self) -> Result<T, PodmanError> {
+        self.expect(&[200, 201])?;
+        // Podman says null for an empty list.
+        let text: &[u8] = if self.body.trim_ascii() == b"null" {
+            b"[]"
+        } else {
+            &self.body
+        };
+        serde_json::from_slice(text).map_err(|e| self.refused(&format!("its answer: {e}")))
+    }
+}
+
+impl Podman {
+    /// A client of the service on this socket; nothing is asked yet.
+    #[must_use]
+    pub fn new(socket: &Path) -> Self {
+        Self {
+            socket: socket.to_owned(),
+            client: Client::unix(),
+        }
+    }
+
+    async fn ask(
+        &self,
+        what: &'static str,
+        method: Method,
+        path: &str,
+        body: Option<(&str, Bytes)>,
+        timeout: Duration,
+    ) -> Result<Answer, PodmanError> {
+        let away = |problem: String| PodmanError::Away {
+            socket: self.socket.clone(),
+            problem,
+        };
+        let path = format!("/{VERSION}/libpod/{path}");
+        let uri: axum::http::Uri = hyperlocal::Uri::new(&self.socket, &path).into();
+        let mut request = Request::builder().method(method).uri(uri);
+        let body = match body {
+            Some((kind, body)) => {
+                request = request.header(header::CONTENT_TYPE, kind);
+                body
+            }
+            None => Bytes::new(),
+        };
+        let request = request
+            .body(Full::new(body))
+            .map_err(|e| away(format!("{what}: {e}")))?;
+        let whole = async {
+            let response = self.client.request(request).await;
+            let response = response.map_err(|e| {
+                let cause = std::error::Error::source(&e).map(ToString::to_string);
+                away(cause.unwrap_or_else(|| e.to_string()))
+            })?;
+            let (parts, body) = response.into_parts();
+            let body = Limited::new(body, MAX_ANSWER).collect().await;
+            Ok(Answer {
+                what,
+                status: parts.status,
+                body: body.map_err(|e| away(e.to_string()))?.to_bytes(),
+            })
+        };
+        tokio::time::timeout(timeout, whole)
+            .await
+            .unwrap_or_else(|_| {
+                Err(away(format!(
+                    "{what}: no answer within {} s",
+                    timeout.as_secs()
+                )))
+            })
+    }
+
+    async fn get(&self, what: &'static str, path: &str) -> Result<Answer, PodmanError> {
+        self.ask(what, Method::GET, path, None, TIMEOUT).await
+    }
+
+    async fn post(
+        &self,
+        what: &'static str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer, PodmanError> {
+        let body = body.map(|body| ("application/json", body.to_string().into()));
+        self.ask(what, Method::POST, path, body, TIMEOUT).await
+    }
+
+    async fn delete(&self, what: &'static str, path: &str) -> Result<(), PodmanError> {
+        let answer = self.ask(what, Method::DELETE, path, None, TIMEOUT).await?;
+        answer.expect(&[200, 204, 404])
+    }
+
+    /// The containers of a slot.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn containers(&self, slot: &str) -> Result<Vec<Container>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Listed {
+            id: String,
+            state: String,
+            #[serde(default)]
+            exit_code: i32,
+            #[serde(default)]
+            started_at: i64,
+            #[serde(default)]
+            exited_at: i64,
+            labels: BTreeMap<String, String>,
+        }
+        let path = format!("containers/json?all=true&filters={}", filter(&of(slot)));
+        let listed: Vec<Listed> = self.get("listing containers", &path).await?.json()?;
+        let time = |at: i64| u64::try_from(at).unwrap_or(0);
+        Ok(listed
+            .into_iter()
+            .map(|c| Container {
+                state: match c.state.as_str() {
+                    "created" | "configured" | "initialized" => State::Created,
+                    "running" | "paused" => State::Running(time(c.started_at)),
+                    "exited" | "stopped" => State::Exited(c.exit_code, time(c.exited_at)),
+                    _ => State::Changing,
+                },
+                runner: c.labels.get(RUNNER).cloned().unwrap_or_default(),
+                id: c.id,
+            })
+            .collect())
+    }
+
+    /// The slots, of whatever pool, that have containers.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn slots(&self) -> Result<BTreeSet<String>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Listed {
+            labels: BTreeMap<String, String>,
+        }
+        let path = format!("containers/json?all=true&filters={}", filter(SLOT));
+        let listed: Vec<Listed> = self.get("listing containers", &path).await?.json()?;
+        let slots = listed.into_iter();
+        Ok(slots.filter_map(|mut c| c.labels.remove(SLOT)).collect())
+    }
+
+    /// Removes the volumes of a slot that no container has. One that Podman knows and its driver does not, as
+    /// after a crash of either, goes too; as long as it is there, Podman lists no volumes to anybody.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn prune_volumes(&self, slot: &str) -> Result<(), PodmanError> {
+        let path = format!("volumes/prune?filters={}", filter(&of(slot)));
+        let answer = self.post("removing volumes", &path, None).await?;
+        answer.expect(&[200])
+    }
+
+    /// The names of secrets that begin so.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn secrets(&self, prefix: &str) -> Result<BTreeSet<String>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Spec {
+            name: String,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Listed {
+            spec: Spec,
+        }
+        let listed: Vec<Listed> = self.get("listing secrets", "secrets/json").await?.json()?;
+        let names = listed.into_iter().map(|secret| secret.spec.name);
+        Ok(names.filter(|name| name.starts_with(prefix)).collect())
+    }
+
+    /// Makes a volume of ours, where there is none of that name.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn create_volume(
+        &self,
+        name: &str,
+        options: &BTreeMap<String, String>,
+        labels: &BTreeMap<&str, String>,
+    ) -> Result<(), PodmanError> {
+        let there = self
+            .get("looking for a volume", &format!("volumes/{name}/exists"))
+            .await?;
+        if there.status == StatusCode::NO_CONTENT {
+            return Ok(());
+        }
+        let volume = json!({
+            "Name": name,
+            "Driver": "lvm-cache-friend",
+            "Options": options,
+            "Label": labels,
+        });
+        let answer = self
+            .post("making a volume", "volumes/create", Some(&volume))
+            .await?;
+        answer.expect(&[200, 201])
+    }
+
+    /// Removes a volume, where it is there.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn remove_volume(&self, name: &str) -> Result<(), PodmanError> {
+        self.delete("removing a volume", &format!("volumes/{name}"))
+            .await
+    }
+
+    /// Makes a secret, in place of one of that name.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn create_secret(
+        &self,
+        name: &str,
+        secret: &SecretString,
+    ) -> Result<(), PodmanError> {
+        self.remove_secret(name).await?;
+        let body = Bytes::copy_from_slice(secret.expose_secret().as_bytes());
+        let path = format!("secrets/create?name={name}");
+        let body = Some(("application/octet-stream", body));
+        let answer = self
+            .ask("making a secret", Method::POST, &path, body, TIMEOUT)
+            .await?;
+        answer.expect(&[200, 201])
+    }
+
+    /// Removes a secret, where it is there.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn remove_secret(&self, name: &str) -> Result<(), PodmanError> {
+        self.delete("removing a secret", &format!("secrets/{name}"))
+            .await
+    }
+
+    /// Creates a container and gives its id.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn create(&self, spec: &Value) -> Result<String, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Created {
+            id: String,
+        }
+        let answer = self
+            .post("creating a container", "containers/create", Some(spec))
+            .await?;
+        Ok(answer.json::<Created>()?.id)
+    }
+
+    /// Starts a container; no error where it runs.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn start(&self, id: &str) -> Result<(), PodmanError> {
+        let path = format!("containers/{id}/start");
+        let answer = self.post("starting a container", &path, None).await?;
+        answer.expect(&[204, 304])
+    }
+
+    /// Kills a container; no error where it does not run.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn kill(&self, id: &str) -> Result<(), PodmanError> {
+        let path = format!("containers/{id}/kill?signal=KILL");
+        let answer = self.post("killing a container", &path, None).await?;
+        answer.expect(&[204, 404, 409])
+    }
+
+    /// Returns when a container has ended.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn wait(&self, id: &str) -> Result<(), PodmanError> {
+        let path = format!("containers/{id}/wait?condition=exited");
+        let day = Duration::from_secs(86_400);
+        let answer = self
+            .ask("waiting for a container", Method::POST, &path, None, day)
+            .await?;
+        answer.expect(&[200, 404])
+    }
+
+    /// Removes a container that does not run.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn remove(&self, id: &str) -> Result<(), PodmanError> {
+        self.delete("removing a container", &format!("containers/{id}?v=false"))
+            .await
+    }
+
+    /// The last lines that a container wrote.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn logs(&self, id: &str, lines: u32) -> Result<String, PodmanError> {
+        let path = format!("containers/{id}/logs?stdout=true&stderr=true&tail={lines}");
+        let answer = self.get("reading a container's log", &path).await?;
+        answer.expect(&[200])?;
+        Ok(demultiplexed(&answer.body))
+    }
+}
+
+/// The label of what is a slot's.
+fn of(slot: &str) -> String {
+    format!("{SLOT}={slot}")
+}
+
+/// What has a label, in a query.
+fn filter(label: &str) -> String {
+    let text = json!({"label": [label]}).to_string();
+    // Of a slot's name and JSON's own, these are what a query cannot have.
+    text.replace('"', "%22")
+        .replace('{', "%7B")
+        .replace('}', "%7D")
+}
+
+/// The text in the API's stream of frames: 8 bytes, the last four of which say how long it is.
+fn demultiplexed(mut stream: &[u8]) -> String {
+    let mut text = Vec::new();
+    while let Some((head, rest)) = stream.split_at_checked(8) {
+        let length = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+        let length = usize::try_from(length)
+            .unwrap_or(usize::MAX)
+            .min(rest.len());
+        text.extend_from_slice(&rest[..length]);
+        stream = &rest[length..];
+    }
+    // It is shown on root's terminal, which is not to be a job's to command.
+    let plain = |c: char| {
+        if c.is_control() && !matches!(c, '\n' | '\t') {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            c
+        }
+    };
+    String::from_utf8_lossy(&text).chars().map(plain).collect()
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The supervisor as a program: pools brought up together, told what to do, and let go.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::config::{Size, Supervise};
+use super::control;
+use super::github::{GitHub, GitHubError};
+use super::listener::listen;
+use super::podman::Podman;
+use super::pool::{Orders, Worker};
+use crate::config::Settings;
+use crate::plugin::server;
+use crate::plugin::socket::{Listening, SocketError};
+
+/// How long stopping at once may take: what is left then, the next start removes.
+const STOP: Duration = Duration::from_secs(60);
+
+/// The supervisor could not be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// A pool's GitHub cannot be asked.
+    #[error("pool {pool}: {source}")]
+    GitHub {
+        /// The pool.
+        pool: String,
+        /// Why.
+        source: GitHubError,
+    },
+    /// The socket could not be had, or another supervisor runs.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, SuperviseError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| SuperviseError::Io {
+            what: "starting the runtime",
+            source,
+        })
+}
+
+fn workers(settings: &Settings, supervise: &Supervise) -> Result<Vec<Arc<Worker>>, SuperviseError> {
+    let pools = supervise.pools.iter();
+    pools
+        .map(|pool| {
+            let github = GitHub::new(&pool.url, pool.api.as_deref(), &pool.auth);
+            let github = github.map_err(|source| SuperviseError::GitHub {
+                pool: pool.name.clone(),
+                source,
+            })?;
+            let podman = Podman::new(&supervise.podman_socket);
+            Ok(Arc::new(Worker::new(
+                pool.clone(),
+                github,
+                podman,
+                settings.socket.clone(),
+            )))
+        })
+        .collect()
+}
+
+/// Looks whether the supervisor could be brought up with these settings: secrets are read, nobody is asked.
+///
+/// # Errors
+/// See [`SuperviseError`].
+pub fn check(settings: &Settings, supervise: &Supervise) -> Result<(), SuperviseError> {
+    runtime()?.block_on(async { workers(settings, supervise).map(drop) })
+}
+
+/// Runs until it was told to end: by SIGTERM or SIGINT, once the jobs that run have ended; by a second
+/// one, at once.
+///
+/// # Errors
+/// See [`SuperviseError`].
+pub fn run(settings: &Settings, supervise: &Supervise) -> Result<(), SuperviseError> {
+    let most = server::raise_limits();
+    let listening = Listening::open(&supervise.control_socket, 0)?;
+    let (listener, ours) = listening.into_parts();
+    let runtime = runtime()?;
+    let result = runtime.block_on(live(settings, supervise, listener, most));
+    runtime.shutdown_background();
+    remove(ours.as_deref());
+    result
+}
+
+fn remove(socket: Option<&Path>) {
+    if let Some(socket) = socket
+        && let Err(error) = std::fs::remove_file(socket)
+    {
+        warn!(socket = %socket.display(), %error, "cannot remove the socket");
+    }
+}
+
+async fn live(
+    settings: &Settings,
+    supervise: &Supervise,
+    listener: std::os::unix::net::UnixListener,
+    most: usize,
+) -> Result<(), SuperviseError> {
+    let doing = |what: &'static str| move |source| SuperviseError::Io { what, source };
+    let mut terminate = signal(SignalKind::terminate()).map_err(doing("listening for signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(doing("listening for signals"))?;
+    let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
+    let workers = workers(settings, supervise)?;
+    for worker in &workers {
+        tokio::spawn(Arc::clone(worker).find());
+        for slot in 0..worker.pool.slots() {
+            let worker = Arc::clone(worker);
+            tokio::spawn(async move { worker.work(slot).await });
+        }
+    }
+    let listeners: Vec<_> = workers
+        .iter()
+        .filter_map(|worker| match &worker.pool.size {
+            Size::ScaleSet(set) => {
+                let (worker, set) = (Arc::clone(worker), set.clone());
+                Some(tokio::spawn(async move { listen(&worker, &set).await }))
+            }
+            Size::Fixed(_) => None,
+        })
+        .collect();
+    // What the end was asked for with, on the socket.
+    let asked = watch::Sender::new(Orders::Run);
+    let router = control::router(workers.clone(), asked.clone());
+    let served = tokio::spawn(server::serve(
+        listener,
+        router,
+        most,
+        std::future::pending(),
+    ));
+    let slots: usize = workers.iter().map(|worker| worker.pool.slots()).sum();
+    notify(&[
+        NotifyState::Ready,
+        NotifyState::Status(&format!("{slots} slots")),
+    ]);
+    info!(pools = workers.len(), slots, "supervising");
+
+    let mut told = asked.subscribe();
+    let mut orders = Orders::Run;
+    let mut bound = None;
+    loop {
+        let emptied = async {
+            for worker in &workers {
+                worker.emptied().await;
+            }
+        };
+        let late = async {
+            match bound {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        let next = tokio::select! {
+            _ = terminate.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
+            _ = interrupt.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
+            _ = told.changed() => *told.borrow_and_update(),
+            () = emptied, if orders >= Orders::Drain => {
+                info!("nothing is left to do");
+                break;
+            }
+            () = late => {
+                warn!("ended before all was done: what is left, the next start looks after");
+                break;
+            }
+        };
+        if next <= orders {
+            continue;
+        }
+        orders = next;
+        let time = if orders == Orders::Stop {
+            STOP
+        } else {
+            supervise.drain_timeout
+        };
+        bound = Some(Instant::now() + time);
+        info!(
+            seconds = time.as_secs(),
+            "{}",
+            if orders == Orders::Stop {
+                "ending all runners"
+            } else {
+                "draining: no new jobs"
+            }
+        );
+        notify(&[NotifyState::Stopping]);
+        for worker in &workers {
+            worker.orders.send_replace(orders);
+            worker.poke();
+        }
+    }
+    for listener in listeners {
+        let _ = tokio::time::timeout(Duration::from_secs(5), listener).await;
+    }
+    served.abort();
+    Ok(())
+}
+
+fn notify(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(false, state) {
+        warn!(%error, "cannot tell systemd");
+    }
+}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A stand-in for GitHub, and tests of the client of GitHub against it.
+//!
+//! [`fake`] answers as GitHub's REST API and its Actions service do, and takes a request that is
+//! not of the documented shape for a failure of the test.
+
+mod client;
+pub mod fake;
+
+use crate::harness::Test;
+
+pub fn tests() -> Vec<Test> {
+    client::tests()
+}

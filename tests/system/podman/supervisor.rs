@@ -1,0 +1,868 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The supervisor with real Podman, a stand-in for GitHub (`crate::github::fake`), and one for its
+//! runner (`tests/vm/runner-image`).
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use lvm_cache_friend::config::RUN_DIR;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::hooks::Hooks;
+use super::{Body, Host};
+use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
+use crate::support::command::run;
+use crate::support::podman::Service;
+use crate::support::site::{Kind, MOUNT_DIR};
+
+/// On this machine's kernel.
+pub const BODIES: &[Body] = &[
+    ("supervised_jobs", jobs),
+    ("supervised_scale_set", scale_set),
+    ("supervisor_over_kills", kills),
+    ("supervisor_killed_at_each_step", each_step),
+    ("supervisor_starts_again", starts_again),
+    ("supervised_hostile_jobs", hostile),
+    ("many_supervised_jobs", many),
+    ("supervisor_meets_faults", faults),
+    ("supervised_scale_set_meets_faults", set_faults),
+    ("supervisor_drains", drains),
+];
+
+/// In a guest: what needs cgroups.
+pub const GUEST: &[Body] = &[("supervised_hostile_jobs", hostile)];
+
+/// Longer than anything here takes: a test that waits longer shows the log.
+const PATIENCE: Duration = Duration::from_secs(150);
+
+/// A host with a supervisor. Parts are taken down in this order.
+struct Place {
+    supervisor: Option<Supervisor>,
+    service: Option<Service>,
+    _hooks: Hooks,
+    fake: Fake,
+    host: Host,
+}
+
+/// A running supervisor; killed when dropped, and its log is shown where the test failed.
+struct Supervisor {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Supervisor {
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if true || std::thread::panicking() {
+            println!("--- the supervisor's log:\n{}", self.log());
+        }
+    }
+}
+
+const FIXED: &str = "count = 2\n";
+const CACHE: &str = "[[supervise.pool.volume]]\nname = 'cache'\ntarget = '/cache'\n\
+                     options = { restore = 'layers', save = 'layers {slot}' }\n";
+const SET: &str = "scale-set = { name = 'linux', max = 2 }\n";
+const JOB: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-cache-friend'\n\
+                   options = { type = 'job', save = 'of={ref}' }\n";
+
+impl Place {
+    /// A pool `linux`, which `settings` describes, and its volumes.
+    fn new(kind: Kind, auth: &str, settings: &str, volumes: &str) -> Self {
+        Self::with(kind, auth, settings, volumes, "")
+    }
+
+    /// And containers with further settings.
+    fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
+        let host = Host::new(kind);
+        let fake = Fake::start();
+        let hooks = Hooks::new(&host);
+        let image = run(
+            concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/runner-image"),
+            [""; 0],
+        );
+        let auth = match auth {
+            "app" => format!(
+                "app = {{ id = {}, installation = {}, key = {:?} }}",
+                APP.0,
+                APP.1,
+                fake.file("app.pem")
+            ),
+            _ => format!("token = {:?}", fake.file("token")),
+        };
+        let mut text = fs::read_to_string(&host.site.config).unwrap();
+        write!(
+            text,
+            "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n\
+             [[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
+             labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
+             container = {{ {container}image = '{1}', network = 'host' }}\n{volumes}",
+            fake.url,
+            image.trim()
+        )
+        .unwrap();
+        fs::write(&host.site.config, text).unwrap();
+        let mut place = Self {
+            supervisor: None,
+            service: Some(Service::start()),
+            _hooks: hooks,
+            fake,
+            host,
+        };
+        place.start(&[]);
+        place
+    }
+
+    fn start(&mut self, environment: &[(&str, &str)]) {
+        let log = self.host.site.dir.path().join("supervisor.log");
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .unwrap();
+        let mut command = self
+            .host
+            .site
+            .command(&["supervise", "--log-level", "debug"]);
+        command
+            .stdout(Stdio::null())
+            .stderr(file)
+            .envs(environment.iter().copied());
+        let child = command.spawn().unwrap();
+        self.supervisor = Some(Supervisor { child, log });
+    }
+
+    fn supervisor(&mut self) -> &mut Supervisor {
+        self.supervisor.as_mut().unwrap()
+    }
+
+    /// Waits until something is so.
+    #[track_caller]
+    fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
+        let since = Instant::now();
+        println!(
+            "DBG until {what} {:?}",
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+        );
+        while !so(self) {
+            assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
+            let supervisor = self.supervisor();
+            if let Some(status) = supervisor.child.try_wait().unwrap() {
+                panic!("the supervisor ended ({status}) before: {what}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Ends what runs, and what the kernel and `/run` know of it, as a power cut does; then all but the supervisor
+    /// is started. What is on the disk stays: whether that would be there, `powercut` tests.
+    fn power_cut(&mut self) {
+        let podman = &self.host.podman;
+        for process in ["{{.State.ConmonPid}}", "{{.State.Pid}}"] {
+            let all = podman.done(&["ps", "--all", "--quiet"]);
+            for container in all.lines() {
+                let pid = podman.done(&["inspect", "--format", process, container]);
+                let pid: i32 = pid.trim().parse().unwrap();
+                if pid > 0 {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+            }
+        }
+        self.service = None;
+        self.host.daemon.take().unwrap().kill();
+        let gone = ["/var/lib/containers/storage", MOUNT_DIR];
+        for mount in lvm_cache_friend::mount::table().unwrap().iter().rev() {
+            if gone.iter().any(|place| mount.at.starts_with(place)) {
+                let _ = umount2(&mount.at, MntFlags::MNT_DETACH);
+            }
+        }
+        for place in ["/run/libpod", "/run/containers", "/run/crun", RUN_DIR] {
+            let _ = fs::remove_dir_all(place);
+        }
+        let _ = fs::remove_file("/dev/shm/libpod_lock");
+        self.host.daemon = Some(self.host.site.serve());
+        self.service = Some(Service::start());
+    }
+
+    /// Queues a job and waits for its result.
+    #[track_caller]
+    fn job(&mut self, script: &str) -> &'static str {
+        let job = self.fake.queue(&MAIN, script);
+        self.ended(job)
+    }
+
+    #[track_caller]
+    fn ended(&mut self, job: u64) -> &'static str {
+        let mut result = None;
+        self.until("a job ends", |place| {
+            result = place.fake.result(job);
+            result.is_some()
+        });
+        let runs = self.fake.state().jobs[&job].runs;
+        assert_eq!(runs, 1, "a job runs once");
+        result.unwrap()
+    }
+
+    /// What `runners list --json` says.
+    fn rows(&self) -> Vec<Value> {
+        let said = self.host.site.outcome(&["runners", "list", "--json"]);
+        serde_json::from_str(&said.stdout).unwrap_or_default()
+    }
+
+    /// Ends it as systemd does; all is gone then.
+    fn finish(&mut self) {
+        self.supervisor().signal(Signal::SIGTERM);
+        self.gone();
+    }
+
+    fn gone(&mut self) {
+        let since = Instant::now();
+        let status = loop {
+            if let Some(status) = self.supervisor().child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(since.elapsed() < PATIENCE, "it does not end");
+            std::thread::sleep(Duration::from_millis(100));
+        };
+        assert!(status.success(), "{status}");
+        let podman = &self.host.podman;
+        assert_eq!(podman.done(&["ps", "--all", "--quiet"]), "");
+        assert_eq!(podman.volumes(), [""; 0]);
+        assert_eq!(podman.done(&["secret", "ls", "--quiet"]), "");
+        let runners: Vec<_> = self.fake.state().runners.values().cloned().collect();
+        assert!(runners.is_empty(), "{runners:?}");
+    }
+
+    /// How many entries there are.
+    fn entries(&self) -> Vec<Value> {
+        let mut rows = self.host.site.list();
+        rows.retain(|row| row["kind"] == "entry");
+        rows
+    }
+
+    /// Waits until so many entries are there.
+    #[track_caller]
+    fn published(&mut self, count: usize) {
+        self.until(&format!("{count} entries"), |place| {
+            place.entries().len() == count
+        });
+    }
+}
+
+/// Fails where any secret of GitHub's is in a text, or what is one in base64.
+#[track_caller]
+fn without_secrets(place: &Place, what: &str, text: &str) {
+    let configurations = place.fake.state().configurations.clone();
+    without_tokens(place, what, text);
+    for secret in configurations {
+        assert!(
+            !text.contains(&secret),
+            "{what} has a runner's configuration"
+        );
+    }
+}
+
+#[track_caller]
+fn without_tokens(place: &Place, what: &str, text: &str) {
+    let secrets = place.fake.state().secrets.clone();
+    let key = fs::read_to_string(place.fake.file("app.pem")).unwrap();
+    let line = key.lines().nth(3).unwrap();
+    let secrets = secrets.iter().map(String::as_str);
+    // A runner has its own credentials, good for its one job: it must.
+    let secrets = secrets.filter(|secret| !secret.starts_with("runner_"));
+    for secret in secrets.chain([TOKEN, line]) {
+        assert!(!text.contains(secret), "{what} has a secret: {secret}");
+    }
+}
+
+fn jobs(kind: Kind) {
+    let mut place = Place::new(kind, "app", FIXED, CACHE);
+    // From the second on a job has what the one before it left.
+    assert_eq!(
+        place.job("[ ! -e /cache/n ]; echo 1 > /cache/n"),
+        "succeeded"
+    );
+    place.published(1);
+    place.until("a runner with the new entry", |place| {
+        let rows = place.rows();
+        rows.iter().filter(|row| row["state"] == "idle").count() == 2
+    });
+    // One that fails publishes nothing.
+    assert_eq!(place.job("echo broken > /cache/n; exit 1"), "failed");
+    // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
+    let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
+                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/tmp/.c*' -exec cat {} + 2>/dev/null || true\n\
+                echo seen; until [ -e /tmp/go ]; do sleep 0.2; done";
+    let job = place.fake.queue(&MAIN, look);
+    let mut logs = String::new();
+    place.until("the job has looked", |place| {
+        for row in place.rows() {
+            let runner = row["runner"].as_str().unwrap_or_default().to_owned();
+            let said = place
+                .host
+                .site
+                .outcome(&["runners", "logs", &runner, "--lines", "100000"]);
+            println!(
+                "DBG {runner} {} bytes {} {:?} tail {:?}",
+                said.stdout.len(),
+                said.status,
+                said.stderr,
+                &said.stdout.chars().rev().take(60).collect::<String>()
+            );
+            if said.stdout.contains("\nseen\n") {
+                logs = said.stdout;
+                let inspected = place.host.podman.done(&["inspect", &runner]);
+                // With Podman 4.3 it shows the environment that a running container began with, its secrets too.
+                without_tokens(place, "podman inspect", &inspected);
+                without_secrets(
+                    place,
+                    "podman secret",
+                    &place.host.podman.done(&["secret", "ls", "--quiet"]),
+                );
+                let processes = run(
+                    "sh",
+                    [
+                        "-c",
+                        "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'",
+                    ],
+                );
+                without_secrets(place, "an argument", &processes);
+                place
+                    .host
+                    .podman
+                    .done(&["exec", &runner, "touch", "/tmp/go"]);
+            }
+        }
+        !logs.is_empty()
+    });
+    assert!(
+        logs.contains("ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED=true"),
+        "it saw its environment"
+    );
+    without_secrets(&place, "what a job sees", &logs);
+    assert_eq!(place.ended(job), "succeeded");
+    let rows = place.rows();
+    assert_eq!(rows.len(), 2, "{rows:?}");
+    let log = place.supervisor().log();
+    assert!(
+        log.contains("ended") && log.contains("verdict=failure"),
+        "{log}"
+    );
+    without_secrets(&place, "the log", &log);
+    assert_eq!(place.entries().len(), 1, "{:?}", place.entries());
+    place.finish();
+}
+
+fn scale_set(kind: Kind) {
+    let mut place = Place::new(kind, "token", SET, JOB);
+    let ask = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; cd /run/lvm-cache-friend/x\n";
+    let main = |script: &str| (&MAIN, format!("{ask}{script}"), "octo/project");
+    let fork = |script: &str| {
+        (
+            &FORK,
+            format!("{ask}{script}"),
+            "octo/project:fork/mallory/project/main",
+        )
+    };
+    // Each sees what the ones before it may have left for it.
+    let mut expected = 0;
+    for ((origin, script, scope), result) in [
+        (main("[ ! -e who ]; echo main > who"), "succeeded"),
+        (fork("[ $(cat who) = main ]; echo evil > who"), "succeeded"),
+        (
+            main("[ $(cat who) = main ]; echo broken > who; exit 1"),
+            "failed",
+        ),
+        (fork("[ $(cat who) = evil ]"), "succeeded"),
+        (main("[ $(cat who) = main ]; echo new > who"), "succeeded"),
+    ] {
+        let job = place.fake.queue(origin, &script);
+        assert_eq!(place.ended(job), result, "{script}");
+        if result == "succeeded" && script.contains("echo") {
+            expected += 1;
+            place.published(expected);
+            let rows = place.entries();
+            assert!(rows.iter().any(|row| row["scope"] == scope), "{rows:?}");
+        }
+    }
+    // None waits where none is wanted.
+    place.until("no runner", |place| {
+        place.rows().iter().all(|row| row["state"] == "empty")
+    });
+    place.finish();
+}
+
+/// Whatever is killed, and when: no job is lost, none runs twice, nothing is left.
+fn kills(kind: Kind) {
+    let mut place = Place::new(kind, "token", FIXED, CACHE);
+    let mut jobs = Vec::new();
+    for round in 0..24 {
+        if round % 2 == 0 {
+            jobs.push(place.fake.queue(&MAIN, "sleep 1; date +%N > /cache/n"));
+        }
+        // Steps take some hundred milliseconds each: rounds end in different ones.
+        std::thread::sleep(Duration::from_millis(150 + 170 * (round % 8)));
+        match round % 6 {
+            3 => place.host.restart(true, |_| {}),
+            5 => {
+                place.service = None;
+                place.service = Some(Service::start());
+            }
+            _ => {
+                place.supervisor = None;
+                place.start(&[]);
+            }
+        }
+    }
+    for job in jobs {
+        assert_eq!(place.ended(job), "succeeded");
+    }
+    let busy = |place: &mut Place| place.fake.state().runners.values().any(|r| r.job.is_some());
+    place.until("no runner is busy", |place| !busy(place));
+    place.finish();
+}
+
+/// Killed at each step of a slot's life, it goes on in the next life: the job runs once, and what it wrote is
+/// published if, and only if, it succeeded.
+fn each_step(kind: Kind) {
+    let mut place = Place::new(kind, "token", "count = 1\n", CACHE);
+    let mut good = 0;
+    for point in lvm_cache_friend::failpoint::SUPERVISOR {
+        let with_job = ["start", "judge", "end", "clear"];
+        let stage = point.split('.').next().unwrap();
+        let results = if with_job.contains(&stage) {
+            &["succeeded", "failed"][..]
+        } else {
+            &["succeeded"]
+        };
+        for result in results {
+            println!("{point}, a job that has {result}");
+            place.supervisor = None;
+            place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", point)]);
+            let exit = u8::from(*result == "failed");
+            let job = place
+                .fake
+                .queue(&MAIN, &format!("date +%N > /cache/n; exit {exit}"));
+            let since = Instant::now();
+            while place.supervisor().child.try_wait().unwrap().is_none() {
+                assert!(since.elapsed() < PATIENCE, "{point} is not reached");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            place.start(&[]);
+            assert_eq!(place.ended(job), *result, "{point}");
+            if *result == "succeeded" {
+                good += 1;
+                place.published(good);
+            }
+        }
+    }
+    place.finish();
+    assert_eq!(place.entries().len(), good);
+}
+
+/// Another life finds another world: a lower count, registrations of its own and of another host's, and a
+/// machine that was switched off, as far as Podman, the daemon and the supervisor can tell.
+fn starts_again(kind: Kind) {
+    // A registration is read again every 15 s then.
+    let settings = format!("{FIXED}job-timeout = '60s'\n");
+    let mut place = Place::new(kind, "token", &settings, CACHE);
+    let idle = |place: &mut Place, slots: &[&str]| {
+        let rows = place.rows();
+        let rows = rows.iter().filter(|row| row["state"] == "idle");
+        let found: Vec<_> = rows.filter_map(|row| row["slot"].as_str()).collect();
+        found == slots
+    };
+    place.until("both wait", |place| idle(place, &["linux-0", "linux-1"]));
+    let names: Vec<_> = {
+        let state = place.fake.state();
+        state.runners.values().map(|r| r.name.clone()).collect()
+    };
+    let host = &names[0]["linux-0-".len()..][..4];
+    let other = format!(
+        "linux-0-{:04x}00000001",
+        !u16::from_str_radix(host, 16).unwrap()
+    );
+    let left = ["linux-0", "linux-1", "linux-7"].map(|slot| format!("{slot}-{host}00000001"));
+    // Another pool's, whose slots' names begin as ours do.
+    let pool = format!("linux-1-0-{host}00000001");
+    place.supervisor = None;
+    for name in left.iter().chain([&other, &pool]) {
+        place.fake.registered(name);
+    }
+
+    let config = place.host.site.config.clone();
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("count = 2", "count = 1")).unwrap();
+    place.start(&[]);
+    let registered = |place: &Place| {
+        let state = place.fake.state();
+        let names = state.runners.values().map(|runner| runner.name.clone());
+        names.collect::<std::collections::BTreeSet<_>>()
+    };
+    place.until("the slot that is no more is empty", |place| {
+        let there = registered(place);
+        let kept = [&other, &pool].map(String::clone);
+        // The one that waited goes on waiting.
+        let own: Vec<_> = there.iter().filter(|name| !kept.contains(name)).collect();
+        there.len() == 3 && own[0].starts_with("linux-0-") && names.contains(own[0])
+    });
+    place.until("one waits", |place| idle(place, &["linux-0"]));
+
+    // What a power cut leaves of Podman, the daemon and the supervisor: their files, but for those below /run.
+    let job = place
+        .fake
+        .queue(&MAIN, "echo cut > /cache/n; exec sleep 3600");
+    place.until("it runs", |place| {
+        matches!(place.fake.state().jobs[&job].stage, Stage::Running(_))
+    });
+    place.supervisor = None;
+    place.power_cut();
+    place.start(&[]);
+    assert_eq!(place.ended(job), "abandoned");
+    assert_eq!(place.job("[ ! -e /cache/n ]"), "succeeded");
+    for name in [&other, &pool] {
+        assert!(registered(&place).contains(name), "{name} is another's");
+        place.fake.deregistered(name);
+    }
+    place.finish();
+}
+
+/// Jobs that take what they can get, all at once. Their slots are other jobs' soon after, and the slot beside them
+/// never notices.
+fn hostile(kind: Kind) {
+    // What bounds memory and processes is a cgroup, of which the other tier has none.
+    let (bounds, timeout) = match kind {
+        Kind::Lvm => ("memory = '64M', pids = 64, ", "60s"),
+        Kind::Reflink => ("", "8s"),
+    };
+    let attacks = match kind {
+        Kind::Lvm => &[
+            // One page after another, not in one request that could be refused.
+            ("eats memory", "exec tail -c 500M /dev/zero"),
+            ("forks without end", "f() { f | f & }; f; exec sleep 3600"),
+        ][..],
+        Kind::Reflink => &[
+            ("never ends", "exec sleep 3600"),
+            ("kills all that it can", "kill -9 -1; exec sleep 3600"),
+            ("kills its runner", "kill -9 $PPID; exec sleep 3600"),
+            (
+                "fills its disk",
+                "dd if=/dev/zero of=/cache/full bs=1M count=2000",
+            ),
+        ],
+    };
+    let count = attacks.len() + 1;
+    let settings = format!("count = {count}\njob-timeout = '{timeout}'\n");
+    let cache = CACHE.replace("save = ", "size = '1G', save = ");
+    let mut place = Place::with(kind, "token", &settings, &cache, bounds);
+    let waiting = |place: &mut Place| {
+        let rows = place.rows();
+        rows.iter().filter(|row| row["state"] == "idle").count()
+    };
+    place.until("all wait", |place| waiting(place) == count);
+    let attackers: Vec<_> = attacks
+        .iter()
+        .map(|(attack, script)| (*attack, place.fake.queue(&MAIN, script)))
+        .collect();
+    place.until("all attack", |place| {
+        let state = place.fake.state();
+        attackers
+            .iter()
+            .all(|(_, job)| state.jobs[job].stage != Stage::Queued)
+    });
+    let since = Instant::now();
+    let mut good = 0;
+    while attackers
+        .iter()
+        .any(|(_, job)| place.fake.result(*job).is_none())
+    {
+        assert!(since.elapsed() < PATIENCE, "an attack is not over");
+        assert_eq!(place.job("date +%N > /cache/n"), "succeeded");
+        good += 1;
+    }
+    println!("{good} jobs meanwhile, in {:?}", since.elapsed());
+    assert!(good > 0);
+    for (attack, job) in attackers {
+        assert_ne!(place.ended(job), "succeeded", "{attack}");
+    }
+    place.until("all wait again", |place| waiting(place) == count);
+    println!("all slots were back after {:?}", since.elapsed());
+    place.published(good);
+    place.finish();
+}
+
+/// Many jobs, while one of twenty requests to GitHub meets a fault.
+fn many(kind: Kind) {
+    let count = match kind {
+        Kind::Reflink => 200,
+        Kind::Lvm => 20,
+    };
+    let mut place = Place::new(kind, "app", "count = 4\n", CACHE);
+    place.fake.state().fault_every = 20;
+    let jobs: Vec<_> = (0..count)
+        .map(|_| place.fake.queue(&MAIN, "true"))
+        .collect();
+    let pid = place.supervisor().child.id();
+    let used = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        (
+            kib,
+            fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
+        )
+    };
+    for job in &jobs[..count / 4] {
+        place.ended(*job);
+    }
+    let (memory, descriptors) = used();
+    for job in jobs {
+        assert_eq!(place.ended(job), "succeeded");
+    }
+    let (memory_after, descriptors_after) = used();
+    println!(
+        "{memory} KiB, then {memory_after} KiB; {descriptors} descriptors, then {descriptors_after}"
+    );
+    assert!(
+        memory_after < memory + memory / 5,
+        "{memory} KiB, then {memory_after} KiB"
+    );
+    assert!(
+        descriptors_after <= descriptors + 8,
+        "{descriptors}, then {descriptors_after}"
+    );
+    place.fake.state().fault_every = 0;
+    place.finish();
+}
+
+fn faults(kind: Kind) {
+    let mut place = Place::new(kind, "app", FIXED, CACHE);
+    let status = |status, headers: &[(&'static str, &str)], message| {
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (*name, (*value).to_owned()));
+        FaultKind::Status(status, headers.collect(), message)
+    };
+    let begin = Instant::now();
+    for (path, kind, times) in [
+        ("generate-jitconfig", status(500, &[], "Server Error"), 2),
+        ("generate-jitconfig", status(409, &[], "Already exists"), 1),
+        (
+            "generate-jitconfig",
+            status(422, &[], "Validation Failed"),
+            1,
+        ),
+        ("generate-jitconfig", status(404, &[], "Not Found"), 1),
+        ("generate-jitconfig", FaultKind::Dropped, 1),
+        ("generate-jitconfig", FaultKind::DroppedAfter, 1),
+        (
+            "/actions/runners",
+            status(429, &[("retry-after", "2")], "slow down"),
+            1,
+        ),
+        (
+            "/actions/runners",
+            status(403, &[("retry-after", "2")], "secondary rate limit"),
+            1,
+        ),
+        ("access_tokens", status(401, &[], "Bad credentials"), 1),
+        // A token that may not do that; and one that may nothing.
+        (
+            "generate-jitconfig",
+            status(403, &[], "Resource not accessible by integration"),
+            1,
+        ),
+        ("generate-jitconfig", status(401, &[], "Bad credentials"), 1),
+        (
+            "/actions/runners",
+            FaultKind::Slow(Duration::from_secs(2)),
+            1,
+        ),
+    ] {
+        println!("{path} {kind:?}");
+        place.fake.inject(path, kind, times);
+        if path == "access_tokens" {
+            // The token that it has is taken back.
+            place.fake.forget_tokens();
+        }
+        assert_eq!(place.job("true"), "succeeded");
+    }
+    let minutes = begin.elapsed().as_secs() / 60 + 1;
+    let asked = place.fake.count("", begin) as u64;
+    // Of the published limits the narrowest: 80 requests that make something, a minute.
+    assert!(
+        asked < 80 * minutes,
+        "{asked} requests in {minutes} minutes"
+    );
+    let log = place.supervisor().log();
+    for once in ["Server Error", "Already exists", "Validation Failed"] {
+        let lines = log
+            .lines()
+            .filter(|line| line.contains("WARN") && line.contains(once));
+        // Each of the two slots may have met it.
+        assert!((1..=2).contains(&lines.count()), "{once}: {log}");
+    }
+    without_secrets(&place, "the log", &log);
+    place.finish();
+}
+
+/// Each request that a scale set's job needs meets each fault; those that begin a session take turns.
+fn set_faults(kind: Kind) {
+    let mut place = Place::new(kind, "token", SET, JOB);
+    let status = |status, message| FaultKind::Status(status, Vec::new(), message);
+    let begin = Instant::now();
+    let mut shared = 0;
+    let faults = [
+        status(409, "already has an active session"),
+        status(500, "Server Error"),
+        status(401, "unauthorized"),
+        status(404, "Not Found"),
+        FaultKind::Status(429, vec![("retry-after", "1".to_owned())], "slow down"),
+        FaultKind::Dropped,
+        FaultKind::DroppedAfter,
+    ];
+    for (turn, fault) in faults.into_iter().enumerate() {
+        println!("{fault:?}");
+        let warnings = |place: &mut Place| place.supervisor().log().matches(" WARN ").count();
+        let before = warnings(&mut place);
+        let begins = ["/sessions", "/registration-token", "/runner-registration"][turn % 3];
+        for path in [
+            begins,
+            "/queue/",
+            "/acquirejobs",
+            "/generatejitconfig",
+            "/actions/runs/",
+        ] {
+            place.fake.inject(path, fault.clone(), 1);
+        }
+        place.fake.forget_sessions();
+        let script = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; date +%N > /run/lvm-cache-friend/x/n";
+        assert_eq!(place.job(script), "succeeded");
+        // Where it cannot be read whose job it is, it shares no caches.
+        shared += usize::from(!matches!(fault, FaultKind::Status(404, ..)));
+        place.until("an entry for all", |place| {
+            let entries = place.entries();
+            let for_all = entries.iter().filter(|row| row["scope"] == REPOSITORY);
+            for_all.count() == shared
+        });
+        assert_eq!(place.fake.state().faults_left(), 0);
+        let warned = warnings(&mut place) - before;
+        assert!((1..=14).contains(&warned), "{warned} warnings");
+    }
+    let minutes = begin.elapsed().as_secs() / 60 + 1;
+    // Of a token's 5,000 requests an hour.
+    let asked = place.fake.count("/repos/", begin) as u64;
+    assert!(
+        asked < 83 * minutes,
+        "{asked} requests in {minutes} minutes"
+    );
+    let log = place.supervisor().log();
+    without_secrets(&place, "the log", &log);
+    place.finish();
+}
+
+fn drains(kind: Kind) {
+    let mut place = Place::new(kind, "token", FIXED, CACHE);
+    // Paused, it takes no job; resumed, it does.
+    place.until("both wait", |place| {
+        place
+            .rows()
+            .iter()
+            .filter(|row| row["state"] == "idle")
+            .count()
+            == 2
+    });
+    place.host.site.done(&["runners", "pause"]);
+    place.until("none waits", |place| {
+        place.rows().iter().all(|row| row["state"] == "paused")
+    });
+    let job = place.fake.queue(&MAIN, "true");
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(place.fake.state().jobs[&job].stage, Stage::Queued);
+    place.host.site.done(&["runners", "resume", "linux"]);
+    assert_eq!(place.ended(job), "succeeded");
+    let unknown = place.host.site.outcome(&["runners", "pause", "nowhere"]);
+    assert_eq!(unknown.status, 3, "{unknown:?}");
+    // Told to end, it lets the job that runs end, and takes no other.
+    let job = place.fake.queue(&MAIN, "sleep 4; echo done > /cache/n");
+    place.until("it runs", |place| {
+        matches!(place.fake.state().jobs[&job].stage, Stage::Running(_))
+    });
+    let other = place.fake.queue(&MAIN, "true");
+    place.until("it is taken", |place| {
+        place.fake.state().jobs[&other].stage != Stage::Queued
+    });
+    place.supervisor().signal(Signal::SIGTERM);
+    let last = place.fake.queue(&MAIN, "true");
+    place.ended_without(job, "succeeded");
+    place.gone();
+    // The one that was queued just then may have been taken by a runner that was still there.
+    let stage = place.fake.state().jobs[&last].stage.clone();
+    assert!(
+        matches!(stage, Stage::Queued | Stage::Done(_, "succeeded")),
+        "{stage:?}"
+    );
+
+    // A second signal ends it at once, and nothing of the job is published.
+    place.start(&[]);
+    if stage == Stage::Queued {
+        place.ended(last);
+    }
+    let job = place
+        .fake
+        .queue(&MAIN, "echo killed > /cache/n; sleep 3600");
+    place.until("it runs", |place| {
+        matches!(place.fake.state().jobs[&job].stage, Stage::Running(_))
+    });
+    place.supervisor().signal(Signal::SIGTERM);
+    std::thread::sleep(Duration::from_millis(500));
+    place.supervisor().signal(Signal::SIGTERM);
+    let since = Instant::now();
+    while place.supervisor().child.try_wait().unwrap().is_none() {
+        assert!(
+            since.elapsed() < Duration::from_secs(70),
+            "it does not end at once"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(place.host.podman.done(&["ps", "--all", "--quiet"]), "");
+    let plugin = place.host.daemon().plugin();
+    plugin.create("probe", &json!({"restore": "layers"}));
+    let said = fs::read_to_string(plugin.mount("probe", "test").join("n"));
+    assert_eq!(said.unwrap(), "done\n");
+}
+
+impl Place {
+    /// As [`Place::ended`], while the supervisor may end.
+    #[track_caller]
+    fn ended_without(&mut self, job: u64, result: &str) {
+        let since = Instant::now();
+        while self.fake.result(job).is_none() {
+            assert!(since.elapsed() < PATIENCE, "a job does not end");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(self.fake.result(job), Some(result));
+    }
+}
