@@ -351,7 +351,10 @@ impl Engine {
                 lock(&volume.now).phase = phase;
                 Ok(())
             }
-            Err(error) if volume.spec.on_error == OnError::Scratch => {
+            Err(error)
+                if volume.spec.on_error == OnError::Scratch
+                    && !matches!(error, EngineError::TooLarge(_)) =>
+            {
                 error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, only this daemon knows the volume until the store serves");
                 lock(&volume.now).phase = Phase::Stale(None);
                 self.upkeep.recheck();

@@ -451,6 +451,13 @@ fn fits(spec: &Spec, device: Option<&PathBuf>, source: &Source) -> Result<(), En
     if has <= size.round_up(GRAIN) {
         return Ok(());
     }
+    // A base with another file system than the volume's gives way to an empty one.
+    if let (Restored::Base, Some(wanted)) = (source.how, spec.fs) {
+        let held = crate::fs::probe(device).map_err(|e| io_error("reading", device, e))?;
+        if !matches!(held, Content::Fs(fs) if fs == wanted) {
+            return Ok(());
+        }
+    }
     let what = match source.how {
         Restored::Base => "the base",
         _ => "the entry to restore",

@@ -270,7 +270,7 @@ fn misses(kind: Kind) {
     let podman = &host.podman;
     podman.create(
         "empty",
-        &["restore=linux", "on-miss=empty", "fs=ext4", "size=400M"],
+        &["restore=linux", "on-miss=empty", "fs=ext4", "size=1G"],
     );
     podman.create("fail", &["restore=linux", "on-miss=fail"]);
     assert_eq!(host.status("empty")["restored"], "empty");
@@ -329,7 +329,7 @@ fn scratch(kind: Kind) {
             "restore=linux",
             "save=linux",
             "on-error=scratch",
-            "size=320M",
+            "size=1G",
             "mode=0750",
         ],
     );
@@ -349,7 +349,7 @@ fn scratch(kind: Kind) {
             &["scratch"],
             "cd scratch; grep ' /scratch ' /proc/self/mountinfo; stat -c %a .; df -Pm . | tail -n 1 | awk '{ print $2 }'; echo x > file",
         );
-        for words in ["nosuid,nodev", " - tmpfs ", "\n750\n320\n"] {
+        for words in ["nosuid,nodev", " - tmpfs ", "\n750\n1024\n"] {
             assert!(said.contains(words), "{said}");
         }
         assert!(host.daemon().log().contains("on-error=scratch"));
