@@ -591,10 +591,14 @@ impl Task<'_> {
         let orders = *self.worker.orders.borrow();
         let mut board = self.worker.board();
         let board = &mut *board;
-        let own = |name: &String| runner_in(&self.name, name).is_some();
-        for name in board.found.extract_if(.., own) {
-            self.slot.found(&name);
-        }
+        let (own, slot) = (&self.name, &mut self.slot);
+        board.found.retain(|name| {
+            let is_own = runner_in(own, name).is_some();
+            if is_own {
+                slot.found(name);
+            }
+            !is_own
+        });
         let job = match &mut self.slot.runner {
             Some(runner) => {
                 let told = board.jobs.get(&runner.name);

@@ -69,7 +69,7 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if true || std::thread::panicking() {
+        if std::thread::panicking() {
             println!("--- the supervisor's log:\n{}", self.log());
         }
     }
@@ -156,12 +156,6 @@ impl Place {
     #[track_caller]
     fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let since = Instant::now();
-        println!(
-            "DBG until {what} {:?}",
-            std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .unwrap()
-        );
         while !so(self) {
             assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
             let supervisor = self.supervisor();
@@ -321,11 +315,10 @@ fn jobs(kind: Kind) {
                 .site
                 .outcome(&["runners", "logs", &runner, "--lines", "100000"]);
             println!(
-                "DBG {runner} {} bytes {} {:?} tail {:?}",
+                "{runner}: {} bytes of log, {} {}",
                 said.stdout.len(),
                 said.status,
-                said.stderr,
-                &said.stdout.chars().rev().take(60).collect::<String>()
+                said.stderr
             );
             if said.stdout.contains("\nseen\n") {
                 logs = said.stdout;
