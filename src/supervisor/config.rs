@@ -331,7 +331,7 @@ fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Er
     right(
         deserializer,
         is_right,
-        "cpus is a number such as 2.0 or 0.5",
+        "cpus is a number such as 2 or 0.5",
     )
     .map(Some)
 }

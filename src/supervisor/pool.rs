@@ -269,8 +269,8 @@ impl Worker {
         let mut trouble = Trouble::new(format!("pool {}", self.pool.name));
         let (registered, slots) = loop {
             let found = async {
-                let registered = self.github.names().await?;
-                Ok::<_, StepError>((registered, self.podman.slots().await?))
+                let slots = self.podman.slots().await?;
+                Ok::<_, StepError>((self.github.names().await?, slots))
             };
             match found.await {
                 Ok(found) => break found,
