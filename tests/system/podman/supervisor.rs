@@ -543,7 +543,7 @@ fn starts_again(kind: Kind) {
 fn hostile(kind: Kind) {
     // What bounds memory and processes is a cgroup, of which the other tier has none.
     let (bounds, timeout) = match kind {
-        Kind::Lvm => ("memory = '64M', pids = 64, ", "60s"),
+        Kind::Lvm => ("memory = '64M', pids = 64, ", "40s"),
         Kind::Reflink => ("", "8s"),
     };
     let attacks = match kind {
