@@ -148,6 +148,8 @@ pub struct Job {
     pub stage: Stage,
     /// How often it was given to a runner.
     pub runs: u32,
+    /// What it wrote.
+    pub log: String,
     offered: bool,
 }
 
@@ -298,6 +300,7 @@ impl Fake {
                 origin: origin.clone(),
                 stage: Stage::Queued,
                 runs: 0,
+                log: String::new(),
                 offered: false,
             },
         );
@@ -1138,7 +1141,7 @@ impl State {
         }
     }
 
-    /// What the stand-in for the runner asks: `connect`, `next`, `alive` and `done/RESULT`.
+    /// What the stand-in for the runner asks: `next`, `alive`, and `done/RESULT` with the job's log.
     fn standin(&mut self, rest: &[&str], authorization: &str, body: &[u8]) -> Said {
         let runner = self
             .runners
@@ -1174,7 +1177,9 @@ impl State {
                 Ok((StatusCode::OK, Value::String(script)))
             }
             ["done", code] => {
-                empty(body)?;
+                if let Some(job) = runner.job.and_then(|job| self.jobs.get_mut(&job)) {
+                    job.log = String::from_utf8_lossy(body).into_owned();
+                }
                 let result = if *code == "0" { "succeeded" } else { "failed" };
                 self.finish(id, result);
                 Ok((StatusCode::OK, Value::Null))

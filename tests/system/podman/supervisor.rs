@@ -265,8 +265,8 @@ fn jobs(kind: Kind) {
     assert_eq!(place.job("echo broken > /cache/n; exit 1"), "failed");
     // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
     let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
-                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/tmp/.c*' -exec cat {} + 2>/dev/null || true\n\
-                echo seen; until [ -e /tmp/go ]; do sleep 0.2; done";
+                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/run/runner/.c*' ! -path /run/runner/log -exec cat {} + 2>/dev/null || true\n\
+                echo seen; until [ -e /run/runner/go ]; do sleep 0.2; done";
     let job = place.fake.queue(&MAIN, look);
     let mut logs = String::new();
     place.until("the job has looked", |place| {
@@ -297,7 +297,7 @@ fn jobs(kind: Kind) {
                 place
                     .host
                     .podman
-                    .done(&["exec", &runner, "touch", "/tmp/go"]);
+                    .done(&["exec", &runner, "touch", "/run/runner/go"]);
             }
         }
         !logs.is_empty()
