@@ -289,6 +289,11 @@ impl Fake {
 
     /// Queues a job and gives its number.
     pub fn queue(&self, origin: &Origin, script: &str) -> u64 {
+        self.queue_with(origin, |_| script.to_owned())
+    }
+
+    /// The same with a script that knows its job's number.
+    pub fn queue_with(&self, origin: &Origin, script: impl FnOnce(u64) -> String) -> u64 {
         let mut state = self.state();
         state.serial += 1;
         let id = state.serial;
@@ -296,7 +301,7 @@ impl Fake {
             id,
             Job {
                 id,
-                script: script.to_owned(),
+                script: script(id),
                 origin: origin.clone(),
                 stage: Stage::Queued,
                 runs: 0,

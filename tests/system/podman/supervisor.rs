@@ -12,9 +12,10 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::hooks::Hooks;
-use super::{Body, Host};
+use super::{Body, Host, story};
 use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
 use crate::support::command::run;
+use crate::support::image;
 use crate::support::podman::Service;
 use crate::support::site::Kind;
 
@@ -82,13 +83,28 @@ impl Place {
 
     /// And containers with further settings.
     fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
+        Self::running(
+            || image("runner-image"),
+            kind,
+            auth,
+            settings,
+            volumes,
+            container,
+        )
+    }
+
+    fn running(
+        image: fn() -> String,
+        kind: Kind,
+        auth: &str,
+        settings: &str,
+        volumes: &str,
+        container: &str,
+    ) -> Self {
         let host = Host::new(kind);
         let fake = Fake::start();
         let hooks = Hooks::new(&host);
-        let image = run(
-            concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/runner-image"),
-            [""; 0],
-        );
+        let image = image();
         let auth = match auth {
             "app" => format!(
                 "app = {{ id = {}, installation = {}, key = {:?} }}",
@@ -105,8 +121,7 @@ impl Place {
              [[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
              labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
              container = {{ {container}image = '{1}', network = 'host' }}\n{volumes}",
-            fake.url,
-            image.trim()
+            fake.url, image
         )
         .unwrap();
         fs::write(&host.site.config, text).unwrap();
@@ -356,6 +371,23 @@ fn scale_set(kind: Kind) {
     place.until("no runner", |place| {
         place.rows().iter().all(|row| row["state"] == "empty")
     });
+    place.finish();
+}
+
+/// As in `quickstart::runners`, without systemd.
+pub fn builds() {
+    let image = || crate::support::image("runner-image podman");
+    fs::write("/etc/subuid", story::IDS).unwrap();
+    fs::write("/etc/subgid", story::IDS).unwrap();
+    let mut place = Place::running(
+        image,
+        Kind::Reflink,
+        "token",
+        story::POOL,
+        story::VOLUME,
+        story::CONTAINER,
+    );
+    story::tell(&place.fake, &|| place.entries());
     place.finish();
 }
 

@@ -1,0 +1,161 @@
+//! The whole story: six jobs of GitHub's, each a `podman build` in a runner's container, on two slots.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::github::fake::{FORK, Fake, MAIN, Origin, Stage};
+use crate::support::wait_until;
+
+/// What the jobs run: the demo's.
+const JOB: &str = include_str!("../../../demo/project/ci-job");
+
+/// The scope of the default branch, and that of the fork's.
+const OWN: &str = "octo/project";
+const FORKS: &str = "octo/project:fork/mallory/project/main";
+
+/// How a pool of such runners is configured, after GitHub and the credential.
+pub const POOL: &str = "scale-set = { name = 'linux', max = 2 }";
+pub const VOLUME: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-cache-friend'\n\
+                          options = { type = 'job', owner = '1000:1000' }\n";
+
+pub const CONTAINER: &str = "userns = 'auto:size=131072', ";
+
+/// Of `/etc/subuid` and `/etc/subgid`, for it.
+pub const IDS: &str = "containers:1000000:13107200\n";
+
+struct Told {
+    version: &'static str,
+    log: String,
+    restored: Value,
+}
+
+impl Told {
+    /// The number of the job whose cache it got.
+    fn from(&self) -> Option<u64> {
+        let mut tags = self.restored["tags"].as_array()?.iter();
+        tags.find_map(|tag| tag.as_str()?.strip_prefix("job-")?.parse().ok())
+    }
+
+    fn has(&self, version: &str) -> bool {
+        self.log.contains(&format!("image localhost/app:{version}"))
+    }
+
+    fn cached(&self) -> usize {
+        self.log.matches("Using cache").count()
+    }
+}
+
+/// Has the jobs run and looks at what they did; `entries` is what `list` has.
+pub fn tell(fake: &Fake, entries: &dyn Fn() -> Vec<Value>) {
+    let queue = |origin: &Origin, version: &str| {
+        fake.queue_with(origin, |job| format!("job={job} version={version}\n{JOB}"))
+    };
+    let published = |job: u64| {
+        let tag = format!("friend:cache:job-{job}");
+        let mut entries = entries();
+        entries.retain(|row| {
+            row["tags"]
+                .as_array()
+                .unwrap()
+                .contains(&tag.as_str().into())
+        });
+        assert!(entries.len() <= 1, "{entries:?}");
+        entries.pop()
+    };
+    let done = |job: u64| {
+        wait_until(|| fake.result(job).is_some());
+        println!("job {job}: {}", fake.result(job).unwrap());
+    };
+
+    let first = queue(&MAIN, "one");
+    done(first);
+    wait_until(|| published(first).is_some());
+    let rest = [
+        (&FORK, "evil"),
+        (&MAIN, "two"),
+        (&MAIN, "broken"),
+        (&MAIN, "one"),
+        (&MAIN, "three"),
+    ];
+    let rest = rest.map(|(origin, version)| (queue(origin, version), version));
+    for (job, _) in rest {
+        done(job);
+    }
+
+    let mut told = BTreeMap::new();
+    for (job, version) in [(first, "one")].into_iter().chain(rest) {
+        let log = fake.state().jobs[&job].log.clone();
+        let line = log.lines().find(|line| line.starts_with('{'));
+        let restored = serde_json::from_str(line.unwrap_or_else(|| panic!("{log}"))).unwrap();
+        told.insert(
+            job,
+            Told {
+                version,
+                log,
+                restored,
+            },
+        );
+    }
+    let mut runners = Vec::new();
+    println!("job  source  restored  from  ms  cached steps");
+    for (number, job) in &told {
+        let result = if job.version == "broken" {
+            "failed"
+        } else {
+            "succeeded"
+        };
+        let state = fake.state().jobs[number].clone();
+        let Stage::Done(runner, ended) = state.stage else {
+            unreachable!("it is done")
+        };
+        assert_eq!((ended, state.runs), (result, 1), "{}", job.log);
+        runners.push(runner);
+        let restored = &job.restored;
+        println!(
+            "{number} {} {} {:?} {} {}",
+            job.version,
+            restored["restored"],
+            job.from(),
+            restored["ms"],
+            job.cached()
+        );
+
+        let (expected, cached) = match (*number == first, job.version) {
+            (true, _) => ("base", 0),
+            // The same source as the first: nothing is done again.
+            (false, "one") => ("exact", 3),
+            _ => ("fallback", 2),
+        };
+        assert_eq!(job.restored["restored"], expected, "{}", job.log);
+        assert_eq!(job.cached(), cached, "{}", job.log);
+        let scope = if job.version == "evil" { FORKS } else { OWN };
+        if job.version == "broken" {
+            continue;
+        }
+        wait_until(|| published(*number).is_some());
+        assert_eq!(published(*number).unwrap()["scope"], scope);
+    }
+    // A runner for each, and no runner for two.
+    runners.sort();
+    runners.dedup();
+    assert_eq!(runners.len(), told.len());
+
+    for job in told.values() {
+        // What was restored is what was published, of this repository, and by jobs that did not fail.
+        if job.restored["restored"] != "base" {
+            let from = job.from().unwrap_or_else(|| panic!("{}", job.restored));
+            assert!(
+                !["evil", "broken"].contains(&told[&from].version),
+                "{}",
+                job.log
+            );
+            assert!(job.has(told[&from].version), "{}", job.log);
+        }
+        for bad in ["evil", "broken"] {
+            assert_eq!(job.has(bad), job.version == bad, "{}", job.log);
+        }
+    }
+    let (broken, _) = rest[2];
+    assert_eq!(published(broken), None);
+}
