@@ -1,21 +1,24 @@
-//! README's quick start, its own commands, in a guest with systemd.
+//! README's quick start and its way to ephemeral runners, its own commands, in a guest with systemd.
 
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
+use crate::github::fake::{Fake, TOKEN};
 use crate::harness::{Group, Test, Tier, test};
+use crate::podman::story;
 use crate::support::command::{run, sh, succeed};
 use crate::support::lvm::TestVg;
 use crate::support::podman::DropIn;
-use crate::support::{PROGRAM, busybox_image, wait_until};
+use crate::support::{PROGRAM, busybox_image, image, wait_until};
 
 pub fn tests() -> Vec<Test> {
     let guest = Tier::Guest(Group::Systemd);
     vec![
         test(guest, "quickstart::in_a_group", in_a_group).timeout(900),
         test(guest, "quickstart::in_a_file", in_a_file).timeout(900),
+        test(guest, "quickstart::runners", runners).timeout(900),
     ]
 }
 
@@ -28,6 +31,11 @@ fn in_a_group() {
 
 fn in_a_file() {
     follow("--loop", "--loop");
+    remove_file();
+}
+
+/// Removes what is in the file, and the file.
+fn remove_file() {
     let image = "/var/lib/lvm-cache-friend.img";
     let device = sh(&format!(
         "losetup --noheadings --output NAME --associated {image}"
@@ -148,6 +156,102 @@ fn follow(wanted: &str, instead: &str) {
     assert_eq!(warnings, "", "the daemon has nothing to complain of");
 
     run("podman", ["volume", "rm", "try"]);
+    uninstall();
+}
+
+/// README's way to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
+fn runners() {
+    let fake = Fake::start();
+    let image = image("runner-image podman");
+    let commands = story::commands();
+    let typed = commands
+        .split_once("EOF'\n")
+        .and_then(|(before, rest)| Some((before, rest.split_once("EOF\n")?.1)));
+    let (before, after) = typed.expect("a here-document");
+    let count = before.lines().count() + after.lines().count();
+    assert!(count <= 10, "{count} commands");
+
+    let build = commands
+        .lines()
+        .find(|line| line.starts_with("podman build"))
+        .expect("a command that makes the image");
+    let token = fake.file("token");
+    let commands = story::replaced(
+        &commands,
+        &[
+            ("cargo build --release\n", ""),
+            ("target/release/lvm-cache-friend", PROGRAM),
+            (build, ""),
+            ("/dev/stdin", token.to_str().unwrap()),
+        ],
+    );
+    type_in(&story::at(&fake, &image, &commands));
+    let said = run("lvm-cache-friend", ["supervise", "--check"]);
+    println!("{said}");
+
+    let list = |command: &[&str]| -> Vec<Value> {
+        serde_json::from_str(&run("lvm-cache-friend", command)).unwrap()
+    };
+    story::tell(&fake, &|| list(&["list", "--json"]));
+
+    // Nothing is left of any of them.
+    wait_until(|| {
+        list(&["runners", "list", "--json"])
+            .iter()
+            .all(|row| row["state"] == "empty")
+    });
+    for what in [
+        &["ps", "--all", "--quiet"][..],
+        &["volume", "ls", "--quiet"],
+        &["secret", "ls", "--quiet"],
+    ] {
+        assert_eq!(run("podman", what), "", "{what:?}");
+    }
+    assert!(fake.state().runners.is_empty());
+    assert!(
+        list(&["list", "--json"])
+            .iter()
+            .all(|row| row["kind"] != "volume")
+    );
+    let journal = run("journalctl", ["--quiet", "--output", "cat", "--all"]);
+    let secrets = fake.state().secrets.clone();
+    for secret in secrets.iter().chain(&fake.state().configurations.clone()) {
+        assert!(!journal.contains(secret), "a secret is in the journal");
+    }
+    assert!(!journal.contains(TOKEN), "the token is in the journal");
+    for unit in [
+        "lvm-cache-friend.service",
+        "lvm-cache-friend-supervisor.service",
+    ] {
+        let warnings = [
+            "--quiet",
+            "--unit",
+            unit,
+            "--priority",
+            "warning",
+            "--output",
+            "cat",
+        ];
+        assert_eq!(run("journalctl", warnings), "", "{unit} complains");
+    }
+
+    run(
+        "systemctl",
+        [
+            "disable",
+            "--now",
+            "lvm-cache-friend-supervisor.service",
+            "podman.socket",
+            "podman.service",
+        ],
+    );
+    uninstall();
+    remove_file();
+    sh("sed -i /^containers:1000000:/d /etc/subuid /etc/subgid");
+}
+
+/// Takes away what README's commands put into the system.
+fn uninstall() {
     // With the socket: otherwise the next connection would start the service again.
     run(
         "systemctl",

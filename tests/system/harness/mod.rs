@@ -56,7 +56,7 @@ impl Group {
         match self {
             Self::Lvm => &["--mem", "2048", "--cpus", "1"],
             Self::Podman => &["--mem", "3072", "--cpus", "1"],
-            Self::Systemd => &["--mem", "2048", "--cpus", "1", "--systemd"],
+            Self::Systemd => &["--mem", "3072", "--cpus", "1", "--systemd"],
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::github::fake::{FORK, Fake, MAIN, Origin, Stage};
+use crate::github::fake::{FORK, Fake, MAIN, Origin, REPOSITORY, Stage};
 use crate::support::wait_until;
 
 /// What the jobs run: the demo's.
@@ -14,15 +14,45 @@ const JOB: &str = include_str!("../../../demo/project/ci-job");
 const OWN: &str = "octo/project";
 const FORKS: &str = "octo/project:fork/mallory/project/main";
 
-/// How a pool of such runners is configured, after GitHub and the credential.
-pub const POOL: &str = "scale-set = { name = 'linux', max = 2 }";
-pub const VOLUME: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-cache-friend'\n\
-                          options = { type = 'job', owner = '1000:1000' }\n";
+/// README's commands from a fresh host to a first job.
+pub fn commands() -> &'static str {
+    let readme = include_str!("../../../README.md");
+    let section = readme
+        .split_once("\n## Ephemeral GitHub runners\n")
+        .unwrap()
+        .1;
+    let block = section.split_once("```sh\n").unwrap().1;
+    block.split_once("```").unwrap().0
+}
 
-pub const CONTAINER: &str = "userns = 'auto:size=131072', ";
+/// The pool in them.
+pub fn pool() -> &'static str {
+    let text = commands().split_once("<<'EOF'\n").unwrap().1;
+    text.split_once("EOF\n").unwrap().0
+}
 
-/// Of `/etc/subuid` and `/etc/subgid`, for it.
-pub const IDS: &str = "containers:1000000:13107200\n";
+/// With runners of this image, at the stand-in for GitHub.
+pub fn at(fake: &Fake, image: &str, text: &str) -> String {
+    let url = format!("url = '{0}/{REPOSITORY}'\napi-url = '{0}'\n", fake.url);
+    // The stand-in listens on the host's own loopback device.
+    let image = format!("image = '{image}'\nnetwork = 'host'\n");
+    replaced(
+        text,
+        &[
+            ("url = \"https://github.com/OWNER/NAME\"\n", &url),
+            ("image = \"localhost/runner\"\n", &image),
+        ],
+    )
+}
+
+/// A text with others in place of what must be in it.
+#[track_caller]
+pub fn replaced(text: &str, changes: &[(&str, &str)]) -> String {
+    changes.iter().fold(text.to_owned(), |text, (old, new)| {
+        assert!(text.contains(old), "README has no {old}");
+        text.replace(old, new)
+    })
+}
 
 struct Told {
     version: &'static str,

@@ -83,45 +83,36 @@ impl Place {
 
     /// And containers with further settings.
     fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
-        Self::running(
-            || image("runner-image"),
-            kind,
-            auth,
-            settings,
-            volumes,
-            container,
-        )
+        Self::configured(kind, |fake| {
+            let image = image("runner-image");
+            let auth = match auth {
+                "app" => format!(
+                    "app = {{ id = {}, installation = {}, key = {:?} }}",
+                    APP.0,
+                    APP.1,
+                    fake.file("app.pem")
+                ),
+                _ => format!("token = {:?}", fake.file("token")),
+            };
+            format!(
+                "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
+                 labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
+                 container = {{ {container}image = '{image}', network = 'host' }}\n{volumes}",
+                fake.url
+            )
+        })
     }
 
-    fn running(
-        image: fn() -> String,
-        kind: Kind,
-        auth: &str,
-        settings: &str,
-        volumes: &str,
-        container: &str,
-    ) -> Self {
+    /// With these pools.
+    fn configured(kind: Kind, pools: impl FnOnce(&Fake) -> String) -> Self {
         let host = Host::new(kind);
         let fake = Fake::start();
         let hooks = Hooks::new(&host);
-        let image = image();
-        let auth = match auth {
-            "app" => format!(
-                "app = {{ id = {}, installation = {}, key = {:?} }}",
-                APP.0,
-                APP.1,
-                fake.file("app.pem")
-            ),
-            _ => format!("token = {:?}", fake.file("token")),
-        };
         let mut text = fs::read_to_string(&host.site.config).unwrap();
         write!(
             text,
-            "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n\
-             [[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
-             labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
-             container = {{ {container}image = '{1}', network = 'host' }}\n{volumes}",
-            fake.url, image
+            "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n{}",
+            pools(&fake)
         )
         .unwrap();
         fs::write(&host.site.config, text).unwrap();
@@ -374,19 +365,14 @@ fn scale_set(kind: Kind) {
     place.finish();
 }
 
-/// As in `quickstart::runners`, without systemd.
+/// Runners of the image that `runner/Containerfile` makes, configured as README says.
 pub fn builds() {
-    let image = || crate::support::image("runner-image podman");
-    fs::write("/etc/subuid", story::IDS).unwrap();
-    fs::write("/etc/subgid", story::IDS).unwrap();
-    let mut place = Place::running(
-        image,
-        Kind::Reflink,
-        "token",
-        story::POOL,
-        story::VOLUME,
-        story::CONTAINER,
-    );
+    let mut place = Place::configured(Kind::Reflink, |fake| {
+        image("runner-debian");
+        let file = format!("{:?}", fake.file("token"));
+        let pool = story::at(fake, "localhost/runner", story::pool());
+        story::replaced(&pool, &[("\"/etc/lvm-cache-friend/github-token\"", &file)])
+    });
     story::tell(&place.fake, &|| place.entries());
     place.finish();
 }
