@@ -42,9 +42,6 @@ pub const APP: (u64, u64) = (12345, 678);
 /// How long a poll of the queue waits; the real one waits some 50 s.
 const POLL: Duration = Duration::from_millis(500);
 
-/// A runner that was not heard of for so long is offline, and its job is lost.
-const SILENT: Duration = Duration::from_secs(4);
-
 /// A fault that requests meet.
 #[derive(Debug, Clone)]
 pub struct Fault {
@@ -87,18 +84,18 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn online(&self) -> bool {
-        self.seen.is_some_and(|seen| seen.elapsed() < SILENT)
+    fn online(&self, silent: Duration) -> bool {
+        self.seen.is_some_and(|seen| seen.elapsed() < silent)
     }
 
-    fn json(&self) -> Value {
+    fn json(&self, silent: Duration) -> Value {
         let labels = self.labels.iter().enumerate();
         let labels: Vec<_> = labels
             .map(|(n, name)| json!({"id": n, "name": name, "type": "custom"}))
             .collect();
         json!({
             "id": self.id, "runner_group_id": 1, "name": self.name, "os": "linux",
-            "status": if self.online() { "online" } else { "offline" },
+            "status": if self.online(silent) { "online" } else { "offline" },
             "busy": self.job.is_some(), "labels": labels, "ephemeral": true,
         })
     }
@@ -192,6 +189,8 @@ pub struct State {
     pub secrets: Vec<String>,
     /// Every runner's configuration.
     pub configurations: Vec<String>,
+    /// A runner that was not heard of for so long is offline; after twice that, its job is lost.
+    pub silent: Duration,
     /// Seconds that GitHub's clock is ahead of ours.
     pub clock: i64,
     /// Seconds that an installation token is good for; 3600 at the real one.
@@ -234,6 +233,7 @@ impl Fake {
         let state = Arc::new(Mutex::new(State {
             token_life: 3600,
             session_life: 3600,
+            silent: Duration::from_secs(4),
             public_key: public.stdout,
             base: url.clone(),
             serial: 100,
@@ -743,7 +743,7 @@ impl State {
                     .runners
                     .values()
                     .filter(|runner| query.get("name").is_none_or(|name| *name == runner.name))
-                    .map(Runner::json)
+                    .map(|runner| runner.json(self.silent))
                     .collect();
                 let page: Vec<_> = all
                     .iter()
@@ -803,7 +803,7 @@ impl State {
         let (runner, encoded) = self.register(&new.name, new.labels, None)?;
         Ok((
             StatusCode::CREATED,
-            json!({"runner": runner.json(), "encoded_jit_config": encoded}),
+            json!({"runner": runner.json(self.silent), "encoded_jit_config": encoded}),
         ))
     }
 
@@ -1032,7 +1032,7 @@ impl State {
             "totalRunningJobs": jobs().filter(running).count(),
             "totalRegisteredRunners": self.runners.len(),
             "totalBusyRunners": self.runners.values().filter(|r| r.job.is_some()).count(),
-            "totalIdleRunners": self.runners.values().filter(|r| r.job.is_none() && r.online()).count(),
+            "totalIdleRunners": self.runners.values().filter(|r| r.job.is_none() && r.online(self.silent)).count(),
         })
     }
 
@@ -1210,7 +1210,7 @@ impl State {
         let lost: Vec<_> = self
             .runners
             .values()
-            .filter(|r| r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > SILENT * 2))
+            .filter(|r| r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > self.silent * 2))
             .map(|r| r.id)
             .collect();
         for id in lost {
