@@ -177,7 +177,7 @@ fn runners() {
         .expect("a command that makes the image");
     let token = fake.file("token");
     let commands = story::replaced(
-        &commands,
+        commands,
         &[
             ("cargo build --release\n", ""),
             ("target/release/lvm-cache-friend", PROGRAM),

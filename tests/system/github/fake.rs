@@ -1210,7 +1210,9 @@ impl State {
         let lost: Vec<_> = self
             .runners
             .values()
-            .filter(|r| r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > self.silent * 2))
+            .filter(|r| {
+                r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > self.silent * 2)
+            })
             .map(|r| r.id)
             .collect();
         for id in lost {
