@@ -1,11 +1,12 @@
 //! The configuration's table `[supervise]`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fmt, fs};
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::github::{Auth, Owner, Url};
 use super::scope::{Rule, Template, Values, default_rules};
@@ -17,6 +18,9 @@ use crate::config::{ConfigError, RUN_DIR, duration};
 
 /// Longest name of a pool: a runner's has at most 64 characters at GitHub.
 const MAX_NAME: usize = 40;
+
+/// Most slots of a pool.
+const MAX_SLOTS: usize = 1000;
 
 /// The supervisor's settings.
 #[derive(Debug, Clone, Deserialize)]
@@ -31,8 +35,8 @@ pub struct Supervise {
     /// How long running jobs are waited for at the end.
     #[serde(default = "drain_timeout", deserialize_with = "duration")]
     pub drain_timeout: Duration,
-    /// The pools.
-    #[serde(rename = "pool")]
+    /// The pools, one at least.
+    #[serde(rename = "pool", deserialize_with = "pools")]
     pub pools: Vec<Pool>,
 }
 
@@ -103,6 +107,7 @@ pub struct Pool {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ContainerText {
     /// Its image.
+    #[serde(deserialize_with = "some_text")]
     pub image: String,
     /// Its command, if not the image's.
     #[serde(default)]
@@ -114,21 +119,22 @@ pub struct ContainerText {
     #[serde(default, deserialize_with = "bytes")]
     pub memory: Option<Bytes>,
     /// Most processors.
+    #[serde(default, deserialize_with = "cpus")]
     pub cpus: Option<f64>,
     /// Most processes.
     pub pids: Option<u32>,
-    /// Its network: `bridge`, `host`, `none`, `private`, `slirp4netns`, `pasta`.
-    pub network: Option<String>,
+    /// Its network.
+    pub network: Option<Network>,
     /// Its user namespace: `host`, `auto`, or `auto:size=131072`.
-    pub userns: Option<String>,
+    pub userns: Option<Userns>,
     /// Its root is read-only.
     #[serde(default)]
     pub read_only: bool,
     /// Directories in memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "paths")]
     pub tmpfs: Vec<String>,
     /// Devices of the host.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "paths")]
     pub devices: Vec<String>,
     /// Capabilities beyond Podman's own.
     #[serde(default)]
@@ -141,13 +147,58 @@ pub struct ContainerText {
     pub selinux: Vec<String>,
 }
 
+/// A container's network, by Podman's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// A bridge.
+    Bridge,
+    /// The host's.
+    Host,
+    /// None.
+    None,
+    /// Podman's default for its user.
+    Private,
+    /// In user space.
+    Slirp4netns,
+    /// In user space.
+    Pasta,
+}
+
+/// A container's user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Userns {
+    /// The host's.
+    Host,
+    /// One of its own with so many ids; 0: as many as the image needs.
+    Auto(u32),
+}
+
+impl TryFrom<String> for Userns {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let size = || text.strip_prefix("auto:size=")?.parse().ok();
+        match text.as_str() {
+            "host" => Ok(Self::Host),
+            "auto" => Ok(Self::Auto(0)),
+            _ => size().map(Self::Auto).ok_or_else(|| {
+                format!("{text:?} is no user namespace: write host, auto, or auto:size=131072")
+            }),
+        }
+    }
+}
+
 /// A volume of each runner.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Volume {
     /// Its name, after the runner's.
+    #[serde(deserialize_with = "volume_name")]
     pub name: String,
     /// Where it is in the container.
+    #[serde(deserialize_with = "path")]
     pub target: String,
     /// The driver's options, with placeholders.
     #[serde(default)]
@@ -157,11 +208,14 @@ pub struct Volume {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct PoolText {
+    #[serde(deserialize_with = "pool_name")]
     name: String,
     url: Url,
+    #[serde(default, deserialize_with = "api_url")]
     api_url: Option<String>,
     token: Option<Source>,
     app: Option<App>,
+    #[serde(default, deserialize_with = "count")]
     count: Option<usize>,
     scale_set: Option<ScaleSet>,
     #[serde(default = "one")]
@@ -199,26 +253,108 @@ const fn job_timeout() -> Duration {
     Duration::from_secs(6 * 3600)
 }
 
-fn bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::Error> {
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    text.parse().map(Some).map_err(serde::de::Error::custom)
+    text.parse().map(Some).map_err(D::Error::custom)
+}
+
+// Each refuses a value where it stands, so that the error names its line.
+
+/// A value that is right; else the error says what is.
+fn right<'de, T: Deserialize<'de> + fmt::Debug, D: Deserializer<'de>>(
+    deserializer: D,
+    is_right: impl Fn(&T) -> bool,
+    what: &str,
+) -> Result<T, D::Error> {
+    let value = T::deserialize(deserializer)?;
+    if is_right(&value) {
+        Ok(value)
+    } else {
+        Err(D::Error::custom(format!("{value:?}: {what}")))
+    }
+}
+
+fn pool_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let is_right = |name: &String| {
+        (1..=MAX_NAME).contains(&name.len()) && name.chars().all(plain) && !name.starts_with('-')
+    };
+    let what = format!("a pool's name has lower-case letters, digits and -, at most {MAX_NAME}");
+    right(deserializer, is_right, &what)
+}
+
+fn volume_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let is_right = |name: &String| !name.is_empty() && name.chars().all(plain);
+    right(
+        deserializer,
+        is_right,
+        "a volume's name has letters, digits, - and _",
+    )
+}
+
+fn some_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    right(
+        deserializer,
+        |text: &String| !text.is_empty(),
+        "it is empty",
+    )
+}
+
+fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let is_right = |path: &String| path.starts_with('/');
+    right(deserializer, is_right, "a path begins with /")
+}
+
+fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let is_right = |paths: &Vec<String>| paths.iter().all(|path| path.starts_with('/'));
+    right(deserializer, is_right, "a path begins with /")
+}
+
+fn api_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let is_right = |url: &String| url.starts_with("https://") || url.starts_with("http://");
+    right(
+        deserializer,
+        is_right,
+        "no address: write https://HOST/api/v3",
+    )
+    .map(Some)
+}
+
+fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    let is_right = |count: &usize| (1..=MAX_SLOTS).contains(count);
+    right(deserializer, is_right, "count is from 1 to 1000").map(Some)
+}
+
+fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    let is_right = |cpus: &f64| (0.01..=10_000.0).contains(cpus);
+    right(
+        deserializer,
+        is_right,
+        "cpus is a number such as 2.0 or 0.5",
+    )
+    .map(Some)
+}
+
+fn pools<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pool>, D::Error> {
+    let pools = Vec::<Pool>::deserialize(deserializer)?;
+    let mut names = BTreeSet::new();
+    if let Some(twice) = pools.iter().find(|pool| !names.insert(&pool.name)) {
+        return Err(D::Error::custom(format!(
+            "two pools are called {}",
+            twice.name
+        )));
+    }
+    if pools.is_empty() {
+        return Err(D::Error::custom("a table [[supervise.pool]] is needed"));
+    }
+    Ok(pools)
 }
 
 impl TryFrom<PoolText> for Pool {
     type Error = String;
 
     fn try_from(text: PoolText) -> Result<Self, String> {
-        let name = text.name;
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if name.is_empty()
-            || name.len() > MAX_NAME
-            || !name.chars().all(plain)
-            || name.starts_with('-')
-        {
-            return Err(format!(
-                "name {name:?}: a pool's name has lower-case letters, digits and -, at most {MAX_NAME}"
-            ));
-        }
         let auth = match (text.token, text.app) {
             (Some(token), None) => Auth::Token(token),
             (
@@ -236,10 +372,10 @@ impl TryFrom<PoolText> for Pool {
             _ => return Err("one of token and app is needed, and not both".into()),
         };
         let size = match (text.count, text.scale_set) {
-            (Some(count @ 1..=1000), None) => Size::Fixed(count),
+            (Some(count), None) => Size::Fixed(count),
             (None, Some(set)) => {
                 let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-                if !(1..=1000).contains(&set.max) || set.min > set.max {
+                if !(1..=MAX_SLOTS).contains(&set.max) || set.min > set.max {
                     return Err("scale-set: max is from 1 to 1000, and min at most max".into());
                 }
                 if set.name.is_empty() || !set.name.chars().all(plain) {
@@ -247,7 +383,6 @@ impl TryFrom<PoolText> for Pool {
                 }
                 Size::ScaleSet(set)
             }
-            (Some(_), None) => return Err("count is from 1 to 1000".into()),
             _ => return Err("one of count and scale-set is needed, and not both".into()),
         };
         let slots = match &size {
@@ -261,44 +396,15 @@ impl TryFrom<PoolText> for Pool {
         if !(1..=100).contains(&labels.len()) || labels.iter().any(String::is_empty) {
             return Err("labels: 1 to 100 are needed, none of them empty".into());
         }
-        if let Some(api) = &text.api_url
-            && !["https://", "http://"]
-                .iter()
-                .any(|scheme| api.starts_with(scheme))
-        {
-            return Err(format!(
-                "api-url {api:?} is no address: write https://HOST/api/v3"
-            ));
-        }
-        let container = &text.container;
-        let networks = ["bridge", "host", "none", "private", "slirp4netns", "pasta"];
-        if let Some(network) = &container.network
-            && !networks.contains(&network.as_str())
-        {
-            return Err(format!(
-                "network {network:?}: there are {}",
-                networks.join(", ")
-            ));
-        }
-        if let Some(userns) = &container.userns
-            && !matches!(userns.split(':').next(), Some("host" | "auto"))
-        {
-            return Err(format!(
-                "userns {userns:?}: write host, auto, or auto:size=131072"
-            ));
-        }
-        if container
-            .cpus
-            .is_some_and(|cpus| !(0.01..=10_000.0).contains(&cpus))
-        {
-            return Err("cpus is a number such as 2 or 0.5".into());
-        }
         let pool = Self {
             bounds: Bounds {
                 registration: text.registration_timeout.as_secs().max(1),
                 job: text.job_timeout.as_secs().max(1),
-                // Many slots look more seldom: an App or a token has 5,000 requests an hour.
-                look: LOOK.max(2 * slots as u64),
+                // A job is known to run from the first look after its start. Many slots look more seldom: an
+                // App or a token has 5,000 requests an hour.
+                look: LOOK
+                    .min(text.job_timeout.as_secs() / 4)
+                    .max(2 * slots as u64),
             },
             url: text.url,
             api: text.api_url,
@@ -306,28 +412,15 @@ impl TryFrom<PoolText> for Pool {
             container: text.container,
             volumes: text.volumes,
             rules: text.rules,
-            name,
+            name: text.name,
             auth,
             size,
             labels,
         };
         let mut names = BTreeSet::new();
         for volume in &pool.volumes {
-            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-            if volume.name.is_empty()
-                || !volume.name.chars().all(plain)
-                || !names.insert(&volume.name)
-            {
-                return Err(format!(
-                    "volume {:?}: a name of letters, digits, - and _ that no other has",
-                    volume.name
-                ));
-            }
-            if !volume.target.starts_with('/') {
-                return Err(format!(
-                    "volume {}: target {:?} does not begin with /",
-                    volume.name, volume.target
-                ));
+            if !names.insert(&volume.name) {
+                return Err(format!("two volumes are called {}", volume.name));
             }
             pool.check(volume)
                 .map_err(|problem| format!("volume {}: {problem}", volume.name))?;
@@ -481,12 +574,6 @@ impl Supervise {
         let supervise = document
             .supervise
             .ok_or("there is nothing to supervise: a table [[supervise.pool]] is needed")?;
-        let mut names = BTreeSet::new();
-        for pool in &supervise.pools {
-            if !names.insert(&pool.name) {
-                return Err(format!("two pools are called {}", pool.name));
-            }
-        }
         Ok(supervise)
     }
 }
@@ -538,7 +625,10 @@ mod tests {
             ),
             (pool("labels = ['a']"), &["line 1", "count", "scale-set"]),
             (pool("count = 1"), &["labels"]),
-            (pool("count = 0\nlabels = ['a']"), &["count"]),
+            (
+                pool("count = 0\nlabels = ['a']"),
+                &["line 5", "from 1 to 1000"],
+            ),
             (
                 pool("count = 1\nlabels = ['a']\njob-timeout = 'soon'"),
                 &["line 7", "30s"],
@@ -557,7 +647,31 @@ mod tests {
             ),
             (
                 pool("count = 1\nlabels = ['a']\ncontainer.network = 'container:x'"),
-                &["network", "slirp4netns"],
+                &["line 7", "container:x", "slirp4netns"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']\ncontainer.userns = 'auto:size=many'"),
+                &["line 7", "many", "auto:size=131072"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']\ncontainer.cpus = 0.0"),
+                &["line 7", "0.5"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']\ncontainer.tmpfs = ['tmp']"),
+                &["line 7", "tmp", "begins with /"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']\napi-url = 'api.github.com'"),
+                &["line 7", "https://HOST/api/v3"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']").replace("'linux'", "'Linux'"),
+                &["line 2", "Linux", "lower-case"],
+            ),
+            (
+                "[supervise]\npool = []".into(),
+                &["line 2", "[[supervise.pool]]"],
             ),
             (
                 pool(
@@ -579,7 +693,7 @@ mod tests {
             ),
             (
                 pool("count = 1\nlabels = ['a']\nvolume = [{name = 'c', target = 'c'}]"),
-                &["target"],
+                &["line 7", "begins with /"],
             ),
             (
                 pool(&format!(
@@ -595,7 +709,7 @@ mod tests {
             ),
             (
                 format!("{0}{0}", pool("count = 1\nlabels = ['a']")),
-                &["two pools"],
+                &["line", "two pools"],
             ),
         ] {
             let problem = Supervise::parse(&text).expect_err(&text);

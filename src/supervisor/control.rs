@@ -83,15 +83,14 @@ impl App {
     }
 
     fn order(&self, asked: &Asked, orders: Orders) -> Answer {
-        for worker in self.pools(asked.pool.as_deref())? {
-            worker.orders.send_if_modified(|now| {
-                // Whoever ends is not called back.
-                let may = *now < Orders::Drain && *now != orders;
-                if may {
-                    *now = orders;
-                }
-                may
-            });
+        let pools = self.pools(asked.pool.as_deref())?;
+        // What ends is not called back.
+        if pools.iter().any(|worker| worker.ends()) {
+            let problem = "the supervisor is ending".to_owned();
+            return Err(Refusal::new(StatusCode::CONFLICT, problem));
+        }
+        for worker in pools {
+            worker.orders.send_replace(orders);
             worker.poke();
         }
         Ok(ok(&json!({})))

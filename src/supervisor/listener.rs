@@ -13,9 +13,13 @@ use super::pool::{JobView, Orders, StepError, Trouble, Worker, unix_now};
 use super::scope::{self, Run, Scopes};
 use super::slot;
 use crate::cache::names::escape;
+use crate::plugin::wire::printable;
 
 /// How long GitHub is asked whose job it is. Jobs wait two minutes for that.
 const ASK_WHOSE: Duration = Duration::from_secs(60);
+
+/// Seconds for which the end of a job is kept for its slot.
+const KEEP: u64 = 600;
 
 /// Listens for ever; the session ends with the orders to end, once nothing is left of any slot.
 pub(super) async fn listen(worker: &Worker, set: &ScaleSet) {
@@ -33,7 +37,7 @@ pub(super) async fn listen(worker: &Worker, set: &ScaleSet) {
             Ok(()) => trouble.over(),
             Err(error) => tokio::time::sleep(trouble.with(&error)).await,
         }
-        if *worker.orders.borrow() >= Orders::Drain && worker.is_empty() {
+        if worker.ends() && worker.is_empty() {
             listener.close().await;
             return;
         }
@@ -68,7 +72,13 @@ impl Listener<'_> {
             None => {
                 let host = nix::unistd::gethostname().unwrap_or_default();
                 let owner = format!("{} {}", host.to_string_lossy(), pool.name);
-                let session = self.sets.open(id, &owner).await?;
+                let opened = self.sets.open(id, &owner).await;
+                let session = opened.inspect_err(|error| {
+                    if error.status().is_some_and(|status| status == 404) {
+                        // Somebody removed the set.
+                        self.id = None;
+                    }
+                })?;
                 self.last = 0;
                 let jobs = session.statistics.map_or(0, |s| s.total_assigned_jobs);
                 self.worker.demand(jobs);
@@ -88,6 +98,8 @@ impl Listener<'_> {
         let polled = tokio::select! {
             polled = self.sets.poll(&session, self.last, capacity) => polled,
             _ = orders.changed() => Ok(None),
+            // The end does not wait for a message.
+            () = self.worker.emptied(), if self.worker.ends() => Ok(None),
         };
         let message = match polled {
             Ok(message) => message,
@@ -166,12 +178,15 @@ impl Listener<'_> {
 }
 
 fn note(worker: &Worker, job: &Job, state: slot::Job) {
-    let what = format!(
+    let what = printable(&format!(
         "{}/{} {}",
         job.owner_name, job.repository_name, job.job_display_name
-    );
-    let view = JobView { state, what };
-    worker.board().jobs.insert(job.runner_name.clone(), view);
+    ));
+    let now = unix_now();
+    let jobs = &mut worker.board().jobs;
+    // What was told of a runner after its end is nobody's.
+    jobs.retain(|_, job| !matches!(job.state, slot::Job::Done(_, at) if at + KEEP < now));
+    jobs.insert(job.runner_name.clone(), JobView { state, what });
     worker.poke();
 }
 

@@ -209,7 +209,7 @@ impl Podman {
             exited_at: i64,
             labels: BTreeMap<String, String>,
         }
-        let path = format!("containers/json?all=true&filters={}", filters(slot));
+        let path = format!("containers/json?all=true&filters={}", filter(&of(slot)));
         let listed: Vec<Listed> = self.get("listing containers", &path).await?.json()?;
         let time = |at: i64| u64::try_from(at).unwrap_or(0);
         Ok(listed
@@ -227,13 +227,29 @@ impl Podman {
             .collect())
     }
 
+    /// The slots, of whatever pool, that have containers.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn slots(&self) -> Result<BTreeSet<String>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Listed {
+            labels: BTreeMap<String, String>,
+        }
+        let path = format!("containers/json?all=true&filters={}", filter(SLOT));
+        let listed: Vec<Listed> = self.get("listing containers", &path).await?.json()?;
+        let slots = listed.into_iter();
+        Ok(slots.filter_map(|mut c| c.labels.remove(SLOT)).collect())
+    }
+
     /// Removes the volumes of a slot that no container has. One that Podman knows and its driver does not, as
     /// after a crash of either, goes too; as long as it is there, Podman lists no volumes to anybody.
     ///
     /// # Errors
     /// See [`PodmanError`].
     pub async fn prune_volumes(&self, slot: &str) -> Result<(), PodmanError> {
-        let path = format!("volumes/prune?filters={}", filters(slot));
+        let path = format!("volumes/prune?filters={}", filter(&of(slot)));
         let answer = self.post("removing volumes", &path, None).await?;
         answer.expect(&[200])
     }
@@ -393,8 +409,14 @@ impl Podman {
     }
 }
 
-fn filters(slot: &str) -> String {
-    let text = json!({"label": [format!("{SLOT}={slot}")]}).to_string();
+/// The label of what is a slot's.
+fn of(slot: &str) -> String {
+    format!("{SLOT}={slot}")
+}
+
+/// What has a label, in a query.
+fn filter(label: &str) -> String {
+    let text = json!({"label": [label]}).to_string();
     // Of a slot's name and JSON's own, these are what a query cannot have.
     text.replace('"', "%22")
         .replace('{', "%7B")
@@ -412,5 +434,13 @@ fn demultiplexed(mut stream: &[u8]) -> String {
         text.extend_from_slice(&rest[..length]);
         stream = &rest[length..];
     }
-    String::from_utf8_lossy(&text).into_owned()
+    // It is shown on root's terminal, which is not to be a job's to command.
+    let plain = |c: char| {
+        if c.is_control() && !matches!(c, '\n' | '\t') {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            c
+        }
+    };
+    String::from_utf8_lossy(&text).chars().map(plain).collect()
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::config::{Pool, Size};
+use super::config::{Pool, Size, Userns};
 use super::github::rest::{NewRunner, Removed};
 use super::github::scaleset::ScaleSets;
 use super::github::{GitHub, GitHubError};
@@ -38,8 +38,14 @@ const WORK_FOLDER: &str = "_work";
 /// verdict and not before.
 const HOLDER: &str = "supervisor";
 
+/// Longest log of a container, in bytes. A job's own goes to GitHub.
+const MAX_LOG: u64 = 8 << 20;
+
 /// For the daemon's answer.
 const FRIEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Between two looks whether all is done.
+const LOOK_FOR_END: Duration = Duration::from_millis(200);
 
 /// Between two looks at a slot at most: somebody may have removed its container by hand.
 const LOOK_AGAIN: u64 = 30;
@@ -126,6 +132,8 @@ pub(super) struct Board {
     /// The scale set's number.
     pub set: Option<u64>,
     views: BTreeMap<usize, SlotView>,
+    /// How many slots there are: those of the configuration, and those that an earlier one had.
+    slots: usize,
     /// Slots of which nothing is left.
     empty: BTreeSet<usize>,
 }
@@ -163,6 +171,7 @@ impl Worker {
     #[must_use]
     pub fn new(pool: Pool, github: GitHub, podman: Podman, friend: PathBuf) -> Self {
         let github = Arc::new(github);
+        let slots = pool.slots();
         let target = match &pool.size {
             Size::Fixed(count) => *count,
             Size::ScaleSet(set) => set.min,
@@ -175,6 +184,7 @@ impl Worker {
             friend,
             board: Mutex::new(Board {
                 target,
+                slots,
                 ..Board::default()
             }),
             changed: watch::Sender::new(0),
@@ -200,9 +210,22 @@ impl Worker {
         }
     }
 
+    /// Whether the end was ordered.
+    pub(super) fn ends(&self) -> bool {
+        *self.orders.borrow() >= Orders::Drain
+    }
+
     /// Whether nothing is left of any slot.
     pub fn is_empty(&self) -> bool {
-        self.board().empty.len() == self.pool.slots()
+        let board = self.board();
+        board.empty.len() == board.slots
+    }
+
+    /// Returns when nothing is left of any slot.
+    pub async fn emptied(&self) {
+        while !self.is_empty() {
+            tokio::time::sleep(LOOK_FOR_END).await;
+        }
     }
 
     /// Whether any slot has a job.
@@ -240,69 +263,108 @@ impl Worker {
             .unwrap_or_else(|panic| Err(std::io::Error::other(panic).into()))
     }
 
-    /// Finds what is registered under this pool's names, so that slots look after what an earlier life left.
-    pub(super) async fn find_registrations(&self) {
+    /// Finds what an earlier life left: registrations under this pool's names, and slots that the
+    /// configuration had then and has no more. Those are looked after until nothing is left of them.
+    pub(super) async fn find(self: Arc<Self>) {
         let mut trouble = Trouble::new(format!("pool {}", self.pool.name));
-        loop {
-            match self.github.names().await {
-                Ok(names) => {
-                    let own = format!("{}-", self.pool.name);
-                    self.board()
-                        .found
-                        .extend(names.into_iter().filter(|name| name.starts_with(&own)));
-                    trouble.over();
-                    return self.poke();
-                }
-                Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,
+        let (registered, slots) = loop {
+            let found = async {
+                let registered = self.github.names().await?;
+                Ok::<_, StepError>((registered, self.podman.slots().await?))
+            };
+            match found.await {
+                Ok(found) => break found,
+                Err(error) => tokio::time::sleep(trouble.with(&error)).await,
+            }
+        };
+        trouble.over();
+        let mut numbers: BTreeSet<_> = slots.iter().filter_map(|slot| self.number(slot)).collect();
+        let host = host();
+        for name in registered {
+            // Other hosts may have the same configuration: what is theirs is left to them.
+            let Some((slot, random)) = name.rsplit_once('-') else {
+                continue;
+            };
+            if let Some(number) = self.number(slot)
+                && runner_in(slot, &name) == Some(&name)
+                && random.starts_with(&host)
+            {
+                numbers.insert(number);
+                self.board().found.insert(name);
             }
         }
+        for number in numbers {
+            if number >= self.pool.slots() {
+                info!(
+                    slot = self.pool.slot_name(number),
+                    "is no more, and is emptied"
+                );
+                self.board().slots += 1;
+                let worker = Arc::clone(&self);
+                tokio::spawn(async move { worker.work(number).await });
+            }
+        }
+        self.poke();
+    }
+
+    /// The number of a slot of this pool, by its name.
+    fn number(&self, slot: &str) -> Option<usize> {
+        let number = slot.strip_prefix(&self.pool.name)?.strip_prefix('-')?;
+        let number = number.parse().ok()?;
+        (self.pool.slot_name(number) == slot).then_some(number)
     }
 
     /// Works on a slot for ever.
     pub(super) async fn work(&self, number: usize) {
         let set = matches!(self.pool.size, Size::ScaleSet(_));
+        let name = self.pool.slot_name(number);
         let mut task = Task {
             worker: self,
             number,
-            name: self.pool.slot_name(number),
             slot: Slot::new(self.pool.bounds, set),
             jit: None,
             volumes: BTreeMap::new(),
             adopted: false,
             unsure: true,
             last: None,
+            trouble: Trouble::new(format!("slot {name}")),
+            name,
         };
         let mut changed = self.changed.subscribe();
+        let mut orders = self.orders.subscribe();
         let mut trouble = Trouble::new(format!("slot {}", task.name));
         loop {
             changed.mark_unchanged();
+            orders.mark_unchanged();
             let rest = match task.step().await {
-                Ok(None) => {
-                    trouble.over();
-                    continue;
-                }
-                Ok(Some(rest)) => {
+                Ok(rest) => {
                     trouble.over();
                     rest
                 }
                 Err(error) => {
                     task.unsure = true;
                     let rest = trouble.with(&error);
-                    // What changes meanwhile does not make it any better.
-                    tokio::time::sleep(rest).await;
+                    // Of what changes meanwhile, only the end cannot wait.
+                    tokio::select! {
+                        () = tokio::time::sleep(rest) => {}
+                        _ = orders.changed() => {}
+                    }
                     continue;
                 }
             };
-            let running = match &rest.container {
-                Some(id) => futures_or_pending(self.podman.wait(id)),
-                None => Box::pin(std::future::pending()),
+            let Some(rest) = rest else { continue };
+            let ended = async {
+                match &rest.container {
+                    Some(id) => self.podman.wait(id).await,
+                    None => std::future::pending().await,
+                }
             };
             tokio::select! {
                 _ = changed.changed() => {}
                 () = tokio::time::sleep(rest.time) => {}
-                waited = running => {
+                ended = ended => {
                     // Podman that goes away is found out at the next look.
-                    if waited.is_err() {
+                    if ended.is_err() {
                         tokio::time::sleep(Duration::from_secs(1)).await;
                     }
                 }
@@ -311,12 +373,30 @@ impl Worker {
     }
 }
 
-type Waiting<'a> = std::pin::Pin<Box<dyn Future<Output = Result<(), PodmanError>> + Send + 'a>>;
+/// The runner with whose name a text begins: `SLOT-` and twelve hexadecimal digits, the first four of
+/// which are the host's; and then nothing more, or `-` and a volume.
+fn runner_in<'n>(slot: &str, text: &'n str) -> Option<&'n str> {
+    let rest = text.strip_prefix(slot)?.strip_prefix('-')?;
+    let digits = rest.split('-').next()?;
+    let is_ours = digits.len() == 12 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    is_ours.then(|| &text[..=slot.len() + digits.len()])
+}
 
-fn futures_or_pending<'a>(
-    waiting: impl Future<Output = Result<(), PodmanError>> + Send + 'a,
-) -> Waiting<'a> {
-    Box::pin(waiting)
+/// Four digits for this host, from what machine-id(5) says not to show to others.
+fn host() -> String {
+    let id = std::fs::read("/etc/machine-id").unwrap_or_default();
+    let id = if id.is_empty() {
+        nix::unistd::gethostname()
+            .unwrap_or_default()
+            .into_encoded_bytes()
+    } else {
+        id
+    };
+    // FNV-1a, folded.
+    let hash = id.iter().fold(0x811c_9dc5, |hash: u32, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    });
+    format!("{:04x}", (hash >> 16) ^ (hash & 0xffff))
 }
 
 /// What a failpoint calls an action.
@@ -353,6 +433,8 @@ struct Task<'a> {
     /// Somebody may have died in the middle of something.
     unsure: bool,
     last: Option<Verdict>,
+    /// With GitHub.
+    trouble: Trouble,
 }
 
 impl Task<'_> {
@@ -370,31 +452,47 @@ impl Task<'_> {
         self.share(&seen, now);
         let action = decide(&self.slot, &seen, now);
         debug!(slot = self.name, ?action, "next");
+        if let Action::Rest(at) = action {
+            let running = |c: &&Container| matches!(c.state, State::Running(_));
+            let container = seen.containers.iter().find(running);
+            if let Some(container) = container {
+                self.hold(&container.runner).await?;
+            }
+            let seconds = at.map_or(LOOK_AGAIN, |at| at.saturating_sub(now));
+            return Ok(Some(Rest {
+                time: Duration::from_secs(seconds.clamp(1, LOOK_AGAIN)),
+                container: container.map(|c| c.id.clone()),
+            }));
+        }
         let stage = stage(&action);
         if let Some(stage) = stage {
             reach(stage, 1);
         }
+        let asks = action.asks();
+        match self.act(action, &seen, now).await {
+            Ok(()) if asks => self.trouble.over(),
+            Ok(()) => {}
+            Err(error @ (StepError::GitHub(_) | StepError::NoSet)) => {
+                let rest = self.trouble.with(&error);
+                self.slot.ask_again = unix_now() + rest.as_secs() + 1;
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        }
+        if let Some(stage) = stage {
+            reach(stage, 2);
+        }
+        Ok(None)
+    }
+
+    /// Does what was decided.
+    async fn act(&mut self, action: Action, seen: &Seen, now: u64) -> Result<(), StepError> {
         let find = |id: &String| {
             let found = seen.containers.iter().find(|c| c.id == *id);
             found.cloned().expect("decided by what was seen")
         };
         match action {
-            Action::Rest(at) => {
-                let container = seen
-                    .containers
-                    .iter()
-                    .find(|c| matches!(c.state, State::Running(_)));
-                if let Some(container) = container {
-                    self.hold(&container.runner).await?;
-                }
-                let seconds = at
-                    .map_or(LOOK_AGAIN, |at| at.saturating_sub(now))
-                    .clamp(1, LOOK_AGAIN);
-                return Ok(Some(Rest {
-                    time: Duration::from_secs(seconds),
-                    container: container.map(|c| c.id.clone()),
-                }));
-            }
+            Action::Rest(_) => {}
             Action::Register => self.register().await?,
             Action::Prepare => self.prepare().await?,
             Action::Create => self.create().await?,
@@ -455,10 +553,7 @@ impl Task<'_> {
                 self.slot.forget(now);
             }
         }
-        if let Some(stage) = stage {
-            reach(stage, 2);
-        }
-        Ok(None)
+        Ok(())
     }
 
     async fn look(&mut self) -> Result<Seen, StepError> {
@@ -473,7 +568,7 @@ impl Task<'_> {
         let listed = listed["Volumes"].as_array().map_or(&[][..], Vec::as_slice);
         self.volumes.clear();
         for name in listed.iter().filter_map(|volume| volume["Name"].as_str()) {
-            if let Some(runner) = self.runner_of(name) {
+            if let Some(runner) = runner_in(&self.name, name) {
                 let runner = runner.to_owned();
                 self.volumes
                     .entry(runner)
@@ -484,19 +579,11 @@ impl Task<'_> {
         let secrets = podman.secrets(&format!("{}-", self.name)).await?;
         let secrets = secrets
             .into_iter()
-            .filter(|name| self.runner_of(&format!("{name}-x")) == Some(name));
+            .filter(|name| runner_in(&self.name, name) == Some(name));
         Ok(Seen {
             leftovers: self.volumes.keys().cloned().chain(secrets).collect(),
             containers,
         })
-    }
-
-    /// The runner of this slot in the name of a volume: `SLOT-12345678-VOLUME`.
-    fn runner_of<'n>(&self, volume: &'n str) -> Option<&'n str> {
-        let random = volume.strip_prefix(&self.name)?.strip_prefix('-')?;
-        let (random, _) = random.split_once('-')?;
-        let is_ours = random.len() == 8 && random.bytes().all(|b| b.is_ascii_hexdigit());
-        is_ours.then(|| &volume[..self.name.len() + 9])
     }
 
     /// Takes what the pool has for the slot, and gives what the slot has for the pool.
@@ -504,15 +591,8 @@ impl Task<'_> {
         let orders = *self.worker.orders.borrow();
         let mut board = self.worker.board();
         let board = &mut *board;
-        let own = format!("{}-", self.name);
-        let found: Vec<_> = board
-            .found
-            .iter()
-            .filter(|name| name.starts_with(&own))
-            .cloned()
-            .collect();
-        for name in found {
-            board.found.remove(&name);
+        let own = |name: &String| runner_in(&self.name, name).is_some();
+        for name in board.found.extract_if(.., own) {
             self.slot.found(&name);
         }
         let job = match &mut self.slot.runner {
@@ -526,14 +606,16 @@ impl Task<'_> {
             }
             None => None,
         };
+        let is_more = self.number >= self.worker.pool.slots();
         if self.slot.runner.is_none() && seen.containers.is_empty() {
             board.live.remove(&self.number);
-        } else {
+        } else if !is_more {
             board.live.insert(self.number);
         }
         self.slot.mode = match orders {
             Orders::Stop => Mode::Stop,
             Orders::Drain | Orders::Pause => Mode::Drain,
+            Orders::Run if is_more => Mode::Drain,
             Orders::Run if board.live.contains(&self.number) => Mode::Start,
             Orders::Run if board.live.len() < board.target => {
                 board.live.insert(self.number);
@@ -587,7 +669,8 @@ impl Task<'_> {
     async fn register(&mut self) -> Result<(), StepError> {
         let mut random = [0; 4];
         getrandom::fill(&mut random).expect("the kernel has random numbers");
-        let name = format!("{}-{:08x}", self.name, u32::from_ne_bytes(random));
+        let random = u32::from_ne_bytes(random);
+        let name = format!("{}-{}{random:08x}", self.name, host());
         let worker = self.worker;
         let asked = match &worker.pool.size {
             Size::Fixed(_) => {
@@ -612,8 +695,11 @@ impl Task<'_> {
                 Ok(())
             }
             Err(error) => {
-                // It may have been registered, and the answer lost.
-                if error.status().is_none() && error.retry().is_none() {
+                // It may have been registered, and the answer lost, but where GitHub says that it was not.
+                let refused = error
+                    .status()
+                    .is_some_and(|status| status.is_client_error());
+                if !refused && !matches!(error, GitHubError::Still(_)) {
                     self.slot.found(&name);
                 }
                 Err(error.into())
@@ -758,6 +844,8 @@ fn container_spec(pool: &Pool, runner: &str, labels: &BTreeMap<&'static str, Str
         "volumes": volumes,
         "annotations": {"lvm-cache-friend.volume": guard.join(" ")},
         "restart_policy": "no",
+        // A job can write there without end.
+        "log_configuration": {"driver": "k8s-file", "size": MAX_LOG},
     });
     let mut set = |name: &str, value: Value| spec[name] = value;
     if guard.is_empty() {
@@ -794,14 +882,24 @@ fn container_spec(pool: &Pool, runner: &str, labels: &BTreeMap<&'static str, Str
             set(name, json!(list));
         }
     }
-    if let Some(network) = &text.network {
+    if let Some(network) = text.network {
         set("netns", json!({"nsmode": network}));
     }
-    if let Some(userns) = &text.userns {
-        let (mode, value) = userns.split_once(':').unwrap_or((userns, ""));
-        set("userns", json!({"nsmode": mode, "value": value}));
-        if mode == "auto" {
-            set("idmappings", auto_userns(value));
+    match text.userns {
+        None => {}
+        Some(Userns::Host) => set("userns", json!({"nsmode": "host"})),
+        // What `podman run --userns=auto:size=N` makes of it.
+        Some(Userns::Auto(size)) => {
+            let value = if size == 0 {
+                String::new()
+            } else {
+                format!("size={size}")
+            };
+            set("userns", json!({"nsmode": "auto", "value": value}));
+            set(
+                "idmappings",
+                json!({"AutoUserNs": true, "AutoUserNsOpts": {"Size": size}, "HostUIDMapping": false, "HostGIDMapping": false}),
+            );
         }
     }
     let mut limits = json!({});
@@ -819,15 +917,6 @@ fn container_spec(pool: &Pool, runner: &str, labels: &BTreeMap<&'static str, Str
         spec["resource_limits"] = limits;
     }
     spec
-}
-
-/// What `podman run --userns=auto:size=N` makes of it.
-fn auto_userns(value: &str) -> Value {
-    let size: u32 = value
-        .strip_prefix("size=")
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0);
-    json!({"AutoUserNs": true, "AutoUserNsOpts": {"Size": size}, "HostUIDMapping": false, "HostGIDMapping": false})
 }
 
 /// What goes wrong again and again is said once, and tried ever more seldom.
@@ -850,15 +939,22 @@ impl Trouble {
     pub(super) fn with(&mut self, error: &StepError) -> Duration {
         let text = error.to_string();
         let who = &self.who;
+        // A refusal's text may have a number of its own each time.
+        let kind = match error {
+            StepError::GitHub(GitHubError::Refused { what, status, .. }) => {
+                format!("{what}: {status}")
+            }
+            _ => text.clone(),
+        };
         if matches!(
             error,
             StepError::GitHub(GitHubError::Still(_)) | StepError::NoSet
-        ) || text == self.said
+        ) || kind == self.said
         {
             debug!(who, error = text, "again");
         } else {
             warn!("{who}: {text}; trying again");
-            self.said = text;
+            self.said = kind;
         }
         self.failures += 1;
         let own = Duration::from_secs(1 << self.failures.saturating_sub(1).min(6))

@@ -9,7 +9,7 @@ use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::config::{Size, Supervise};
@@ -21,9 +21,6 @@ use super::pool::{Orders, Worker};
 use crate::config::Settings;
 use crate::plugin::server;
 use crate::plugin::socket::{Listening, SocketError};
-
-/// How often it is looked whether all is done.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// How long stopping at once may take: what is left then, the next start removes.
 const STOP: Duration = Duration::from_secs(60);
@@ -126,8 +123,7 @@ async fn live(
     let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
     let workers = workers(settings, supervise)?;
     for worker in &workers {
-        let found = Arc::clone(worker);
-        tokio::spawn(async move { found.find_registrations().await });
+        tokio::spawn(Arc::clone(worker).find());
         for slot in 0..worker.pool.slots() {
             let worker = Arc::clone(worker);
             tokio::spawn(async move { worker.work(slot).await });
@@ -163,11 +159,11 @@ async fn live(
     let mut orders = Orders::Run;
     let mut bound = None;
     loop {
-        let done = orders >= Orders::Drain && workers.iter().all(|worker| worker.is_empty());
-        if done {
-            info!("nothing is left to do");
-            break;
-        }
+        let emptied = async {
+            for worker in &workers {
+                worker.emptied().await;
+            }
+        };
         let late = async {
             match bound {
                 Some(at) => sleep_until(at).await,
@@ -178,9 +174,12 @@ async fn live(
             _ = terminate.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
             _ = interrupt.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
             _ = told.changed() => *told.borrow_and_update(),
-            () = sleep(LOOK), if orders >= Orders::Drain => continue,
+            () = emptied, if orders >= Orders::Drain => {
+                info!("nothing is left to do");
+                break;
+            }
             () = late => {
-                warn!("ended with runners left: they go on, and the next start adopts them");
+                warn!("ended before all was done: what is left, the next start looks after");
                 break;
             }
         };

@@ -165,6 +165,8 @@ pub struct Slot {
     pub stale: BTreeMap<String, Registration>,
     /// The containers whose verdict was given.
     pub judged: BTreeSet<String>,
+    /// GitHub is not to be asked before then; what needs nothing of it goes on.
+    pub ask_again: u64,
 }
 
 /// The next step of a slot.
@@ -207,6 +209,14 @@ pub const fn verdict_of(code: i32) -> Verdict {
     }
 }
 
+impl Action {
+    /// Whether GitHub is asked.
+    #[must_use]
+    pub const fn asks(&self) -> bool {
+        matches!(self, Self::Register | Self::Look(_) | Self::Deregister(..))
+    }
+}
+
 /// The next step.
 #[must_use]
 pub fn decide(slot: &Slot, seen: &Seen, now: u64) -> Action {
@@ -216,9 +226,11 @@ pub fn decide(slot: &Slot, seen: &Seen, now: u64) -> Action {
             rest = Some(rest.map_or(at, |rest: u64| rest.min(at)));
         }
     };
+    let may_ask = now >= slot.ask_again;
     for container in &seen.containers {
         match of_container(slot, container, now) {
             Action::Rest(at) => later(at),
+            action if action.asks() && !may_ask => later(Some(slot.ask_again)),
             action => return action,
         }
     }
@@ -233,9 +245,10 @@ pub fn decide(slot: &Slot, seen: &Seen, now: u64) -> Action {
     }
     for (name, registration) in &slot.stale {
         match of_stale(registration, has_container(name), now) {
+            Stale::Later(at) => later(Some(at)),
+            _ if !may_ask => later(Some(slot.ask_again)),
             Stale::Look => return Action::Look(name.clone()),
             Stale::Deregister(id) => return Action::Deregister(name.clone(), id),
-            Stale::Later(at) => later(Some(at)),
         }
     }
     if !seen.containers.is_empty() {
@@ -249,7 +262,8 @@ pub fn decide(slot: &Slot, seen: &Seen, now: u64) -> Action {
         Some(_) if slot.mode >= Mode::Drain => Action::Forget,
         Some(runner) if !runner.prepared => Action::Prepare,
         Some(_) => Action::Create,
-        None if slot.mode == Mode::Start => Action::Register,
+        None if slot.mode == Mode::Start && may_ask => Action::Register,
+        None if slot.mode == Mode::Start => Action::Rest(Some(slot.ask_again)),
         None => Action::Rest(rest),
     }
 }
@@ -359,6 +373,7 @@ impl Slot {
             runner: None,
             stale: BTreeMap::new(),
             judged: BTreeSet::new(),
+            ask_again: 0,
         }
     }
 

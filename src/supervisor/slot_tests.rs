@@ -130,6 +130,11 @@ fn steps() {
         ("it was offline a while ago", slot(On, |s| { s.runner = None; s.found("o"); s.looked("o", there(false, false), NOW - LOOK); }), none(), Look("o".into())),
         ("it is online", slot(Keep, |s| { s.runner = None; s.found("o"); s.looked("o", there(true, false), NOW - 1); }), none(), Rest(Some(NOW - 1 + LOOK))),
         ("it is offline and busy", slot(Keep, |s| { s.runner = None; s.found("o"); s.looked("o", there(false, true), NOW - 1); }), none(), Rest(Some(NOW - 1 + LOOK))),
+        ("GitHub is left alone", slot(On, |s| { s.ask_again = NOW + 9; s.runner = None; s.found("o"); }), none(), Rest(Some(NOW + 9))),
+        ("a job ends meanwhile", slot(On, |s| { s.ask_again = NOW + 9; s.found("o"); }), exited(100, 1), Judge(id(), Verdict::Success)),
+        ("one is ended meanwhile", slot(Stop, |s| { s.ask_again = NOW + 9; read(there(true, true), 1)(s); }), running(), Kill(id())),
+        ("one idles meanwhile", slot(Drain, |s| { s.ask_again = NOW + 9; read(there(true, false), 70)(s); }), running(), Rest(Some(NOW + 9))),
+        ("one is prepared meanwhile", slot(On, |s| { s.ask_again = NOW + 9; s.found("o"); s.registered("a", NOW); }), none(), Prepare),
         ("it does not keep another from starting", slot(On, |s| { s.runner = None; s.found("o"); s.looked("o", there(true, true), NOW - 1); }), none(), Register),
     ];
     for (case, slot, seen, want) in table {
@@ -244,6 +249,7 @@ impl World {
         let seen = self.seen();
         let action = decide(slot, &seen, self.now);
         let now = self.now;
+        assert!(!action.asks() || now >= slot.ask_again, "GitHub is asked");
         let find = |id: &String| {
             let at = seen.containers.iter().position(|c| c.id == *id);
             at.expect("the container is there")
@@ -275,6 +281,9 @@ impl World {
             );
         }
         if fails {
+            if action.asks() {
+                slot.ask_again = now + 60;
+            }
             return !matches!(action, Action::Rest(_));
         }
         match action {

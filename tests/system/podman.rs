@@ -38,7 +38,10 @@ pub fn tests() -> Vec<Test> {
             options::BODIES,
             hooks::BODIES,
             jobs::BODIES,
-            supervisor::BODIES,
+            match kind {
+                Kind::Reflink => supervisor::BODIES,
+                Kind::Lvm => supervisor::GUEST,
+            },
             nested::BODIES,
             churn::BODIES,
             users::BODIES,

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, GitHub, GitHubError, TIMEOUT};
 use crate::engine::Verdict;
+use crate::plugin::wire::printable;
 
 /// A poll is answered after some 50 seconds at the latest, with 202.
 const POLL: Duration = Duration::from_secs(90);
@@ -288,9 +289,9 @@ impl ScaleSets {
             "" => Vec::new(),
             body => serde_json::from_str(body).map_err(|_| odd("its body is no list"))?,
         };
-        let events = events
-            .into_iter()
-            .map(|event| serde_json::from_value(event).map_err(|e| odd(&e.to_string())));
+        let events = events.into_iter().map(|event| {
+            serde_json::from_value(event).map_err(|e| odd(&printable(&e.to_string())))
+        });
         Ok(Some(Message {
             id: raw.message_id,
             statistics: raw.statistics,

@@ -287,6 +287,27 @@ impl Fake {
         self.state().tokens.clear();
     }
 
+    /// Ends all sessions and all tokens of the service of scale sets.
+    pub fn forget_sessions(&self) {
+        let mut state = self.state();
+        state.service_tokens.clear();
+        for set in state.sets.values_mut() {
+            set.session = None;
+        }
+    }
+
+    /// Registers a runner that nobody runs.
+    pub fn registered(&self, name: &str) {
+        let labels = vec!["linux".to_owned()];
+        let registered = self.state().register(name, labels, None);
+        assert!(registered.is_ok(), "{name} is registered");
+    }
+
+    /// Removes a registration.
+    pub fn deregistered(&self, name: &str) {
+        self.state().runners.retain(|_, runner| runner.name != name);
+    }
+
     /// Queues a job and gives its number.
     pub fn queue(&self, origin: &Origin, script: &str) -> u64 {
         self.queue_with(origin, |_| script.to_owned())
@@ -515,6 +536,11 @@ fn query(uri: &Uri, known: &[&str]) -> Result<BTreeMap<String, String>, Refused>
 }
 
 impl State {
+    /// How many faults no request has met yet.
+    pub fn faults_left(&self) -> usize {
+        self.faults.iter().map(|fault| fault.times).sum()
+    }
+
     fn now(&self) -> u64 {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)

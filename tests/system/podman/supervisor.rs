@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use lvm_cache_friend::config::RUN_DIR;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -17,18 +19,24 @@ use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, T
 use crate::support::command::run;
 use crate::support::image;
 use crate::support::podman::Service;
-use crate::support::site::Kind;
+use crate::support::site::{Kind, MOUNT_DIR};
 
+/// On this machine's kernel.
 pub const BODIES: &[Body] = &[
     ("supervised_jobs", jobs),
     ("supervised_scale_set", scale_set),
     ("supervisor_over_kills", kills),
     ("supervisor_killed_at_each_step", each_step),
-    ("hostile_jobs", hostile),
+    ("supervisor_starts_again", starts_again),
+    ("supervised_hostile_jobs", hostile),
     ("many_supervised_jobs", many),
     ("supervisor_meets_faults", faults),
+    ("supervised_scale_set_meets_faults", set_faults),
     ("supervisor_drains", drains),
 ];
+
+/// In a guest: what needs cgroups.
+pub const GUEST: &[Body] = &[("supervised_hostile_jobs", hostile)];
 
 /// Longer than anything here takes: a test that waits longer shows the log.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -62,7 +70,7 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
+        if true || std::thread::panicking() {
             println!("--- the supervisor's log:\n{}", self.log());
         }
     }
@@ -154,6 +162,12 @@ impl Place {
     #[track_caller]
     fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let since = Instant::now();
+        println!(
+            "DBG until {what} {:?}",
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap()
+        );
         while !so(self) {
             assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
             let supervisor = self.supervisor();
@@ -162,6 +176,36 @@ impl Place {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Ends what runs, and what the kernel and `/run` know of it, as a power cut does; then all but the supervisor
+    /// is started. What is on the disk stays: whether that would be there, `powercut` tests.
+    fn power_cut(&mut self) {
+        let podman = &self.host.podman;
+        for process in ["{{.State.ConmonPid}}", "{{.State.Pid}}"] {
+            let all = podman.done(&["ps", "--all", "--quiet"]);
+            for container in all.lines() {
+                let pid = podman.done(&["inspect", "--format", process, container]);
+                let pid: i32 = pid.trim().parse().unwrap();
+                if pid > 0 {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+            }
+        }
+        self.service = None;
+        self.host.daemon.take().unwrap().kill();
+        let gone = ["/var/lib/containers/storage", MOUNT_DIR];
+        for mount in lvm_cache_friend::mount::table().unwrap().iter().rev() {
+            if gone.iter().any(|place| mount.at.starts_with(place)) {
+                let _ = umount2(&mount.at, MntFlags::MNT_DETACH);
+            }
+        }
+        for place in ["/run/libpod", "/run/containers", "/run/crun", RUN_DIR] {
+            let _ = fs::remove_dir_all(place);
+        }
+        let _ = fs::remove_file("/dev/shm/libpod_lock");
+        self.host.daemon = Some(self.host.site.serve());
+        self.service = Some(Service::start());
     }
 
     /// Queues a job and waits for its result.
@@ -282,6 +326,13 @@ fn jobs(kind: Kind) {
                 .host
                 .site
                 .outcome(&["runners", "logs", &runner, "--lines", "100000"]);
+            println!(
+                "DBG {runner} {} bytes {} {:?} tail {:?}",
+                said.stdout.len(),
+                said.status,
+                said.stderr,
+                &said.stdout.chars().rev().take(60).collect::<String>()
+            );
             if said.stdout.contains("\nseen\n") {
                 logs = said.stdout;
                 let inspected = place.host.podman.done(&["inspect", &runner]);
@@ -407,72 +458,172 @@ fn kills(kind: Kind) {
     place.finish();
 }
 
-/// Killed at each step of a slot's life, it goes on in the next life.
+/// Killed at each step of a slot's life, it goes on in the next life: the job runs once, and what it wrote is
+/// published if, and only if, it succeeded.
 fn each_step(kind: Kind) {
     let mut place = Place::new(kind, "token", "count = 1\n", CACHE);
+    let mut good = 0;
     for point in lvm_cache_friend::failpoint::SUPERVISOR {
-        println!("{point}");
-        place.supervisor = None;
-        place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", point)]);
-        let job = place.fake.queue(&MAIN, "date +%N > /cache/n");
-        let since = Instant::now();
-        while place.supervisor().child.try_wait().unwrap().is_none() {
-            assert!(since.elapsed() < PATIENCE, "{point} is not reached");
-            std::thread::sleep(Duration::from_millis(50));
+        let with_job = ["start", "judge", "end", "clear"];
+        let stage = point.split('.').next().unwrap();
+        let results = if with_job.contains(&stage) {
+            &["succeeded", "failed"][..]
+        } else {
+            &["succeeded"]
+        };
+        for result in results {
+            println!("{point}, a job that has {result}");
+            place.supervisor = None;
+            place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", point)]);
+            let exit = u8::from(*result == "failed");
+            let job = place
+                .fake
+                .queue(&MAIN, &format!("date +%N > /cache/n; exit {exit}"));
+            let since = Instant::now();
+            while place.supervisor().child.try_wait().unwrap().is_none() {
+                assert!(since.elapsed() < PATIENCE, "{point} is not reached");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            place.start(&[]);
+            assert_eq!(place.ended(job), *result, "{point}");
+            if *result == "succeeded" {
+                good += 1;
+                place.published(good);
+            }
         }
-        place.start(&[]);
-        assert_eq!(place.ended(job), "succeeded", "{point}");
     }
-    // No job was lost to those that came after it.
+    place.finish();
+    assert_eq!(place.entries().len(), good);
+}
+
+/// Another life finds another world: a lower count, registrations of its own and of another host's, and a
+/// machine that was switched off, as far as Podman, the daemon and the supervisor can tell.
+fn starts_again(kind: Kind) {
+    // A registration is read again every 15 s then.
+    let settings = format!("{FIXED}job-timeout = '60s'\n");
+    let mut place = Place::new(kind, "token", &settings, CACHE);
+    let idle = |place: &mut Place, slots: &[&str]| {
+        let rows = place.rows();
+        let rows = rows.iter().filter(|row| row["state"] == "idle");
+        let found: Vec<_> = rows.filter_map(|row| row["slot"].as_str()).collect();
+        found == slots
+    };
+    place.until("both wait", |place| idle(place, &["linux-0", "linux-1"]));
+    let names: Vec<_> = {
+        let state = place.fake.state();
+        state.runners.values().map(|r| r.name.clone()).collect()
+    };
+    let host = &names[0]["linux-0-".len()..][..4];
+    let other = format!(
+        "linux-0-{:04x}00000001",
+        !u16::from_str_radix(host, 16).unwrap()
+    );
+    let left = ["linux-0", "linux-1", "linux-7"].map(|slot| format!("{slot}-{host}00000001"));
+    // Another pool's, whose slots' names begin as ours do.
+    let pool = format!("linux-1-0-{host}00000001");
+    place.supervisor = None;
+    for name in left.iter().chain([&other, &pool]) {
+        place.fake.registered(name);
+    }
+
+    let config = place.host.site.config.clone();
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("count = 2", "count = 1")).unwrap();
+    place.start(&[]);
+    let registered = |place: &Place| {
+        let state = place.fake.state();
+        let names = state.runners.values().map(|runner| runner.name.clone());
+        names.collect::<std::collections::BTreeSet<_>>()
+    };
+    place.until("the slot that is no more is empty", |place| {
+        let there = registered(place);
+        let kept = [&other, &pool].map(String::clone);
+        // The one that waited goes on waiting.
+        let own: Vec<_> = there.iter().filter(|name| !kept.contains(name)).collect();
+        there.len() == 3 && own[0].starts_with("linux-0-") && names.contains(own[0])
+    });
+    place.until("one waits", |place| idle(place, &["linux-0"]));
+
+    // What a power cut leaves of Podman, the daemon and the supervisor: their files, but for those below /run.
+    let job = place
+        .fake
+        .queue(&MAIN, "echo cut > /cache/n; exec sleep 3600");
+    place.until("it runs", |place| {
+        matches!(place.fake.state().jobs[&job].stage, Stage::Running(_))
+    });
+    place.supervisor = None;
+    place.power_cut();
+    place.start(&[]);
+    assert_eq!(place.ended(job), "abandoned");
+    assert_eq!(place.job("[ ! -e /cache/n ]"), "succeeded");
+    for name in [&other, &pool] {
+        assert!(registered(&place).contains(name), "{name} is another's");
+        place.fake.deregistered(name);
+    }
     place.finish();
 }
 
-/// Jobs that take what they can get. The slot is another job's soon after, and the slot beside it never notices.
+/// Jobs that take what they can get, all at once. Their slots are other jobs' soon after, and the slot beside them
+/// never notices.
 fn hostile(kind: Kind) {
     // What bounds memory and processes is a cgroup, of which the other tier has none.
-    let bounds = match kind {
-        Kind::Lvm => "memory = '64M', pids = 64, ",
-        Kind::Reflink => "",
+    let (bounds, timeout) = match kind {
+        Kind::Lvm => ("memory = '64M', pids = 64, ", "60s"),
+        Kind::Reflink => ("", "8s"),
     };
-    let settings = "count = 2\njob-timeout = '20s'\n";
+    let attacks = match kind {
+        Kind::Lvm => &[
+            // One page after another, not in one request that could be refused.
+            ("eats memory", "exec tail -c 500M /dev/zero"),
+            ("forks without end", "f() { f | f & }; f; exec sleep 3600"),
+        ][..],
+        Kind::Reflink => &[
+            ("never ends", "exec sleep 3600"),
+            ("kills all that it can", "kill -9 -1; exec sleep 3600"),
+            ("kills its runner", "kill -9 $PPID; exec sleep 3600"),
+            (
+                "fills its disk",
+                "dd if=/dev/zero of=/cache/full bs=1M count=2000",
+            ),
+        ],
+    };
+    let count = attacks.len() + 1;
+    let settings = format!("count = {count}\njob-timeout = '{timeout}'\n");
     let cache = CACHE.replace("save = ", "size = '1G', save = ");
-    let mut place = Place::with(kind, "token", settings, &cache, bounds);
-    let mut attacks = vec![
-        ("never ends", "exec sleep 3600"),
-        ("kills all that it can", "kill -9 -1; exec sleep 3600"),
-        ("kills its runner", "kill -9 $PPID; exec sleep 3600"),
-        (
-            "fills its disk",
-            "dd if=/dev/zero of=/cache/full bs=1M count=2000",
-        ),
-    ];
-    if kind == Kind::Lvm {
-        attacks.push((
-            "eats memory",
-            "exec dd if=/dev/zero of=/dev/null bs=256M count=1",
-        ));
-        attacks.push(("forks without end", "f() { f | f & }; f; exec sleep 3600"));
+    let mut place = Place::with(kind, "token", &settings, &cache, bounds);
+    let waiting = |place: &mut Place| {
+        let rows = place.rows();
+        rows.iter().filter(|row| row["state"] == "idle").count()
+    };
+    place.until("all wait", |place| waiting(place) == count);
+    let attackers: Vec<_> = attacks
+        .iter()
+        .map(|(attack, script)| (*attack, place.fake.queue(&MAIN, script)))
+        .collect();
+    place.until("all attack", |place| {
+        let state = place.fake.state();
+        attackers
+            .iter()
+            .all(|(_, job)| state.jobs[job].stage != Stage::Queued)
+    });
+    let since = Instant::now();
+    let mut good = 0;
+    while attackers
+        .iter()
+        .any(|(_, job)| place.fake.result(*job).is_none())
+    {
+        assert!(since.elapsed() < PATIENCE, "an attack is not over");
+        assert_eq!(place.job("date +%N > /cache/n"), "succeeded");
+        good += 1;
     }
-    for (attack, script) in attacks {
-        println!("{attack}");
-        let before = place.entries().len();
-        let bad = place.fake.queue(&MAIN, script);
-        place.until("it runs", |place| {
-            place.fake.state().jobs[&bad].stage != Stage::Queued
-        });
-        let since = Instant::now();
-        for _ in 0..2 {
-            assert_eq!(place.job("true"), "succeeded", "{attack}");
-        }
-        assert_ne!(place.ended(bad), "succeeded", "{attack}");
-        // Both slots wait for jobs again.
-        place.until("both wait", |place| {
-            let rows = place.rows();
-            rows.iter().filter(|row| row["state"] == "idle").count() == 2
-        });
-        println!("{attack}: over after {:?}", since.elapsed());
-        assert_eq!(place.entries().len(), before, "{attack}");
+    println!("{good} jobs meanwhile, in {:?}", since.elapsed());
+    assert!(good > 0);
+    for (attack, job) in attackers {
+        assert_ne!(place.ended(job), "succeeded", "{attack}");
     }
+    place.until("all wait again", |place| waiting(place) == count);
+    println!("all slots were back after {:?}", since.elapsed());
+    place.published(good);
     place.finish();
 }
 
@@ -554,6 +705,13 @@ fn faults(kind: Kind) {
             1,
         ),
         ("access_tokens", status(401, &[], "Bad credentials"), 1),
+        // A token that may not do that; and one that may nothing.
+        (
+            "generate-jitconfig",
+            status(403, &[], "Resource not accessible by integration"),
+            1,
+        ),
+        ("generate-jitconfig", status(401, &[], "Bad credentials"), 1),
         (
             "/actions/runners",
             FaultKind::Slow(Duration::from_secs(2)),
@@ -583,6 +741,61 @@ fn faults(kind: Kind) {
         // Each of the two slots may have met it.
         assert!((1..=2).contains(&lines.count()), "{once}: {log}");
     }
+    without_secrets(&place, "the log", &log);
+    place.finish();
+}
+
+/// Each request that a scale set's job needs meets each fault; those that begin a session take turns.
+fn set_faults(kind: Kind) {
+    let mut place = Place::new(kind, "token", SET, JOB);
+    let status = |status, message| FaultKind::Status(status, Vec::new(), message);
+    let begin = Instant::now();
+    let mut shared = 0;
+    let faults = [
+        status(409, "already has an active session"),
+        status(500, "Server Error"),
+        status(401, "unauthorized"),
+        status(404, "Not Found"),
+        FaultKind::Status(429, vec![("retry-after", "1".to_owned())], "slow down"),
+        FaultKind::Dropped,
+        FaultKind::DroppedAfter,
+    ];
+    for (turn, fault) in faults.into_iter().enumerate() {
+        println!("{fault:?}");
+        let warnings = |place: &mut Place| place.supervisor().log().matches(" WARN ").count();
+        let before = warnings(&mut place);
+        let begins = ["/sessions", "/registration-token", "/runner-registration"][turn % 3];
+        for path in [
+            begins,
+            "/queue/",
+            "/acquirejobs",
+            "/generatejitconfig",
+            "/actions/runs/",
+        ] {
+            place.fake.inject(path, fault.clone(), 1);
+        }
+        place.fake.forget_sessions();
+        let script = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; date +%N > /run/lvm-cache-friend/x/n";
+        assert_eq!(place.job(script), "succeeded");
+        // Where it cannot be read whose job it is, it shares no caches.
+        shared += usize::from(!matches!(fault, FaultKind::Status(404, ..)));
+        place.until("an entry for all", |place| {
+            let entries = place.entries();
+            let for_all = entries.iter().filter(|row| row["scope"] == REPOSITORY);
+            for_all.count() == shared
+        });
+        assert_eq!(place.fake.state().faults_left(), 0);
+        let warned = warnings(&mut place) - before;
+        assert!((1..=14).contains(&warned), "{warned} warnings");
+    }
+    let minutes = begin.elapsed().as_secs() / 60 + 1;
+    // Of a token's 5,000 requests an hour.
+    let asked = place.fake.count("/repos/", begin) as u64;
+    assert!(
+        asked < 83 * minutes,
+        "{asked} requests in {minutes} minutes"
+    );
+    let log = place.supervisor().log();
     without_secrets(&place, "the log", &log);
     place.finish();
 }
@@ -656,22 +869,6 @@ fn drains(kind: Kind) {
     plugin.create("probe", &json!({"restore": "layers"}));
     let said = fs::read_to_string(plugin.mount("probe", "test").join("n"));
     assert_eq!(said.unwrap(), "done\n");
-
-    for (text, words) in [
-        ("count = 2", "count = 0"),
-        ("network = 'host'", "network = 'moon'"),
-    ] {
-        let config = fs::read_to_string(&place.host.site.config).unwrap();
-        let bad = place.host.site.dir.path().join("bad.toml");
-        fs::write(&bad, config.replace(text, words)).unwrap();
-        let said = crate::support::daemon::friend_outcome(&bad, &["supervise", "--check"]);
-        assert_eq!(said.status, 1, "{said:?}");
-        assert!(
-            said.stderr.contains("line ") && said.stderr.contains("bad.toml"),
-            "{said:?}"
-        );
-    }
-    place.host.site.done(&["supervise", "--check"]);
 }
 
 impl Place {
