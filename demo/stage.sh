@@ -13,7 +13,7 @@
 # and the directory that it runs in, with project/ (what jobs are mounted at /src), `lvm-cache-friend` with the stage's
 # configuration, `podman` with the stage's storage, and $image. What the story needs no more is undone by take_down_stage.
 
-stage= program=${DEMO_PROGRAM:-} daemon= over= number=0 took=0 made_run=
+stage= program=${DEMO_PROGRAM:-} daemon= supervisor= service= over= number=0 took=0 made_run=
 image=localhost/busybox
 width=${DEMO_WIDTH:-100}
 if [ -n "${DEMO_COLOR:-}" ]; then
@@ -93,10 +93,12 @@ eventually() {
 
 failed() {
     printf '\n%sThe story ends here:%s %s\n' "$red" "$plain" "$1" >&2
-    if [ -s "$stage/daemon.log" ]; then
-        printf '\nThe last lines of the daemon'\''s log:\n' >&2
-        tail -n 20 "$stage/daemon.log" | sed 's/^/    /' >&2
-    fi
+    for log in daemon supervisor; do
+        if [ -s "$stage/$log.log" ]; then
+            printf "\nThe last lines of the $log's log:\n" >&2
+            tail -n 20 "$stage/$log.log" | sed 's/^/    /' >&2
+        fi
+    done
     exit 1
 }
 
@@ -197,11 +199,16 @@ take_down_stage() {
     set +e
     [ -n "$stage" ] || exit "$code"
     {
+        # The supervisor first: it would start containers anew.
+        for program in $supervisor; do
+            kill -KILL "$program"
+            wait "$program"
+        done
         podman rm --all --force --time 0
-        if [ -n "$daemon" ]; then
-            kill "$daemon"
-            wait "$daemon"
-        fi
+        for program in $service $daemon; do
+            kill "$program"
+            wait "$program"
+        done
         mounted_at /run/lvm-cache-friend/
         for device in $(losetup --noheadings --output NAME --associated "$stage/$disk_file"); do
             group=$(pvs --noheadings --options vg_name "$device")

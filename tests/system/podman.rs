@@ -14,6 +14,7 @@ mod job_client;
 mod jobs;
 mod nested;
 mod options;
+pub mod story;
 mod supervisor;
 mod users;
 
@@ -64,6 +65,11 @@ pub fn tests() -> Vec<Test> {
         )
         .timeout(900),
     );
+    tests.push(test(
+        Tier::Reflink,
+        "podman::supervised_builds",
+        supervisor::builds,
+    ));
     tests.push(test(
         Tier::Guest(Group::Podman),
         "podman::made_by_hand",

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! README's quick start, its own commands, in a guest with systemd. In a volume group: see [`crate::package`].
+//! README's quick start and its way to ephemeral runners, its own commands, in a guest with systemd. In a volume group: see
+//! [`crate::package`].
 
 use std::path::Path;
 
@@ -7,23 +8,29 @@ use lvm_cache_friend::config::DEFAULT_FILE;
 use serde_json::Value;
 
 use crate::docs::{block, type_in};
+use crate::github::fake::{Fake, TOKEN};
 use crate::harness::{Group, Test, Tier, test};
 use crate::package;
 use crate::podman::doctor::{finds, well};
+use crate::podman::story;
 use crate::support::command::{run, sh};
-use crate::support::wait_until;
+use crate::support::{image, wait_until};
 
 pub fn tests() -> Vec<Test> {
-    vec![
-        test(
-            Tier::Guest(Group::Systemd),
-            "quickstart::in_a_file",
-            in_a_file,
-        )
-        .timeout(900)
-        .before(package::build),
-    ]
+    let tests: [(&str, fn()); 2] = [
+        ("quickstart::in_a_file", in_a_file),
+        ("quickstart::runners", runners),
+    ];
+    let listed = tests.map(|(name, body)| {
+        test(Tier::Guest(Group::Systemd), name, body)
+            .timeout(900)
+            .before(package::build)
+    });
+    listed.into()
 }
+
+/// Where README has a volume group in a file.
+const FILE: &str = "/var/lib/lvm-cache-friend.img";
 
 fn in_a_file() {
     let image = package::prepare();
@@ -115,7 +122,95 @@ fn in_a_file() {
 
     run("podman", ["volume", "rm", "try"]);
     type_in(&block("purge"));
-    take_down("/var/lib/lvm-cache-friend.img");
+    take_down(FILE);
+}
+
+/// README's way to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
+fn runners() {
+    let fake = Fake::start();
+    let image = image("runner-image podman");
+    package::prepare();
+    let commands = block("runners");
+    let typed = commands
+        .split_once("EOF'\n")
+        .and_then(|(before, rest)| Some((before, rest.split_once("EOF\n")?.1)));
+    let (before, after) = typed.expect("a here-document");
+    let count = before.lines().count() + after.lines().count();
+    assert!(count <= 10, "{count} commands");
+
+    let build = commands
+        .lines()
+        .find(|line| line.starts_with("podman build"))
+        .expect("a command that makes the image");
+    let token = fake.file("token");
+    let commands = story::replaced(
+        &commands,
+        &[
+            ("make deb\n", ""),
+            (build, ""),
+            ("100G", "5G"),
+            ("/dev/stdin", token.to_str().unwrap()),
+        ],
+    );
+    type_in(&story::at(&fake, &image, &commands));
+    let said = run("lvm-cache-friend", ["supervise", "--check"]);
+    println!("{said}");
+
+    let list = |command: &[&str]| -> Vec<Value> {
+        serde_json::from_str(&run("lvm-cache-friend", command)).unwrap()
+    };
+    story::tell(&fake, &|| list(&["list", "--json"]));
+
+    // Nothing is left of any of them.
+    wait_until(|| {
+        list(&["runners", "list", "--json"])
+            .iter()
+            .all(|row| row["state"] == "empty")
+    });
+    for what in [
+        &["ps", "--all", "--quiet"][..],
+        &["volume", "ls", "--quiet"],
+        &["secret", "ls", "--quiet"],
+    ] {
+        assert_eq!(run("podman", what), "", "{what:?}");
+    }
+    assert!(fake.state().runners.is_empty());
+    assert!(
+        list(&["list", "--json"])
+            .iter()
+            .all(|row| row["kind"] != "volume")
+    );
+    let journal = run("journalctl", ["--quiet", "--output", "cat", "--all"]);
+    let secrets = fake.state().secrets.clone();
+    for secret in secrets.iter().chain(&fake.state().configurations.clone()) {
+        assert!(!journal.contains(secret), "a secret is in the journal");
+    }
+    assert!(!journal.contains(TOKEN), "the token is in the journal");
+    for unit in [
+        "lvm-cache-friend.service",
+        "lvm-cache-friend-supervisor.service",
+    ] {
+        let warnings = [
+            "--quiet",
+            "--unit",
+            unit,
+            "--priority",
+            "warning",
+            "--output",
+            "cat",
+        ];
+        assert_eq!(run("journalctl", warnings), "", "{unit} complains");
+    }
+
+    let units = [
+        "lvm-cache-friend-supervisor.service",
+        "podman.socket",
+        "podman.service",
+    ];
+    run("systemctl", [&["disable", "--now"][..], &units].concat());
+    type_in(&block("purge"));
+    take_down(FILE);
+    sh("sed -i /^containers:1000000:/d /etc/subuid /etc/subgid");
 }
 
 /// What is installed is well, and what is broken about its units is found.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Configurations of the supervisor that are refused: by `supervise --check`, and by `supervise` as it starts.
 
 use std::fs;

@@ -43,9 +43,6 @@ pub const APP: (u64, u64) = (12345, 678);
 /// How long a poll of the queue waits; the real one waits some 50 s.
 const POLL: Duration = Duration::from_millis(500);
 
-/// A runner that was not heard of for so long is offline, and its job is lost.
-const SILENT: Duration = Duration::from_secs(4);
-
 /// A fault that requests meet.
 #[derive(Debug, Clone)]
 pub struct Fault {
@@ -88,18 +85,18 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn online(&self) -> bool {
-        self.seen.is_some_and(|seen| seen.elapsed() < SILENT)
+    fn online(&self, silent: Duration) -> bool {
+        self.seen.is_some_and(|seen| seen.elapsed() < silent)
     }
 
-    fn json(&self) -> Value {
+    fn json(&self, silent: Duration) -> Value {
         let labels = self.labels.iter().enumerate();
         let labels: Vec<_> = labels
             .map(|(n, name)| json!({"id": n, "name": name, "type": "custom"}))
             .collect();
         json!({
             "id": self.id, "runner_group_id": 1, "name": self.name, "os": "linux",
-            "status": if self.online() { "online" } else { "offline" },
+            "status": if self.online(silent) { "online" } else { "offline" },
             "busy": self.job.is_some(), "labels": labels, "ephemeral": true,
         })
     }
@@ -149,6 +146,8 @@ pub struct Job {
     pub stage: Stage,
     /// How often it was given to a runner.
     pub runs: u32,
+    /// What it wrote.
+    pub log: String,
     offered: bool,
 }
 
@@ -191,6 +190,8 @@ pub struct State {
     pub secrets: Vec<String>,
     /// Every runner's configuration.
     pub configurations: Vec<String>,
+    /// A runner that was not heard of for so long is offline; after twice that, its job is lost.
+    pub silent: Duration,
     /// Seconds that GitHub's clock is ahead of ours.
     pub clock: i64,
     /// Seconds that an installation token is good for; 3600 at the real one.
@@ -233,6 +234,7 @@ impl Fake {
         let state = Arc::new(Mutex::new(State {
             token_life: 3600,
             session_life: 3600,
+            silent: Duration::from_secs(4),
             public_key: public.stdout,
             base: url.clone(),
             serial: 100,
@@ -309,6 +311,11 @@ impl Fake {
 
     /// Queues a job and gives its number.
     pub fn queue(&self, origin: &Origin, script: &str) -> u64 {
+        self.queue_with(origin, |_| script.to_owned())
+    }
+
+    /// The same with a script that knows its job's number.
+    pub fn queue_with(&self, origin: &Origin, script: impl FnOnce(u64) -> String) -> u64 {
         let mut state = self.state();
         state.serial += 1;
         let id = state.serial;
@@ -316,10 +323,11 @@ impl Fake {
             id,
             Job {
                 id,
-                script: script.to_owned(),
+                script: script(id),
                 origin: origin.clone(),
                 stage: Stage::Queued,
                 runs: 0,
+                log: String::new(),
                 offered: false,
             },
         );
@@ -762,7 +770,7 @@ impl State {
                     .runners
                     .values()
                     .filter(|runner| query.get("name").is_none_or(|name| *name == runner.name))
-                    .map(Runner::json)
+                    .map(|runner| runner.json(self.silent))
                     .collect();
                 let page: Vec<_> = all
                     .iter()
@@ -822,7 +830,7 @@ impl State {
         let (runner, encoded) = self.register(&new.name, new.labels, None)?;
         Ok((
             StatusCode::CREATED,
-            json!({"runner": runner.json(), "encoded_jit_config": encoded}),
+            json!({"runner": runner.json(self.silent), "encoded_jit_config": encoded}),
         ))
     }
 
@@ -1051,7 +1059,7 @@ impl State {
             "totalRunningJobs": jobs().filter(running).count(),
             "totalRegisteredRunners": self.runners.len(),
             "totalBusyRunners": self.runners.values().filter(|r| r.job.is_some()).count(),
-            "totalIdleRunners": self.runners.values().filter(|r| r.job.is_none() && r.online()).count(),
+            "totalIdleRunners": self.runners.values().filter(|r| r.job.is_none() && r.online(self.silent)).count(),
         })
     }
 
@@ -1165,7 +1173,7 @@ impl State {
         }
     }
 
-    /// What the stand-in for the runner asks: `connect`, `next`, `alive` and `done/RESULT`.
+    /// What the stand-in for the runner asks: `next`, `alive`, and `done/RESULT` with the job's log.
     fn standin(&mut self, rest: &[&str], authorization: &str, body: &[u8]) -> Said {
         let runner = self
             .runners
@@ -1201,7 +1209,9 @@ impl State {
                 Ok((StatusCode::OK, Value::String(script)))
             }
             ["done", code] => {
-                empty(body)?;
+                if let Some(job) = runner.job.and_then(|job| self.jobs.get_mut(&job)) {
+                    job.log = String::from_utf8_lossy(body).into_owned();
+                }
                 let result = if *code == "0" { "succeeded" } else { "failed" };
                 self.finish(id, result);
                 Ok((StatusCode::OK, Value::Null))
@@ -1227,7 +1237,9 @@ impl State {
         let lost: Vec<_> = self
             .runners
             .values()
-            .filter(|r| r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > SILENT * 2))
+            .filter(|r| {
+                r.job.is_some() && r.seen.is_none_or(|seen| seen.elapsed() > self.silent * 2)
+            })
             .map(|r| r.id)
             .collect();
         for id in lost {

@@ -15,9 +15,10 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::hooks::Hooks;
-use super::{Body, Host};
+use super::{Body, Host, story};
 use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
 use crate::support::command::run;
+use crate::support::image;
 use crate::support::podman::Service;
 use crate::support::site::{Kind, MOUNT_DIR};
 
@@ -91,31 +92,36 @@ impl Place {
 
     /// And containers with further settings.
     fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
+        Self::configured(kind, |fake| {
+            let image = image("runner-image");
+            let auth = match auth {
+                "app" => format!(
+                    "app = {{ id = {}, installation = {}, key = {:?} }}",
+                    APP.0,
+                    APP.1,
+                    fake.file("app.pem")
+                ),
+                _ => format!("token = {:?}", fake.file("token")),
+            };
+            format!(
+                "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
+                 labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
+                 container = {{ {container}image = '{image}', network = 'host' }}\n{volumes}",
+                fake.url
+            )
+        })
+    }
+
+    /// With these pools.
+    fn configured(kind: Kind, pools: impl FnOnce(&Fake) -> String) -> Self {
         let host = Host::new(kind);
         let fake = Fake::start();
         let hooks = Hooks::new(&host);
-        let image = run(
-            concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/runner-image"),
-            [""; 0],
-        );
-        let auth = match auth {
-            "app" => format!(
-                "app = {{ id = {}, installation = {}, key = {:?} }}",
-                APP.0,
-                APP.1,
-                fake.file("app.pem")
-            ),
-            _ => format!("token = {:?}", fake.file("token")),
-        };
         let mut text = fs::read_to_string(&host.site.config).unwrap();
         write!(
             text,
-            "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n\
-             [[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\n{auth}\n\
-             labels = ['linux']\nregistration-timeout = '40s'\n{settings}\n\
-             container = {{ {container}image = '{1}', network = 'host' }}\n{volumes}",
-            fake.url,
-            image.trim()
+            "\n[supervise]\npodman-socket = '/run/podman-service.sock'\ndrain-timeout = '120s'\n{}",
+            pools(&fake)
         )
         .unwrap();
         fs::write(&host.site.config, text).unwrap();
@@ -304,8 +310,8 @@ fn jobs(kind: Kind) {
     assert_eq!(place.job("echo broken > /cache/n; exit 1"), "failed");
     // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
     let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
-                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/tmp/.c*' -exec cat {} + 2>/dev/null || true\n\
-                echo seen; until [ -e /tmp/go ]; do sleep 0.2; done";
+                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/run/runner/.c*' ! -path /run/runner/log -exec cat {} + 2>/dev/null || true\n\
+                echo seen; until [ -e /run/runner/go ]; do sleep 0.2; done";
     let job = place.fake.queue(&MAIN, look);
     let mut logs = String::new();
     place.until("the job has looked", |place| {
@@ -342,7 +348,7 @@ fn jobs(kind: Kind) {
                 place
                     .host
                     .podman
-                    .done(&["exec", &runner, "touch", "/tmp/go"]);
+                    .done(&["exec", &runner, "touch", "/run/runner/go"]);
             }
         }
         !logs.is_empty()
@@ -401,6 +407,18 @@ fn scale_set(kind: Kind) {
     place.until("no runner", |place| {
         place.rows().iter().all(|row| row["state"] == "empty")
     });
+    place.finish();
+}
+
+/// Runners of the image that `runner/Containerfile` makes, configured as README says.
+pub fn builds() {
+    let mut place = Place::configured(Kind::Reflink, |fake| {
+        image("runner-debian");
+        let file = format!("{:?}", fake.file("token"));
+        let pool = story::at(fake, "localhost/runner", &story::pool());
+        story::replaced(&pool, &[("\"/etc/lvm-cache-friend/github-token\"", &file)])
+    });
+    story::tell(&place.fake, &|| place.entries());
     place.finish();
 }
 

@@ -55,10 +55,11 @@ pub fn busybox_image() -> String {
     image("busybox-image")
 }
 
-/// The same with the image that a script of `tests/vm` makes.
+/// The same with the image that a script of `tests/vm` makes, which may have an argument.
 pub fn image(script: &str) -> String {
+    let mut words = script.split_whitespace();
     let script = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/vm")
-        .join(script);
-    command::run(script, [""; 0]).trim().to_owned()
+        .join(words.next().expect("its name"));
+    command::run(script, words).trim().to_owned()
 }
