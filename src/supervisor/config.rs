@@ -328,12 +328,7 @@ fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D:
 
 fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
     let is_right = |cpus: &f64| (0.01..=10_000.0).contains(cpus);
-    right(
-        deserializer,
-        is_right,
-        "cpus is a number such as 2.0 or 0.5",
-    )
-    .map(Some)
+    right(deserializer, is_right, "cpus is a number such as 2 or 0.5").map(Some)
 }
 
 fn pools<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pool>, D::Error> {

@@ -269,8 +269,8 @@ impl Worker {
         let mut trouble = Trouble::new(format!("pool {}", self.pool.name));
         let (registered, slots) = loop {
             let found = async {
-                let registered = self.github.names().await?;
-                Ok::<_, StepError>((registered, self.podman.slots().await?))
+                let slots = self.podman.slots().await?;
+                Ok::<_, StepError>((self.github.names().await?, slots))
             };
             match found.await {
                 Ok(found) => break found,
@@ -591,10 +591,14 @@ impl Task<'_> {
         let orders = *self.worker.orders.borrow();
         let mut board = self.worker.board();
         let board = &mut *board;
-        let own = |name: &String| runner_in(&self.name, name).is_some();
-        for name in board.found.extract_if(.., own) {
-            self.slot.found(&name);
-        }
+        let (own, slot) = (&self.name, &mut self.slot);
+        board.found.retain(|name| {
+            let is_own = runner_in(own, name).is_some();
+            if is_own {
+                slot.found(name);
+            }
+            !is_own
+        });
         let job = match &mut self.slot.runner {
             Some(runner) => {
                 let told = board.jobs.get(&runner.name);

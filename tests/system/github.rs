@@ -3,11 +3,15 @@
 //! [`fake`] answers as GitHub's REST API and its Actions service do, and takes a request that is
 //! not of the documented shape for a failure of the test.
 
+mod check;
 mod client;
 pub mod fake;
 
-use crate::harness::Test;
+use crate::harness::{Test, Tier, test};
 
 pub fn tests() -> Vec<Test> {
-    client::tests()
+    let mut tests = client::tests();
+    let refused = test(Tier::Host, "github::bad_configurations", check::refused);
+    tests.push(refused);
+    tests
 }

@@ -70,7 +70,7 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if true || std::thread::panicking() {
+        if std::thread::panicking() {
             println!("--- the supervisor's log:\n{}", self.log());
         }
     }
@@ -162,12 +162,6 @@ impl Place {
     #[track_caller]
     fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let since = Instant::now();
-        println!(
-            "DBG until {what} {:?}",
-            std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .unwrap()
-        );
         while !so(self) {
             assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
             let supervisor = self.supervisor();
@@ -327,11 +321,10 @@ fn jobs(kind: Kind) {
                 .site
                 .outcome(&["runners", "logs", &runner, "--lines", "100000"]);
             println!(
-                "DBG {runner} {} bytes {} {:?} tail {:?}",
+                "{runner}: {} bytes of log, {} {}",
                 said.stdout.len(),
                 said.status,
-                said.stderr,
-                &said.stdout.chars().rev().take(60).collect::<String>()
+                said.stderr
             );
             if said.stdout.contains("\nseen\n") {
                 logs = said.stdout;
@@ -568,7 +561,7 @@ fn starts_again(kind: Kind) {
 fn hostile(kind: Kind) {
     // What bounds memory and processes is a cgroup, of which the other tier has none.
     let (bounds, timeout) = match kind {
-        Kind::Lvm => ("memory = '64M', pids = 64, ", "60s"),
+        Kind::Lvm => ("memory = '64M', pids = 64, ", "40s"),
         Kind::Reflink => ("", "8s"),
     };
     let attacks = match kind {
