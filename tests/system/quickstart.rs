@@ -18,7 +18,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         test(guest, "quickstart::in_a_group", in_a_group).timeout(900),
         test(guest, "quickstart::in_a_file", in_a_file).timeout(900),
-        test(guest, "quickstart::runners", runners).timeout(900),
+        test(guest, "quickstart::runners", runners).timeout(1500),
     ]
 }
 
