@@ -23,7 +23,7 @@ pub fn tests() -> Vec<Test> {
     ];
     let listed = tests.map(|(name, body)| {
         test(Tier::Guest(Group::Systemd), name, body)
-            .timeout(900)
+            .timeout(1500)
             .before(package::build)
     });
     listed.into()
