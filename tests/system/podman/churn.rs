@@ -135,19 +135,24 @@ fn create(host: &Host, volume: &str) {
     host.podman.create(volume, &["type=job"]);
 }
 
-/// Runs a container to its end.
+/// Runs a container to its end, and removes it.
 fn run(host: &Host, name: &str, volume: &str, plan: &Plan) {
     let podman = &host.podman;
     let mount = format!("{volume}:/job:rslave");
     let script = plan.script();
-    let head = ["run", "--detach", "--name", name, "-v", &mount];
+    let how = match plan.end {
+        End::Exit(_) => "--rm",
+        _ => "--detach",
+    };
+    let head = ["run", how, "--name", name, "-v", &mount];
     let tail = [podman.image.as_str(), "sh", "-c", &script];
-    podman.done(&[&head[..], &tail].concat());
-    if let End::Exit(_) = plan.end {
-        podman.outcome(&["wait", name]);
-    } else {
-        thread::sleep(plan.after);
+    let ran = podman.outcome(&[&head[..], &tail].concat());
+    if let End::Exit(code) = plan.end {
+        assert_eq!(ran.status, i32::from(code), "{ran:?}");
+        return;
     }
+    assert_eq!(ran.status, 0, "{ran:?}");
+    thread::sleep(plan.after);
     match plan.end {
         End::Kill => drop(podman.done(&["kill", name])),
         End::Stop => drop(podman.done(&["stop", "--time", "0", name])),
