@@ -459,7 +459,7 @@ pub fn write(file: &Path, store: &StoreConfig) -> Result<(), ConfigError> {
         .map_err(io)
 }
 
-/// A configuration that shows and explains every setting, those of each store too.
+/// A configuration that shows and explains every setting of the daemon, those of each store too.
 #[must_use]
 pub fn example() -> String {
     let name = |name: &str| name.parse().expect("made of LVM's alphabet");
@@ -475,7 +475,10 @@ pub fn example() -> String {
     let other = store_text(&reflink)
         .replace("[reflink]", "#[reflink]")
         .replace("dir =", "#dir =");
-    text(&lvm).replace("loop-file =", "#loop-file =") + "\n# Or, in place of [lvm]:\n" + &other
+    text(&lvm).replace("loop-file =", "#loop-file =")
+        + "\n# Or, in place of [lvm]:\n"
+        + &other
+        + "\n# [supervise], runners for GitHub's jobs: docs/supervisor.md has it.\n"
 }
 
 fn text(store: &StoreConfig) -> String {
