@@ -105,6 +105,7 @@ fn content() {
             "/usr/lib/systemd/system/lvm-cache-friend.service",
             "/usr/lib/systemd/system/lvm-cache-friend.socket",
             "/usr/lib/systemd/system/lvm-cache-friend-gc.timer",
+            "/usr/lib/systemd/system/lvm-cache-friend-supervise.service",
             "/usr/lib/sysusers.d/lvm-cache-friend.conf",
             "/usr/lib/tmpfiles.d/lvm-cache-friend.conf",
             "/etc/containers/containers.conf.d/50-lvm-cache-friend.conf",

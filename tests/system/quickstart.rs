@@ -188,7 +188,7 @@ fn runners() {
     assert!(!journal.contains(TOKEN), "the token is in the journal");
     for unit in [
         "lvm-cache-friend.service",
-        "lvm-cache-friend-supervisor.service",
+        "lvm-cache-friend-supervise.service",
     ] {
         let warnings = [
             "--quiet",
@@ -203,7 +203,7 @@ fn runners() {
     }
 
     let units = [
-        "lvm-cache-friend-supervisor.service",
+        "lvm-cache-friend-supervise.service",
         "podman.socket",
         "podman.service",
     ];

@@ -81,7 +81,7 @@ fn http(mut stream: impl Read + Write, request: &str) -> (u16, String, String) {
 }
 
 /// What GET of a path on the plugin's socket answers.
-fn get(path: &str) -> String {
+pub fn get(path: &str) -> String {
     let stream = UnixStream::connect(SOCKET).unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: plugin");
     let (status, _, body) = http(stream, &request);

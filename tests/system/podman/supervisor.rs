@@ -17,10 +17,11 @@ use serde_json::{Value, json};
 use super::hooks::Hooks;
 use super::{Body, Host, story};
 use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
-use crate::support::command::run;
+use crate::support::command::{run, sh};
 use crate::support::image;
 use crate::support::podman::Service;
 use crate::support::site::{Kind, MOUNT_DIR};
+use crate::views;
 
 /// On this machine's kernel.
 pub const BODIES: &[Body] = &[
@@ -345,6 +346,12 @@ fn jobs(kind: Kind) {
                     ],
                 );
                 without_secrets(place, "an argument", &processes);
+                without_secrets(place, "metrics", &views::get("/metrics"));
+                let layers = format!(
+                    "podman save {} | tr -cd '[:print:]\\n'",
+                    image("runner-image")
+                );
+                without_secrets(place, "the image", &sh(&layers));
                 place
                     .host
                     .podman
