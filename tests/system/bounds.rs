@@ -204,22 +204,26 @@ const ROOM: usize = 300;
 /// How much of it is to be kept free, in MiB: what `slowly` writes in some 9 s.
 const FLOOR: usize = 90;
 
+/// A pool of this size in the test's volume group.
+fn init(site: &Site, size: &str) {
+    site.done(&[
+        "init",
+        "--vg",
+        TestVg::NAME,
+        "--size",
+        size,
+        "--base-size",
+        "1G",
+    ]);
+}
+
 /// A store with room for some entries, and its policy.
 fn small(kind: Kind) -> (Site, Daemon) {
     let site = Site::bare(kind);
     let mut taboo = 0;
     match kind {
         Kind::Lvm => {
-            let size = format!("{ROOM}M");
-            site.done(&[
-                "init",
-                "--vg",
-                &site.store(),
-                "--size",
-                &size,
-                "--base-size",
-                "1G",
-            ]);
+            init(&site, &format!("{ROOM}M"));
         }
         Kind::Reflink => {
             site.init();
@@ -395,15 +399,7 @@ fn of_the_group() {
         "vgcreate",
         ["-q"].into_iter().chain(area).chain([TestVg::NAME, DISK]),
     );
-    site.done(&[
-        "init",
-        "--vg",
-        TestVg::NAME,
-        "--size",
-        "500M",
-        "--base-size",
-        "1G",
-    ]);
+    init(&site, "500M");
     site.configure("policy.keep-used = \"0s\"\n");
     let daemon = site.serve();
     let plugin = daemon.plugin();
@@ -452,15 +448,7 @@ fn of_metadata() {
     sh(
         "lvcreate -q -y --type thin-pool -L 500M --poolmetadatasize 2M --addtag friend:pool -n friend-pool testvg",
     );
-    site.done(&[
-        "init",
-        "--vg",
-        TestVg::NAME,
-        "--size",
-        "500M",
-        "--base-size",
-        "1G",
-    ]);
+    init(&site, "500M");
     site.configure("policy.keep-used = \"0s\"\n");
     let daemon = site.serve();
     let plugin = daemon.plugin();

@@ -214,9 +214,8 @@ pub fn end_container(name: &str) {
     run("podman", ["rm", name]);
 }
 
-/// What the daemon logged that is worse than information.
-pub fn warnings() -> String {
-    let unit = "lvm-cache-friend.service";
+/// What a unit logged since the boot that is worse than information.
+pub fn warnings(unit: &str) -> String {
     run(
         "journalctl",
         [
@@ -291,7 +290,11 @@ fn before_the_reboot() {
     assert_eq!(property(SOCKET, "InvocationID"), socket);
     end_container("long");
     entries(2);
-    assert_eq!(warnings(), "", "the daemon has nothing to complain of");
+    assert_eq!(
+        warnings(SERVICE),
+        "",
+        "the daemon has nothing to complain of"
+    );
 
     // A store in a file, for after the reboot.
     sh("mkdir /tmp/content
@@ -315,7 +318,7 @@ fn after_the_reboot() {
     for unit in [SERVICE, SOCKET] {
         wait_until(|| property(unit, "ActiveState").trim() == "active");
     }
-    println!("warnings since the boot: {}", warnings());
+    println!("warnings since the boot: {}", warnings(SERVICE));
     let before = run(
         "journalctl",
         [
