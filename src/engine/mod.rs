@@ -198,6 +198,8 @@ struct State {
     born: HashMap<LvName, (Instant, Entry)>,
     /// LVs that we gave up, and when: a listing begun before has them still.
     gone: HashMap<LvName, Instant>,
+    /// Volumes that are no more, and since when: in a listing begun before, LVs have their names still.
+    dropped: HashMap<VolumeName, Instant>,
     /// Entries found damaged while somebody else had them active: not used until nobody has.
     unready: HashSet<LvName>,
     /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
@@ -839,9 +841,6 @@ impl Engine {
                 continue;
             }
             // What the lease wrote is still to be published, under no volume's name.
-            lock(&self.state)
-                .gone
-                .insert(lv.name.clone(), Instant::now());
             match self
                 .store
                 .change_tags(&lv.name, &[self.lease_tag()], std::slice::from_ref(&name))
@@ -1019,6 +1018,7 @@ impl Engine {
             .is_some_and(|v| Arc::ptr_eq(v, volume))
         {
             state.volumes.remove(&volume.name);
+            state.dropped.insert(volume.name.clone(), Instant::now());
         }
     }
 

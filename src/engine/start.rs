@@ -46,8 +46,6 @@ pub(super) struct SeenVolume {
     pub name: VolumeName,
     pub spec: Spec,
     pub created: u64,
-    /// All LVs with its name.
-    pub lvs: Vec<LvName>,
     pub current: Option<Current>,
 }
 
@@ -238,7 +236,6 @@ impl Seen {
         boot: &str,
         mounted: Option<(u32, u32)>,
     ) {
-        let names = lvs.iter().map(|l| l.lv.name.clone()).collect();
         let is_mounted = |l: &VolumeLv<'_>| mounted.is_some() && l.lv.device == mounted;
         let keeps = |l: &VolumeLv<'_>| l.spec.reuse == Reuse::Keep;
         // A copy that is not finished never replaces what is finished; a lease
@@ -257,7 +254,6 @@ impl Seen {
             name: name.clone(),
             spec,
             created,
-            lvs: names,
             current: None,
         };
         for (i, l) in lvs.into_iter().enumerate() {

@@ -487,6 +487,7 @@ impl Engine {
         let mut state = lock(&self.state);
         state.gone.retain(|_, when| *when >= asked);
         state.born.retain(|_, (when, _)| *when >= asked);
+        state.dropped.retain(|_, when| *when >= asked);
         for (lv, why) in &seen.unclear {
             if state.reported.insert(lv.clone(), why.clone()).as_ref() != Some(why) {
                 warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
@@ -513,10 +514,9 @@ impl Engine {
             state.generation += 1;
         }
         // Volumes that somebody made with LVM's own tools.
-        let known: HashSet<_> = state.volumes.keys().cloned().collect();
         for plan in &seen.volumes {
-            let ours = plan.lvs.iter().all(|lv| gone.contains_key(lv));
-            if !ours && !known.contains(&plan.name) {
+            let known = state.volumes.contains_key(&plan.name);
+            if !known && !state.dropped.contains_key(&plan.name) {
                 info!(volume = %plan.name, "a volume of an LV that somebody tagged");
                 let volume = plan.volume();
                 state.volumes.insert(plan.name.clone(), Arc::new(volume));

@@ -524,16 +524,19 @@ fn kept_jobs(over: &AtomicBool) {
 /// Calls until there is an answer. `done`: to be told that there is no such volume is one, if it was asked before.
 fn insist(endpoint: &str, body: &Value, done: bool) -> Value {
     let plugin = Plugin::new(Path::new(SOCKET));
+    let mut answer = None;
     let mut asked = false;
-    loop {
-        match plugin.try_call(endpoint, body.to_string().as_bytes()) {
-            Ok((200, answer)) => return answer,
-            Ok((404, _)) if done && asked => return Value::Null,
+    wait_until(|| {
+        answer = match plugin.try_call(endpoint, body.to_string().as_bytes()) {
+            Ok((200, answer)) => Some(answer),
+            Ok((404, _)) if done && asked => Some(Value::Null),
             Ok(refused) => panic!("{endpoint} {body}: {refused:?}"),
-            Err(_) => thread::sleep(Duration::from_millis(20)),
-        }
+            Err(_) => None,
+        };
         asked = true;
-    }
+        answer.is_some()
+    });
+    answer.expect("waited for")
 }
 
 /// SIGTERM with a lease that goes on, one that cannot be settled yet, and a Create that waits for the store.
