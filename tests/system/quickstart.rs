@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! README's quick start and its way to ephemeral runners, its own commands, in a guest with systemd. In a volume group: see
-//! [`crate::package`].
+//! README's quick start and its way to ephemeral runners, its own commands, in a guest with systemd: one installation, as that takes
+//! its time there. In a volume group: see [`crate::package`].
 
 use std::path::Path;
 
@@ -17,24 +17,24 @@ use crate::support::command::{run, sh};
 use crate::support::{image, wait_until};
 
 pub fn tests() -> Vec<Test> {
-    let tests: [(&str, fn()); 2] = [
-        ("quickstart::in_a_file", in_a_file),
-        ("quickstart::runners", runners),
-    ];
-    let listed = tests.map(|(name, body)| {
-        test(Tier::Guest(Group::Systemd), name, body)
-            .timeout(1500)
-            .before(package::build)
-    });
-    listed.into()
+    let top_to_bottom = || {
+        let image = package::prepare();
+        package::install();
+        in_a_file(&image);
+        runners();
+        type_in(&block("purge"));
+        take_down(FILE);
+    };
+    let group = Tier::Guest(Group::Systemd);
+    let listed = test(group, "quickstart::top_to_bottom", top_to_bottom);
+    vec![listed.timeout(1500).before(package::build)]
 }
 
 /// Where README has a volume group in a file.
 const FILE: &str = "/var/lib/lvm-cache-friend.img";
 
-fn in_a_file() {
-    let image = package::prepare();
-    package::install();
+/// The quick start.
+fn in_a_file(image: &str) {
     // The other place that is no volume group, as far as init goes.
     sh("mkdir /var/lib/lvm-cache-friend
         truncate -s 2G /tmp/xfs
@@ -73,13 +73,13 @@ fn in_a_file() {
     let said = type_in(&block("start"));
     assert!(said.contains("KIND"), "the table at its end: {said}");
     entries(1);
-    let container = |script: &str| package::container("try", &image, script);
+    let container = |script: &str| package::container("try", image, script);
     let dates = container("date >> /cache/dates; cat /cache/dates");
     assert_eq!(dates.lines().count(), 2, "restored, and one more: {dates}");
     entries(2);
 
     // The daemon is restarted under a container: that writes on, and its lease is published at its end.
-    package::start_container("long", "try", &image);
+    package::start_container("long", "try", image);
     run("systemctl", ["restart", "lvm-cache-friend.service"]);
     package::end_container("long");
     entries(3);
@@ -121,15 +121,12 @@ fn in_a_file() {
     );
 
     run("podman", ["volume", "rm", "try"]);
-    type_in(&block("purge"));
-    take_down(FILE);
 }
 
 /// README's way to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
 fn runners() {
     let fake = Fake::start();
     let image = image("runner-image podman");
-    package::prepare();
     let commands = block("runners");
     let typed = commands
         .split_once("EOF'\n")
@@ -199,8 +196,6 @@ fn runners() {
         "podman.service",
     ];
     run("systemctl", [&["disable", "--now"][..], &units].concat());
-    type_in(&block("purge"));
-    take_down(FILE);
     sh("sed -i /^containers:1000000:/d /etc/subuid /etc/subgid");
 }
 

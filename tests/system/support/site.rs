@@ -60,8 +60,24 @@ impl Site {
 
     /// A store after `init`.
     pub fn new(kind: Kind) -> Self {
+        let dir = temp_dir();
+        let config = dir.path().join("config.toml");
+        if kind == Kind::Lvm
+            && let Some(vg) = TestVg::kept(&config)
+        {
+            let disk = Disk::Lvm(vg);
+            return Self {
+                kind,
+                config,
+                dir,
+                disk,
+            };
+        }
         let site = Self::bare(kind);
         site.init();
+        if kind == Kind::Lvm {
+            TestVg::keep(&site.config);
+        }
         site
     }
 
