@@ -95,8 +95,7 @@ struct Document {
     policy: PolicyTable,
     /// The supervisor's alone ([`crate::supervisor::config`]): a mistake there keeps neither the daemon nor
     /// a hook from its work.
-    #[serde(default, rename = "supervise")]
-    _supervise: Option<de::IgnoredAny>,
+    supervise: Option<de::IgnoredAny>,
 }
 
 /// The bounds of the store, as they stand in the file.
@@ -283,6 +282,8 @@ pub struct Settings {
     pub policy: Policy,
     /// For how long an entry is kept in any case that something was restored from.
     pub keep_used: Duration,
+    /// Whether there is a supervisor to be heard of.
+    pub supervised: bool,
 }
 
 /// The configuration cannot be had.
@@ -400,6 +401,7 @@ impl Settings {
             job: document.job,
             keep_used: document.policy.keep_used,
             policy: document.policy.policy()?,
+            supervised: document.supervise.is_some(),
         })
     }
 

@@ -124,7 +124,8 @@ async fn live(
 
     tokio::spawn(job::serve(Arc::clone(&engine), settings.job, sockets));
     let (stop, stopped) = oneshot::channel();
-    let router = plugin::router(Arc::clone(&engine)).merge(status::router(Arc::clone(&engine)));
+    let status = status::Status::new(Arc::clone(&engine), settings.supervised);
+    let router = plugin::router(Arc::clone(&engine)).merge(status::router(&status));
     let serving = server::serve(listener, router, max_connections, async {
         let _ = stopped.await;
     });
@@ -132,7 +133,7 @@ async fn live(
     if let Some(address) = settings.status_address {
         match TcpListener::bind(address).await {
             Ok(listener) => {
-                let router = status::public_router(Arc::clone(&engine));
+                let router = status::public_router(&status);
                 let never = std::future::pending();
                 let most = status::MAX_CONNECTIONS;
                 // Ended with the runtime: nothing is lost with a page.

@@ -9,13 +9,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Spec, State};
-use serde_json::json;
+use serde_json::{Value, json};
 use tracing::warn;
 
 use super::{Failure, failed, print};
@@ -27,11 +27,15 @@ use crate::mount;
 use crate::plugin::client;
 use crate::podman::Events;
 
-/// How long a hook that tells something may take in all. Podman waits for it.
+/// How long a hook may take where the daemon does not answer. Podman waits for it.
 const BOUND: Duration = Duration::from_millis(800);
 
-/// How much of that Podman's journal may take. The rest is the daemon's.
-const JOURNAL: Duration = Duration::from_millis(500);
+/// How long the end of a container may take to be told, where it does: how that ended is looked for in a
+/// journal that can be large, and a failure is committed to the store, on a host that can be busy.
+const RECORD: Duration = Duration::from_secs(10);
+
+/// How much of that the journal may take to have an entry that Podman has sent it.
+const JOURNAL: Duration = Duration::from_secs(2);
 
 /// Longest input that is read, in bytes. Podman's configurations have some 20 KiB.
 const MAX_INPUT: u64 = 16 << 20;
@@ -48,7 +52,6 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     // A RUST_LOG that does not parse is no reason for a container to fail.
     let _ = logging::start_in_hook(LogLevel::Warn);
     let stage = args.stage;
-    let began = Instant::now();
     let of = config.to_owned();
     if stage == Stage::Precreate {
         let input = input().map_err(failed("standard input"))?;
@@ -57,7 +60,7 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         guard(config, &spec, &input).inspect_err(tell_caller)?;
         let told = spec
             .map_err(|e| format!("the container's configuration: {e}"))
-            .and_then(|spec| bounded(move || tell_of_start(&of, &spec)));
+            .and_then(|spec| bounded(BOUND, move || tell_of_start(&of, &spec)));
         if let Err(missed) = told {
             warn!(
                 missed,
@@ -66,9 +69,13 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         }
         return print(&input);
     }
-    let told = bounded(move || {
+    let told = bounded(BOUND, move || {
         let input = input().map_err(|error| error.to_string())?;
-        tell(&of, stage, &input, began)
+        tell(&of, stage, &input)
+    });
+    let told = told.and_then(|ended| match ended {
+        Some(ended) => bounded(RECORD, move || ended.tell()),
+        None => Ok(()),
     });
     if let Err(missed) = told {
         warn!(?stage, missed, "the daemon was not told of a container");
@@ -76,13 +83,16 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tells something, within the bound. Whatever that still waits for then ends with this process.
-fn bounded(tell: impl FnOnce() -> Result<(), String> + Send + 'static) -> Result<(), String> {
+/// Does something within `bound`. Whatever it still waits for then ends with this process.
+fn bounded<T: Send + 'static>(
+    bound: Duration,
+    act: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
     let (done, answer) = mpsc::channel();
-    thread::spawn(move || done.send(tell()));
+    thread::spawn(move || done.send(act()));
     answer
-        .recv_timeout(BOUND)
-        .unwrap_or_else(|_| Err(format!("not done within {} ms", BOUND.as_millis())))
+        .recv_timeout(bound)
+        .unwrap_or_else(|_| Err(format!("not done within {} ms", bound.as_millis())))
 }
 
 fn input() -> io::Result<String> {
@@ -121,9 +131,7 @@ fn tell_of_start(config: &Path, spec: &Spec) -> Result<(), String> {
         "UidMappings": linux.and_then(|linux| linux.uid_mappings().as_ref()).unwrap_or(&Vec::new()),
         "GidMappings": linux.and_then(|linux| linux.gid_mappings().as_ref()).unwrap_or(&Vec::new()),
     });
-    client::call(&settings.socket, "Friend.Starting", &body, BOUND)
-        .map(drop)
-        .map_err(|error| error.to_string())
+    call(&settings.socket, "Friend.Starting", &body, BOUND)
 }
 
 /// The settings; `None` where nothing is prepared, so that there is no volume of ours.
@@ -135,28 +143,51 @@ fn settings(config: &Path) -> Result<Option<Settings>, String> {
     }
 }
 
-/// Tells the daemon of a container that starts or has ended.
-fn tell(config: &Path, stage: Stage, state: &str, began: Instant) -> Result<(), String> {
+/// Tells the daemon of a container that starts; of one that has ended, gives what is to be told.
+fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, String> {
     let state: State = serde_json::from_str(state).map_err(|e| format!("the state: {e}"))?;
     let Some(settings) = settings(config)? else {
-        return Ok(());
+        return Ok(None);
     };
     let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| e.to_string())?;
     let volumes = volumes(&spec, &settings.mount_dir);
     if volumes.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let volumes: Vec<_> = volumes.keys().collect();
-    let mut body = json!({"Container": state.id(), "Volumes": volumes});
-    let endpoint = if stage == Stage::Poststop {
-        let code = Events::of_caller().exit_code(state.id(), began + JOURNAL);
-        body["ExitCode"] = code.into();
-        "Friend.Ended"
-    } else {
+    let container = state.id().clone();
+    let mut body = json!({"Container": container, "Volumes": volumes});
+    if stage != Stage::Poststop {
         body["Pid"] = (*state.pid()).into();
-        "Friend.Started"
-    };
-    client::call(&settings.socket, endpoint, &body, BOUND)
+        call(&settings.socket, "Friend.Started", &body, BOUND)?;
+        return Ok(None);
+    }
+    // Whether it is there at all.
+    call(&settings.socket, "Plugin.Activate", &json!({}), BOUND)?;
+    Ok(Some(Ended {
+        socket: settings.socket,
+        container,
+        body,
+    }))
+}
+
+/// A container's end, of which the daemon is to be told.
+struct Ended {
+    socket: PathBuf,
+    container: String,
+    body: Value,
+}
+
+impl Ended {
+    fn tell(mut self) -> Result<(), String> {
+        let code = Events::of_caller().exit_code(&self.container, Instant::now() + JOURNAL);
+        self.body["ExitCode"] = code.into();
+        call(&self.socket, "Friend.Ended", &self.body, RECORD)
+    }
+}
+
+fn call(socket: &Path, endpoint: &str, body: &Value, timeout: Duration) -> Result<(), String> {
+    client::call(socket, endpoint, body, timeout)
         .map(drop)
         .map_err(|error| error.to_string())
 }

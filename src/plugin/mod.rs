@@ -330,7 +330,7 @@ fn panicked(panic: &(dyn Any + Send)) -> Refusal {
 }
 
 /// A request's body, read whole, whatever its Content-Type.
-struct Payload(Vec<u8>);
+pub(crate) struct Payload(pub(crate) Vec<u8>);
 
 impl Payload {
     fn request(&self) -> Result<Request, Refusal> {

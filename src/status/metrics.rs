@@ -12,16 +12,18 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::Supervisor;
 use crate::cache::evict::{Floor, Policy, Space};
 use crate::commands::rows::{Kind, Rows};
-use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
+use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED, Verdict};
 use crate::storage::Listing;
+use crate::supervisor::control::STATES;
 
 type Labels = Vec<(&'static str, String)>;
 
 /// All metrics. Without a listing those of the store are left out: a value of another time would
-/// be taken for the present one.
-pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
+/// be taken for the present one. So are the supervisor's while it is away.
+pub fn text(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supervisor) -> String {
     let stats = engine.stats();
     let tally = engine.tally();
     let mut all = Registry::with_prefix("lvm_cache_friend");
@@ -143,6 +145,7 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>) -> String {
     if let Ok(listing) = listing {
         store(&mut all, &listing, engine.policy());
     }
+    supervised(&mut all, supervisor);
     let mut text = String::new();
     encode(&mut text, &all).expect("a String takes all");
     text
@@ -208,6 +211,49 @@ fn store(all: &mut Registry, listing: &Listing, policy: &Policy) {
         "Logical volumes that are left alone, as their tags make no sense",
         None,
         rows.unclear.len() as f64,
+    );
+}
+
+fn supervised(all: &mut Registry, supervisor: &Supervisor) {
+    let report = match supervisor {
+        Supervisor::None => return,
+        Supervisor::Away => None,
+        Supervisor::Says(report) => Some(report),
+    };
+    gauge(
+        all,
+        "supervisor_up",
+        "Whether the supervisor of runners was heard of lately",
+        None,
+        f64::from(report.is_some()),
+    );
+    let Some(report) = report else { return };
+    // No series for whatever words it may say.
+    let slots = Family::<Labels, Gauge>::default();
+    for state in STATES {
+        let of = report.slots.iter().filter(|row| row.state == state);
+        let labels = vec![("state", state.to_owned())];
+        slots.get_or_create(&labels).set(of.count() as i64);
+    }
+    all.register("slots", "Places for runners, by what they do", slots);
+    let verdicts = [Verdict::Success, Verdict::Failure, Verdict::Unknown].map(|verdict| {
+        let verdict = verdict.to_string();
+        let n = report.jobs.get(&verdict).copied().unwrap_or(0);
+        (verdict, n)
+    });
+    counters(
+        all,
+        "runner_jobs",
+        "Jobs of runners that ended, by verdict",
+        ("verdict", &[]),
+        &verdicts.into(),
+    );
+    counter(
+        all,
+        "github_faults",
+        "Requests that GitHub did not answer, or refused",
+        None,
+        report.github_faults,
     );
 }
 

@@ -2,33 +2,39 @@
 //! What the daemon shows of itself: metrics for Prometheus at `GET /metrics`, and a page for people
 //! at `GET /`. On the plugin's socket, and on a loopback port where one is configured.
 //!
-//! Both are made on the server, for each request, from the store's listing and the engine's memory;
-//! nothing here changes anything. What never happens: a page that waits for a store that is stuck,
-//! or many of them that keep the store busy.
+//! Both are made on the server, for each request, from the store's listing, the engine's memory, and
+//! what the supervisor said last; nothing here changes anything. What never happens: a page that waits
+//! for a store that is stuck, or for a supervisor, or many of them that keep the store busy.
 
 mod metrics;
 mod page;
 mod picture;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
+use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::Engine;
-use crate::plugin::wire::Refusal;
+use crate::plugin::Payload;
+use crate::plugin::wire::{Refusal, ok};
 use crate::storage::Listing;
+use crate::supervisor::control::Report;
 
 /// How long a page waits for the store.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A supervisor that has not been heard of for so long is away. It reports every few seconds.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// The least time from one listing to the next: each is a command of LVM's, which Creates wait for.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -43,30 +49,48 @@ pub const MAX_CONNECTIONS: usize = 64;
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; \
                       base-uri 'none'; form-action 'none'";
 
-struct Status {
+/// What is shown, but for the store's listing.
+pub struct Status {
     engine: Arc<Engine>,
     /// Whose turn it is to ask the store.
     turn: Arc<Semaphore>,
+    /// The configuration has a supervisor.
+    supervised: bool,
+    /// What that said last, and when.
+    report: Mutex<Option<(Instant, Report)>>,
 }
 
-/// What is made of a listing, or of the reason that there is none.
-type Maker = fn(&Engine, Result<Listing, String>) -> String;
+/// What is known of the supervisor.
+#[derive(Debug, Clone)]
+enum Supervisor {
+    /// None is configured.
+    None,
+    /// There should be one, and it was not heard of lately.
+    Away,
+    /// It said this.
+    Says(Report),
+}
 
-/// The two endpoints.
-pub fn router(engine: Arc<Engine>) -> Router {
-    let status = Arc::new(Status {
-        engine,
-        turn: Arc::new(Semaphore::new(1)),
-    });
+/// What is made of a listing, or of the reason that there is none, and of the supervisor.
+type Maker = fn(&Engine, Result<Listing, String>, &Supervisor) -> String;
+
+/// The two endpoints, and the supervisor's.
+pub fn router(status: &Arc<Status>) -> Router {
+    let told = Router::new().route("/Friend.Slots", post(told).fallback(not_a_post));
+    views().merge(told).with_state(Arc::clone(status))
+}
+
+/// The two endpoints for a loopback port.
+pub fn public_router(status: &Arc<Status>) -> Router {
+    views()
+        .with_state(Arc::clone(status))
+        .layer(from_fn(only_by_loopback_name))
+}
+
+fn views() -> Router<Arc<Status>> {
     Router::new()
         .route("/", get(page).fallback(not_a_get))
         .route("/metrics", get(metrics).fallback(not_a_get))
-        .with_state(status)
-}
-
-/// The same for a loopback port.
-pub fn public_router(engine: Arc<Engine>) -> Router {
-    router(engine).layer(from_fn(only_by_loopback_name))
 }
 
 /// Refuses a request that names another host than this one: a web page elsewhere can have its own
@@ -107,6 +131,21 @@ async fn not_a_get() -> Refusal {
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, why)
 }
 
+async fn told(State(status): State<Arc<Status>>, body: Payload) -> Result<Response, Refusal> {
+    let report = serde_json::from_slice(&body.0)
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+    let mut last = status.report.lock().unwrap_or_else(PoisonError::into_inner);
+    *last = Some((Instant::now(), report));
+    Ok(ok(&json!({})))
+}
+
+async fn not_a_post(_: Payload) -> Refusal {
+    Refusal::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "the supervisor posts its slots",
+    )
+}
+
 fn answer(content_type: &'static str, body: String) -> Response {
     let headers: [(HeaderName, HeaderValue); 5] = [
         (header::CONTENT_TYPE, content_type),
@@ -120,17 +159,37 @@ fn answer(content_type: &'static str, body: String) -> Response {
 }
 
 impl Status {
+    /// With nothing heard of a supervisor yet.
+    #[must_use]
+    pub fn new(engine: Arc<Engine>, supervised: bool) -> Arc<Self> {
+        Arc::new(Self {
+            engine,
+            turn: Arc::new(Semaphore::new(1)),
+            supervised,
+            report: Mutex::new(None),
+        })
+    }
+
+    fn supervisor(&self) -> Supervisor {
+        let last = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((at, report)) if at.elapsed() < SILENCE => Supervisor::Says(report.clone()),
+            None if !self.supervised => Supervisor::None,
+            _ => Supervisor::Away,
+        }
+    }
+
     async fn made(&self, make: Maker) -> String {
         let Ok(Ok(turn)) = timeout(PATIENCE, Arc::clone(&self.turn).acquire_owned()).await else {
             return self.without_store(make);
         };
         let (done, made) = oneshot::channel();
-        let engine = Arc::clone(&self.engine);
+        let (engine, supervisor) = (Arc::clone(&self.engine), self.supervisor());
         tokio::spawn(async move {
             // On a thread of its own, and the making too: the runtime has but one.
             let made = tokio::task::spawn_blocking(move || {
                 let listing = engine.listing().map_err(|error| error.to_string());
-                make(&engine, listing)
+                make(&engine, listing, &supervisor)
             });
             if let Ok(made) = made.await {
                 let _ = done.send(made);
@@ -146,7 +205,7 @@ impl Status {
 
     fn without_store(&self, make: Maker) -> String {
         let why = format!("the store did not answer within {} s", PATIENCE.as_secs());
-        make(&self.engine, Err(why))
+        make(&self.engine, Err(why), &self.supervisor())
     }
 }
 

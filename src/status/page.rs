@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The page for people: plain HTML, made here, that needs no script.
 
+use std::collections::BTreeMap;
+
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
+use super::Supervisor;
 use super::picture::{Label, picture};
 use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
@@ -14,6 +17,7 @@ use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
 use crate::plugin::wire::{printable, rfc3339};
 use crate::storage::{Capacity, Listing};
+use crate::supervisor::control::Row as Slot;
 
 /// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.
 const ENTRIES: usize = 200;
@@ -21,13 +25,16 @@ const ENTRIES: usize = 200;
 /// How many tags are, those that were asked for most.
 const TAGS: usize = 30;
 
+/// How many slots are.
+const SLOTS: usize = 200;
+
 /// Longest label in the picture, in characters.
 const LABEL: usize = 100;
 
 const STYLE: &str = include_str!("style.css");
 
 /// The page. Without a listing it says why there is none, and shows the rest.
-pub fn page(engine: &Engine, listing: Result<Listing, String>) -> String {
+pub fn page(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supervisor) -> String {
     let now = now();
     let stats = engine.stats();
     let mut volumes = engine.list();
@@ -42,7 +49,7 @@ pub fn page(engine: &Engine, listing: Result<Listing, String>) -> String {
             h1 { "lvm-cache-friend" }
             p { "Store " b { (engine.store_name()) } ", version " (env!("CARGO_PKG_VERSION")) ", up since " (time(stats.since)) " (" (age(now, stats.since)) ")" }
             nav aria-label="Sections" {
-                @for (id, name) in [("pool", "Pool"), ("leases", "In use"), ("counts", "Since the start"), ("lineage", "Lineage"), ("failures", "Failures")] {
+                @for (id, name) in [("pool", "Pool"), ("leases", "In use"), ("runners", "Runners"), ("counts", "Since the start"), ("lineage", "Lineage"), ("failures", "Failures")] {
                     a href={"#" (id)} { (name) } " "
                 }
             }
@@ -53,6 +60,7 @@ pub fn page(engine: &Engine, listing: Result<Listing, String>) -> String {
                 Err(why) => html! { p.alert { strong { "The store cannot be read: " } (printable(why)) } },
             }))
             (section("leases", "In use", &leases(&volumes, stats.volumes)))
+            (section("runners", "Runners", &runners(supervisor, now)))
             (section("counts", "Since the start", &counts(&stats)))
             @if let Ok((_, rows)) = &listing {
                 (section("lineage", "Lineage", &lineage(rows, &stats, now)))
@@ -161,22 +169,60 @@ fn leases(volumes: &[VolumeView], all: usize) -> Markup {
     }
 }
 
+fn runners(supervisor: &Supervisor, now: u64) -> Markup {
+    let report = match supervisor {
+        Supervisor::None => return html! { p { "No supervisor is configured." } },
+        Supervisor::Away => {
+            return html! {
+                p.alert { strong { "The supervisor is away: " } "no job gets a runner. " code { "lvm-cache-friend doctor" } " says more." }
+            };
+        }
+        Supervisor::Says(report) => report,
+    };
+    let cells = |slot: &Slot| {
+        let age = age(now, now.saturating_sub(slot.age));
+        let last = slot.last.clone().unwrap_or_default();
+        [&slot.state, &age, &slot.runner, &slot.job, &last].map(|text| printable(text))
+    };
+    html! {
+        p {
+            (report.slots.len()) " slots"
+            @if report.slots.len() > SLOTS { ", of which " (SLOTS) " are shown" }
+            ". Jobs that ended: " (printable(&listed(&report.jobs))) ". GitHub did not answer, or refused, " (report.github_faults) " requests."
+        }
+        @if !report.slots.is_empty() {
+            (scrolled("Slots of runners", &html! {
+                table {
+                    thead { tr {
+                        @for head in ["Slot", "State", "For", "Runner", "Job", "Last job"] {
+                            th scope="col" { (head) }
+                        }
+                    } }
+                    tbody { @for slot in report.slots.iter().take(SLOTS) { tr {
+                        th scope="row" { (printable(&slot.slot)) }
+                        @for cell in cells(slot) { td { (cell) } }
+                    } } }
+                }
+            }))
+        }
+    }
+}
+
+fn listed(counts: &BTreeMap<String, u64>) -> String {
+    let words = counts.iter().map(|(what, n)| format!("{what} {n}"));
+    let words: Vec<_> = words.collect();
+    if words.is_empty() {
+        "none".to_owned()
+    } else {
+        words.join(", ")
+    }
+}
+
 fn counts(stats: &Stats) -> Markup {
     let hits = stats.hits;
     let share = |n: u64, of: u64| match of {
         0 => n.to_string(),
         of => format!("{n} ({} %)", (n * 100 + of / 2) / of),
-    };
-    let listed = |counts: &std::collections::BTreeMap<String, u64>| {
-        let words: Vec<_> = counts
-            .iter()
-            .map(|(what, n)| format!("{what} {n}"))
-            .collect();
-        if words.is_empty() {
-            "none".to_owned()
-        } else {
-            words.join(", ")
-        }
     };
     let ms = |ms: Option<f64>| ms.map_or_else(|| "–".to_owned(), |ms| format!("{ms} ms"));
     let facts = [

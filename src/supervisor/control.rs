@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The supervisor's socket, for `runners`: JSON over HTTP, as the plugin's. Root's alone.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -13,9 +15,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::pool::{Orders, SlotView, Worker, unix_now};
+use super::pool::{Orders, SlotView, Trouble, Worker, unix_now};
 use crate::engine::Verdict;
 use crate::plugin::wire::{Refusal, ok};
+
+/// Between two reports to the daemon.
+const REPORT: Duration = Duration::from_secs(5);
+
+/// The states of a slot.
+pub const STATES: [&str; 6] = ["empty", "starting", "idle", "busy", "ending", "paused"];
 
 struct App {
     workers: Vec<Arc<Worker>>,
@@ -23,11 +31,11 @@ struct App {
 }
 
 /// A slot, as `runners list --json` shows it.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
     /// The pool's name, `-`, and the slot's number.
     pub slot: String,
-    /// `empty`, `starting`, `idle`, `busy`, `ending`; `paused` and `empty` where no job is taken.
+    /// One of [`STATES`]; `paused` where it is empty and no job is taken.
     pub state: String,
     /// The runner's name.
     pub runner: String,
@@ -41,6 +49,18 @@ pub struct Row {
     pub caches: usize,
     /// How its last job ended.
     pub last: Option<String>,
+}
+
+/// What the daemon is told for its metrics and its page, with `Friend.Slots`. Numbers are since the
+/// supervisor's start.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// The slots, without their caches, which the daemon knows.
+    pub slots: Vec<Row>,
+    /// Jobs that ended, by verdict.
+    pub jobs: BTreeMap<String, u64>,
+    /// Requests that GitHub did not answer, or refused.
+    pub github_faults: u64,
 }
 
 /// What is asked of one pool, or of all.
@@ -102,15 +122,44 @@ async fn list(State(app): State<Arc<App>>, body: Bytes) -> Answer {
     let asked = parse(&body)?;
     let mut rows = Vec::new();
     for worker in app.pools(asked.pool.as_deref())? {
-        let paused = *worker.orders.borrow() == Orders::Pause;
         for (slot, view) in worker.views() {
-            rows.push(row(worker, slot, &view, paused).await);
+            let mut row = row(worker, slot, &view);
+            (row.hits, row.caches) = caches(worker, &view).await;
+            rows.push(row);
         }
     }
     Ok(ok(&rows))
 }
 
-async fn row(worker: &Worker, slot: usize, view: &SlotView, paused: bool) -> Row {
+/// Reports to the daemon for ever: it is never asked for anything, so that no page of the daemon's
+/// waits for us.
+pub(super) async fn report(workers: Vec<Arc<Worker>>) {
+    let Some(first) = workers.first() else { return };
+    let mut trouble = Trouble::new("the status page".to_owned());
+    loop {
+        let mut report = Report::default();
+        for worker in &workers {
+            let views = worker.views();
+            let rows = views.iter().map(|(slot, view)| row(worker, *slot, view));
+            report.slots.extend(rows);
+            for (verdict, n) in &worker.board().ended {
+                *report.jobs.entry(verdict.clone()).or_default() += n;
+            }
+            report.github_faults += worker.github.faults();
+        }
+        let rest = match first.friend("Friend.Slots", json!(report)).await {
+            Ok(_) => {
+                trouble.over();
+                REPORT
+            }
+            Err(error) => trouble.with(&error.into()),
+        };
+        tokio::time::sleep(rest).await;
+    }
+}
+
+/// How many caches of a runner were restored, and how many it has.
+async fn caches(worker: &Worker, view: &SlotView) -> (usize, usize) {
     let (mut hits, mut caches) = (0, 0);
     for volume in &view.volumes {
         let asked = worker
@@ -130,6 +179,11 @@ async fn row(worker: &Worker, slot: usize, view: &SlotView, paused: bool) -> Row
             ));
         }
     }
+    (hits, caches)
+}
+
+fn row(worker: &Worker, slot: usize, view: &SlotView) -> Row {
+    let paused = *worker.orders.borrow() == Orders::Pause;
     Row {
         slot: worker.pool.slot_name(slot),
         state: if paused && view.state == "empty" {
@@ -141,8 +195,8 @@ async fn row(worker: &Worker, slot: usize, view: &SlotView, paused: bool) -> Row
         runner: view.runner.clone(),
         job: view.job.clone(),
         age: unix_now().saturating_sub(view.since),
-        hits,
-        caches,
+        hits: 0,
+        caches: 0,
         last: view.last.as_ref().map(Verdict::to_string),
     }
 }

@@ -137,6 +137,8 @@ pub(super) struct Board {
     slots: usize,
     /// Slots of which nothing is left.
     empty: BTreeSet<usize>,
+    /// Jobs that ended, by verdict.
+    pub ended: BTreeMap<String, u64>,
 }
 
 /// A pool.
@@ -809,12 +811,16 @@ impl Task<'_> {
             self.worker.friend("VolumeDriver.Unmount", body).await?;
         }
         self.last = Some(verdict);
-        let job = self
-            .worker
-            .board()
-            .jobs
-            .get(&container.runner)
-            .map(|job| job.what.clone());
+        let job = {
+            let mut board = self.worker.board();
+            // Not one that was sent away before it had a job.
+            let runner = self.slot.runner_mut(&container.runner);
+            if !runner.is_some_and(|runner| runner.killed && runner.job == Job::None) {
+                *board.ended.entry(verdict.to_string()).or_default() += 1;
+            }
+            let job = board.jobs.get(&container.runner);
+            job.map(|job| job.what.clone())
+        };
         info!(slot = self.name, runner = container.runner, job = job.unwrap_or_default(), %verdict, "ended");
         self.slot.judged.insert(container.id.clone());
         Ok(())

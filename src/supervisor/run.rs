@@ -143,6 +143,7 @@ async fn live(
     // What the end was asked for with, on the socket.
     let asked = watch::Sender::new(Orders::Run);
     let router = control::router(workers.clone(), asked.clone());
+    tokio::spawn(control::report(workers.clone()));
     let served = tokio::spawn(server::serve(
         listener,
         router,

@@ -89,6 +89,23 @@ pub fn get(path: &str) -> String {
     body
 }
 
+/// What a supervisor reports.
+fn report(plugin: &Plugin) {
+    let slot = |slot: &str, state: &str, job: &str, last: Value| {
+        json!({"slot": slot, "state": state, "runner": format!("{slot}-1"), "job": job, "age": 7,
+               "hits": 0, "caches": 0, "last": last})
+    };
+    let slots = [
+        slot("linux-0", "busy", "octo/project <i>build</i>", Value::Null),
+        slot("linux-1", "idle", "", json!("success")),
+        slot("linux-2", "idle", "", json!("failure")),
+        slot("linux-3", "no state", "", Value::Null),
+    ];
+    let jobs = json!({"success": 5, "failure": 1, "no verdict": 1});
+    let report = json!({"slots": slots, "jobs": jobs, "github_faults": 3});
+    plugin.ok("Friend.Slots", &report);
+}
+
 fn tree_and_stats() {
     let site = Site::new(Kind::Reflink);
     let away = site.outcome(&["stats"]);
@@ -284,7 +301,7 @@ fn samples(text: &str) -> Vec<(String, BTreeMap<String, String>, f64)> {
     lines.map(line).collect()
 }
 
-fn value(text: &str, series: &str) -> Option<f64> {
+pub fn value(text: &str, series: &str) -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(series))?;
     line.trim().parse().ok()
 }
@@ -349,6 +366,39 @@ fn metrics() {
         assert!(status == 405 && answer["Err"].is_string(), "{answer}");
     }
 
+    // The supervisor's part, where there is one.
+    let up = "lvm_cache_friend_supervisor_up";
+    assert_eq!(value(&text, up), None, "{text}");
+    assert!(page.contains("No supervisor is configured"), "{page}");
+    plugin.refused("Friend.Slots", &json!({"slots": 1}));
+    let long = json!({"slots": [], "jobs": {"x".repeat(1 << 20): 1}, "github_faults": 0});
+    plugin.refused("Friend.Slots", &long);
+    assert_eq!(tcp("POST /Friend.Slots HTTP/1.1\r\nHost: localhost").0, 404);
+    assert_eq!(value(&get("/metrics"), up), None);
+    report(plugin);
+    let text = get("/metrics");
+    for (series, want) in [
+        ("supervisor_up", 1.0),
+        ("slots{state=\"busy\"}", 1.0),
+        ("slots{state=\"idle\"}", 2.0),
+        ("slots{state=\"empty\"}", 0.0),
+        ("runner_jobs_total{verdict=\"success\"}", 5.0),
+        ("runner_jobs_total{verdict=\"failure\"}", 1.0),
+        ("runner_jobs_total{verdict=\"unknown\"}", 0.0),
+        ("github_faults_total", 3.0),
+    ] {
+        let series = format!("lvm_cache_friend_{series}");
+        assert_eq!(value(&text, &series), Some(want), "{series} in {text}");
+    }
+    assert!(
+        !text.contains("no state") && !text.contains("no verdict"),
+        "{text}"
+    );
+    let page = get("/");
+    for words in ["4 slots", "linux-0-1", "&lt;i&gt;build", "success 5"] {
+        assert!(page.contains(words), "{words:?} is not in {page}");
+    }
+
     // Without the store it says so, and what it knows itself.
     let away = format!("{}-away", site.store());
     fs::rename(site.store(), &away).unwrap();
@@ -363,19 +413,23 @@ fn metrics() {
         Some(1.0)
     );
 
-    // A port that is taken is no reason not to serve caches.
+    // A port that is taken is no reason not to serve caches; a supervisor that never came is away.
     let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = other.local_addr().unwrap().port();
     daemon.stop();
     let text = fs::read_to_string(&site.config).unwrap();
     fs::write(
         &site.config,
-        text.replace(&port.to_string(), &taken.to_string()),
+        text.replace(&port.to_string(), &taken.to_string()) + "\n[supervise]\n",
     )
     .unwrap();
     let daemon = site.serve();
     job(daemon.plugin(), &json!({"restore": "linux"}), "3");
     assert!(daemon.log().contains("cannot be listened on"));
+    let text = get("/metrics");
+    assert_eq!(value(&text, up), Some(0.0), "{text}");
+    assert!(!text.contains("lvm_cache_friend_slots"), "{text}");
+    assert!(get("/").contains("The supervisor is away"));
 }
 
 /// Where screenshots are kept for whoever wants to look at them.
@@ -412,6 +466,7 @@ fn in_a_browser() {
     look(port, "empty");
 
     real_data(plugin);
+    report(plugin);
     plugin.create(
         "web",
         &json!({"restore": "linux main", "scope": "acme/web"}),
@@ -475,6 +530,7 @@ fn contrib() {
     let site = Site::new(Kind::Reflink);
     let (daemon, _) = served(&site);
     real_data(daemon.plugin());
+    report(daemon.plugin());
     let given = samples(&get("/metrics"));
     let dir = Path::new(REPOSITORY).join("contrib");
 

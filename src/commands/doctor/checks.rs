@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use super::facts::{Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, SOCKET, TIMER};
+use super::facts::{
+    Config, DRIVER, Daemon, Facts, FileFact, FileKind, SERVICE, SOCKET, SUPERVISOR, TIMER,
+};
 use super::{Finding, State};
 use crate::cache::evict::Bound;
 use crate::config::{Lvm, Settings, StoreConfig};
@@ -20,7 +22,7 @@ type Judged = (State, String, Option<String>);
 /// A check's name, and what judges.
 type Check = (&'static str, fn(&Facts) -> Vec<Judged>);
 
-const CHECKS: [Check; 17] = [
+const CHECKS: [Check; 18] = [
     ("configuration", configuration),
     ("permissions", permissions),
     ("tools", tools),
@@ -37,6 +39,7 @@ const CHECKS: [Check; 17] = [
     ("hooks", hooks),
     ("local-volumes", local_volumes),
     ("docker", docker),
+    ("supervisor", supervisor),
     ("clock", clock),
 ];
 
@@ -642,6 +645,48 @@ fn docker(facts: &Facts) -> Vec<Judged> {
     }]
 }
 
+fn supervisor(facts: &Facts) -> Vec<Judged> {
+    let supervisor = match &facts.supervisor {
+        None => return Vec::new(),
+        Some(Err(why)) => {
+            return vec![wrong(
+                why.replace('\n', " "),
+                "correct it; docs/supervisor.md says what each setting means",
+            )];
+        }
+        Some(Ok(supervisor)) => supervisor,
+    };
+    let mut found = Vec::new();
+    if let Err(why) = &supervisor.check {
+        found.push(wrong(
+            why,
+            "have the token or the App's key in that file, with mode 0600; `lvm-cache-friend supervise --check` looks again",
+        ));
+    }
+    if !supervisor.has_podman {
+        found.push(wrong(
+            format!(
+                "{} is no socket: the supervisor finds no Podman",
+                supervisor.podman_socket.display()
+            ),
+            "systemctl enable --now podman.socket, or name another with podman-socket in [supervise]",
+        ));
+    }
+    let socket = supervisor.control_socket.display();
+    match &supervisor.slots {
+        Some(Ok(slots)) => return or_ok(found, format!("{slots} slots")),
+        Some(Err(why)) => found.push(wrong(
+            format!("who listens on {socket} does not answer as it does: {why}"),
+            format!("systemctl restart {SUPERVISOR}; see its log if that does not help"),
+        )),
+        None => found.push(wrong(
+            format!("it does not answer on {socket}: no job gets a runner"),
+            format!("systemctl enable --now {SUPERVISOR}; if that fails, journalctl --unit {SUPERVISOR} says why"),
+        )),
+    }
+    found
+}
+
 fn clock(facts: &Facts) -> Vec<Judged> {
     let mut found = Vec::new();
     let newest = match &facts.store {
@@ -669,7 +714,9 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::PathBuf;
 
-    use super::super::facts::{Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Store, Tool};
+    use super::super::facts::{
+        Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Store, Supervisor, Tool,
+    };
     use super::*;
     use crate::cache::units::Bytes;
     use crate::mount::MountPoint;
@@ -790,6 +837,13 @@ mod tests {
                 local_volumes: Ok(["other".to_owned()].into()),
                 hooks: STAGES.map(hook).into(),
             }),
+            supervisor: Some(Ok(Supervisor {
+                check: Ok(()),
+                podman_socket: "/run/podman/podman.sock".into(),
+                has_podman: true,
+                control_socket: "/run/lvm-cache-friend/runners.sock".into(),
+                slots: Some(Ok(2)),
+            })),
             dockerd: true,
             docker_spec: Some((
                 "/etc/docker/plugins/lvm-cache-friend.spec".into(),
@@ -812,6 +866,13 @@ mod tests {
 
     fn the_podman(facts: &mut Facts) -> &mut Podman {
         facts.podman.as_mut().expect("there is one")
+    }
+
+    fn the_supervisor(facts: &mut Facts) -> &mut Supervisor {
+        let Some(Ok(supervisor)) = &mut facts.supervisor else {
+            panic!("there is one");
+        };
+        supervisor
     }
 
     fn set(facts: &mut Facts, unit: &str, name: &str, value: &str) {
@@ -842,6 +903,7 @@ mod tests {
             daemon: Daemon::Unknown,
             mount_root: None,
             podman: None,
+            supervisor: None,
             dockerd: false,
             docker_spec: None,
             units: None,
@@ -853,6 +915,7 @@ mod tests {
             .map(|found| found.check)
             .collect();
         assert_eq!(wrong, ["configuration", "podman"]);
+        assert!(all(&facts).iter().all(|found| found.check != "supervisor"));
     }
 
     /// A way to break a host.
@@ -1020,13 +1083,28 @@ mod tests {
             }),
             ("docker", Wrong, "no spec", |f| f.docker_spec = None),
         ];
-        let more: [(&str, State, &str, Break); 5] = [
+        let more: [(&str, State, &str, Break); 10] = [
             ("docker", Wrong, "echo unix:///run", |f| {
                 f.docker_spec = Some(("/etc/docker/x.spec".into(), "unix:///x".into()));
             }),
             ("docker", Skipped, "not installed", |f| {
                 f.docker_spec = None;
                 f.dockerd = false;
+            }),
+            ("supervisor", Wrong, "line 3", |f| {
+                f.supervisor = Some(Err("line 3".into()));
+            }),
+            ("supervisor", Wrong, "mode 0600", |f| {
+                the_supervisor(f).check = Err("its mode".into());
+            }),
+            ("supervisor", Wrong, "podman.socket", |f| {
+                the_supervisor(f).has_podman = false;
+            }),
+            ("supervisor", Wrong, "no job gets a runner", |f| {
+                the_supervisor(f).slots = None;
+            }),
+            ("supervisor", Wrong, "restart", |f| {
+                the_supervisor(f).slots = Some(Err("no JSON".into()));
             }),
             ("clock", Note, "set-ntp", |f| f.clock.synchronised = false),
             ("clock", Wrong, "behind", |f| f.clock.now -= 4000),

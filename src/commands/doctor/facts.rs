@@ -21,6 +21,10 @@ use crate::plugin::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::podman;
 use crate::storage::{Capacity, Listing};
+use crate::supervisor::config::Supervise;
+use crate::supervisor::github::Auth;
+use crate::supervisor::run;
+use crate::supervisor::secret::Source;
 
 /// The units' names.
 pub const SERVICE: &str = "lvm-cache-friend.service";
@@ -28,6 +32,9 @@ pub const SERVICE: &str = "lvm-cache-friend.service";
 pub const SOCKET: &str = "lvm-cache-friend.socket";
 /// It.
 pub const TIMER: &str = "lvm-cache-friend-gc.timer";
+
+/// See [`SERVICE`].
+pub const SUPERVISOR: &str = "lvm-cache-friend-supervise.service";
 
 /// What the driver is called in Podman's configuration, and our volumes' driver.
 pub const DRIVER: &str = "lvm-cache-friend";
@@ -65,6 +72,8 @@ pub struct Facts {
     pub mount_root: Option<MountPoint>,
     /// `None`: it is not installed.
     pub podman: Option<Podman>,
+    /// What the configuration says of it, and what there is; `None`: nothing.
+    pub supervisor: Option<Result<Supervisor, String>>,
     /// Whether dockerd is installed or runs.
     pub dockerd: bool,
     /// The plugin's spec that it would read, and its text.
@@ -166,6 +175,18 @@ pub struct PodmanInfo {
     pub event_logger: String,
 }
 
+#[derive(Debug, Clone)]
+pub struct Supervisor {
+    /// What `supervise --check` says, but for credentials, which its unit alone is given.
+    pub check: Result<(), String>,
+    pub podman_socket: PathBuf,
+    /// Whether that is a socket.
+    pub has_podman: bool,
+    pub control_socket: PathBuf,
+    /// How many slots it says that it has; `None`: nobody listens.
+    pub slots: Option<Result<usize, String>>,
+}
+
 /// A hook's JSON in a directory that Podman reads.
 #[derive(Debug, Clone)]
 pub struct HookFile {
@@ -211,6 +232,9 @@ impl Facts {
             daemon: settings.map_or(Daemon::Unknown, daemon),
             mount_root: settings.and_then(|settings| mount_of(&settings.mount_dir)),
             podman: exec::find_tool("podman").is_ok().then(podman),
+            supervisor: settings
+                .filter(|settings| settings.supervised)
+                .map(|settings| supervisor(config_file, settings)),
             dockerd,
             docker_spec: DOCKER_SPECS.iter().find_map(|path| {
                 let text = fs::read_to_string(path).ok()?;
@@ -414,6 +438,29 @@ fn podman() -> Podman {
         hooks: hooks(&conf.hooks_dir),
         conf,
     }
+}
+
+fn supervisor(config: &Path, settings: &Settings) -> Result<Supervisor, String> {
+    let mut supervise = Supervise::load(config).map_err(|error| error.to_string())?;
+    supervise.pools.retain(|pool| {
+        let (Auth::Token(secret) | Auth::App { key: secret, .. }) = &pool.auth;
+        matches!(secret, Source::File(_))
+    });
+    let socket = &supervise.control_socket;
+    let slots = match client::call(socket, "Runners.List", &json!({}), DAEMON_TIMEOUT) {
+        Ok(Value::Array(slots)) => Some(Ok(slots.len())),
+        Ok(_) => Some(Err("it gives no list".to_owned())),
+        Err(ClientError::NotRunning) => None,
+        Err(error) => Some(Err(error.to_string())),
+    };
+    let podman = file(&supervise.podman_socket);
+    Ok(Supervisor {
+        check: run::check(settings, &supervise).map_err(|error| error.to_string()),
+        has_podman: podman.is_some_and(|file| file.kind == FileKind::Socket),
+        podman_socket: supervise.podman_socket,
+        control_socket: supervise.control_socket,
+        slots,
+    })
 }
 
 /// What Podman says, within its time.

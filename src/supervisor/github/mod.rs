@@ -18,6 +18,7 @@ pub mod scaleset;
 
 use std::fmt;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
@@ -314,6 +315,7 @@ pub struct GitHub {
     /// One request at a time, as GitHub asks of its clients; and none before then.
     still: tokio::sync::Mutex<()>,
     until: Mutex<Option<Instant>>,
+    faults: AtomicU64,
 }
 
 impl fmt::Debug for GitHub {
@@ -376,6 +378,7 @@ impl GitHub {
             url: url.clone(),
             still: tokio::sync::Mutex::new(()),
             until: Mutex::new(None),
+            faults: AtomicU64::new(0),
         })
     }
 
@@ -383,6 +386,12 @@ impl GitHub {
     #[must_use]
     pub fn url(&self) -> &Url {
         &self.url
+    }
+
+    /// How many requests were not answered, failed there, or were refused because of who asks or how often.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
     }
 
     /// Asks the REST API.
@@ -446,6 +455,12 @@ impl GitHub {
 
     /// A limit is of the credential: nobody else asks meanwhile.
     fn note(&self, answer: &Result<Answer, GitHubError>) {
+        // Other refusals are answers like any other: that there is no such runner.
+        let is_fault = answer.as_ref().map_or(true, |answer| {
+            answer.status.is_server_error() || matches!(answer.status.as_u16(), 401 | 403 | 429)
+        });
+        self.faults
+            .fetch_add(u64::from(is_fault), Ordering::Relaxed);
         let rest = match answer {
             Ok(answer) if answer.status.is_client_error() || answer.status.is_server_error() => {
                 answer.expect(&[]).err().and_then(|e| e.retry())

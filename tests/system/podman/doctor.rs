@@ -3,8 +3,10 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 
 use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::config::Settings;
@@ -142,6 +144,53 @@ fn pool() {
     finds("store", "vgs testvg");
 }
 
+/// One that is configured.
+fn supervisor(host: &Host, config: &Path) {
+    let finds = |words: &str| finds(config, "supervisor", "wrong", words, &[]);
+    let settings = fs::read_to_string(config).unwrap();
+    let place = |name: &str| host.site.dir.path().join(name);
+    let (token, podman) = (place("token"), place("podman.sock"));
+    let with = |more: &str| {
+        let text = format!(
+            "{settings}\n[supervise]\npodman-socket = {podman:?}\n{more}\n[[supervise.pool]]\nname = 'linux'\n\
+             url = 'https://github.com/octo/project'\napi-url = 'http://127.0.0.1:9'\ntoken = {token:?}\n\
+             count = 2\nlabels = ['linux']\ncontainer.image = 'none'\n"
+        );
+        fs::write(config, text).unwrap();
+    };
+    with("colour = 3");
+    finds("colour");
+    with("");
+    finds("No such file");
+    fs::write(&token, "token").unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o644)).unwrap();
+    finds("chmod 0600");
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
+    finds("podman.socket");
+    let _podman = UnixListener::bind(&podman).unwrap();
+    finds("does not answer on /run/lvm-cache-friend/runners.sock");
+    // GitHub and Podman are away; it says so itself.
+    let mut supervise = host.site.command(&["supervise"]).spawn().unwrap();
+    let socket = Path::new("/run/lvm-cache-friend/runners.sock");
+    wait_until(|| UnixStream::connect(socket).is_ok());
+    well(config);
+    supervise.kill().unwrap();
+    supervise.wait().unwrap();
+    fs::remove_file(socket).unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    let stranger = thread::spawn(move || drop(listener.accept().unwrap()));
+    finds("who listens on");
+    stranger.join().unwrap();
+    // Its unit alone has that.
+    let text = fs::read_to_string(config).unwrap();
+    let credential = text.replace(&format!("{token:?}"), "'credential:token'");
+    fs::write(config, credential).unwrap();
+    finds("does not answer on");
+    let mut found = findings(config);
+    found.retain(|found| found["check"] == "supervisor");
+    assert_eq!(found.len(), 1, "{found:?}");
+}
+
 fn doctor() {
     let mut host = Host::new(Kind::Reflink);
     let hooks = Hooks::new(&host);
@@ -255,6 +304,10 @@ fn doctor() {
         finds("hooks", "wrong", "no hook for precreate", &[]);
         finds("hooks", "wrong", "no container at all starts", &[]);
     }
+    well(&config);
+
+    supervisor(&host, &config);
+    fs::write(&config, &settings).unwrap();
     well(&config);
 
     mode(Path::new(SOCKET), 0o666);
