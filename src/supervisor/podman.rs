@@ -13,7 +13,8 @@ use axum::body::Bytes;
 use axum::http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
-use hyperlocal::{UnixClientExt as _, UnixConnector};
+use hyper_util::rt::TokioExecutor;
+use hyperlocal::UnixConnector;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -120,7 +121,11 @@ impl Podman {
     pub fn new(socket: &Path) -> Self {
         Self {
             socket: socket.to_owned(),
-            client: Client::unix(),
+            // A connection for each request: Podman's service ends where it has nothing to do for 5 s, and one that was kept may
+            // break just as it is used again.
+            client: Client::builder(TokioExecutor::new())
+                .pool_max_idle_per_host(0)
+                .build(UnixConnector),
         }
     }
 
