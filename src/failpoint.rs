@@ -32,7 +32,7 @@ pub const ALL: [&str; 22] = [
 ];
 
 /// Every place in the life of a supervisor's slot: before each action, and after it.
-pub const SUPERVISOR: [&str; 20] = [
+pub const SUPERVISOR: [&str; 19] = [
     "register.1",
     "register.2",
     "ready.1",
@@ -42,7 +42,6 @@ pub const SUPERVISOR: [&str; 20] = [
     "container.2",
     "start.1",
     "start.2",
-    "start.3",
     "judge.1",
     "judge.2",
     "judge.3",

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman's REST API (libpod, `podman system service`) over its unix socket.
 //!
-//! What is secret goes to Podman as one of its own secrets, in a request's body: it comes to be in the
-//! environment of the container's first process, and in no argument, no label and no `podman inspect`.
+//! A runner's configuration, which is secret, goes to Podman in a request's body, and is in no argument and no label.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,7 +14,6 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use hyperlocal::UnixConnector;
-use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -134,7 +132,7 @@ impl Podman {
         what: &'static str,
         method: Method,
         path: &str,
-        body: Option<(&str, Bytes)>,
+        body: Option<&Value>,
         timeout: Duration,
     ) -> Result<Answer, PodmanError> {
         let away = |problem: String| PodmanError::Away {
@@ -145,9 +143,9 @@ impl Podman {
         let uri: axum::http::Uri = hyperlocal::Uri::new(&self.socket, &path).into();
         let mut request = Request::builder().method(method).uri(uri);
         let body = match body {
-            Some((kind, body)) => {
-                request = request.header(header::CONTENT_TYPE, kind);
-                body
+            Some(body) => {
+                request = request.header(header::CONTENT_TYPE, "application/json");
+                body.to_string().into()
             }
             None => Bytes::new(),
         };
@@ -188,7 +186,6 @@ impl Podman {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Answer, PodmanError> {
-        let body = body.map(|body| ("application/json", body.to_string().into()));
         self.ask(what, Method::POST, path, body, TIMEOUT).await
     }
 
@@ -260,26 +257,6 @@ impl Podman {
         answer.expect(&[200])
     }
 
-    /// The names of secrets that begin so.
-    ///
-    /// # Errors
-    /// See [`PodmanError`].
-    pub async fn secrets(&self, prefix: &str) -> Result<BTreeSet<String>, PodmanError> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "PascalCase")]
-        struct Spec {
-            name: String,
-        }
-        #[derive(Deserialize)]
-        #[serde(rename_all = "PascalCase")]
-        struct Listed {
-            spec: Spec,
-        }
-        let listed: Vec<Listed> = self.get("listing secrets", "secrets/json").await?.json()?;
-        let names = listed.into_iter().map(|secret| secret.spec.name);
-        Ok(names.filter(|name| name.starts_with(prefix)).collect())
-    }
-
     /// Makes a volume of ours, where there is none of that name.
     ///
     /// # Errors
@@ -314,34 +291,6 @@ impl Podman {
     /// See [`PodmanError`].
     pub async fn remove_volume(&self, name: &str) -> Result<(), PodmanError> {
         self.delete("removing a volume", &format!("volumes/{name}"))
-            .await
-    }
-
-    /// Makes a secret, in place of one of that name.
-    ///
-    /// # Errors
-    /// See [`PodmanError`].
-    pub async fn create_secret(
-        &self,
-        name: &str,
-        secret: &SecretString,
-    ) -> Result<(), PodmanError> {
-        self.remove_secret(name).await?;
-        let body = Bytes::copy_from_slice(secret.expose_secret().as_bytes());
-        let path = format!("secrets/create?name={name}");
-        let body = Some(("application/octet-stream", body));
-        let answer = self
-            .ask("making a secret", Method::POST, &path, body, TIMEOUT)
-            .await?;
-        answer.expect(&[200, 201])
-    }
-
-    /// Removes a secret, where it is there.
-    ///
-    /// # Errors
-    /// See [`PodmanError`].
-    pub async fn remove_secret(&self, name: &str) -> Result<(), PodmanError> {
-        self.delete("removing a secret", &format!("secrets/{name}"))
             .await
     }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -28,9 +28,6 @@ const JIT: &str = "ACTIONS_RUNNER_INPUT_JITCONFIG";
 
 /// Has the runner end with its job's result (actions/runner, Runner.cs).
 const RETURN_RESULT: &str = "ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED";
-
-/// What takes the configuration's place once it is used.
-const USED: &str = "used";
 
 /// Where jobs work, below the runner's own directory.
 const WORK_FOLDER: &str = "_work";
@@ -428,7 +425,7 @@ struct Task<'a> {
     number: usize,
     name: String,
     slot: Slot,
-    /// The runner's configuration, from its registration until Podman has it.
+    /// The runner's configuration, from its registration until its container has it.
     jit: Option<SecretString>,
     /// Its runners' volumes, as the daemon had them at the last look.
     volumes: BTreeMap<String, BTreeSet<String>>,
@@ -531,7 +528,6 @@ impl Task<'_> {
                         Err(error) => return Err(error.into()),
                     }
                 }
-                self.worker.podman.remove_secret(&runner).await?;
             }
             Action::Look(runner) => {
                 let presence = self.worker.github.presence(&runner).await?;
@@ -562,10 +558,6 @@ impl Task<'_> {
     async fn look(&mut self) -> Result<Seen, StepError> {
         let podman = &self.worker.podman;
         let containers = podman.containers(&self.name).await?;
-        if self.unsure && containers.is_empty() && self.slot.runner.is_none() {
-            podman.prune_volumes(&self.name).await?;
-            self.unsure = false;
-        }
         // The daemon has their names at hand, whatever Podman knows of them.
         let listed = self.worker.friend("VolumeDriver.List", json!({})).await?;
         let listed = listed["Volumes"].as_array().map_or(&[][..], Vec::as_slice);
@@ -579,12 +571,14 @@ impl Task<'_> {
                     .insert(name.to_owned());
             }
         }
-        let secrets = podman.secrets(&format!("{}-", self.name)).await?;
-        let secrets = secrets
-            .into_iter()
-            .filter(|name| runner_in(&self.name, name) == Some(name));
+        // What the daemon knows is cleared, one step after another: this is for what Podman alone knows.
+        let nothing_else = containers.is_empty() && self.volumes.is_empty();
+        if self.unsure && nothing_else && self.slot.runner.is_none() {
+            podman.prune_volumes(&self.name).await?;
+            self.unsure = false;
+        }
         Ok(Seen {
-            leftovers: self.volumes.keys().cloned().chain(secrets).collect(),
+            leftovers: self.volumes.keys().cloned().collect(),
             containers,
         })
     }
@@ -740,14 +734,7 @@ impl Task<'_> {
             self.volumes.entry(runner.clone()).or_default().insert(name);
         }
         reach("ready", 3);
-        let Some(jit) = &self.jit else {
-            // Only the process that registered it has it.
-            self.slot.forget(unix_now());
-            return Ok(());
-        };
-        self.worker.podman.create_secret(&runner, jit).await?;
         self.hold(&runner).await?;
-        self.jit = None;
         if let Some(own) = self.slot.runner_mut(&runner) {
             own.prepared = true;
         }
@@ -766,8 +753,14 @@ impl Task<'_> {
 
     async fn create(&mut self) -> Result<(), StepError> {
         let runner = self.runner_name();
-        let spec = container_spec(&self.worker.pool, &runner, &self.labels(&runner));
+        let Some(jit) = &self.jit else {
+            // Only the process that registered it has it.
+            self.slot.forget(unix_now());
+            return Ok(());
+        };
+        let spec = container_spec(&self.worker.pool, &runner, &self.labels(&runner), jit);
         self.worker.podman.create(&spec).await?;
+        self.jit = None;
         if let Some(own) = self.slot.runner_mut(&runner) {
             own.created = true;
         }
@@ -779,13 +772,6 @@ impl Task<'_> {
         if let Some(runner) = self.slot.runner_mut(&container.runner) {
             runner.created = true;
         }
-        reach("start", 3);
-        // The container has it; nobody else needs it any more. But `podman exec` refuses where it is missing.
-        let used = SecretString::from(USED);
-        self.worker
-            .podman
-            .create_secret(&container.runner, &used)
-            .await?;
         info!(slot = self.name, runner = container.runner, "started");
         Ok(())
     }
@@ -828,10 +814,17 @@ impl Task<'_> {
 }
 
 /// The container, as Podman's SpecGenerator has it.
-fn container_spec(pool: &Pool, runner: &str, labels: &BTreeMap<&'static str, String>) -> Value {
+fn container_spec(
+    pool: &Pool,
+    runner: &str,
+    labels: &BTreeMap<&'static str, String>,
+    jit: &SecretString,
+) -> Value {
     let text = &pool.container;
     let mut env = text.env.clone();
     env.insert(RETURN_RESULT.into(), "true".into());
+    // Not one of Podman's secrets: docs/architecture.md says why.
+    env.insert(JIT.into(), jit.expose_secret().into());
     let volumes: Vec<_> = pool
         .volumes
         .iter()
@@ -851,7 +844,6 @@ fn container_spec(pool: &Pool, runner: &str, labels: &BTreeMap<&'static str, Str
         "image": text.image,
         "labels": labels,
         "env": env,
-        "secret_env": {JIT: runner},
         "volumes": volumes,
         "annotations": {"lvm-cache-friend.volume": guard.join(" ")},
         "restart_policy": "no",

@@ -3,7 +3,7 @@
 //! and without a clock, from what Podman has and what is known of GitHub.
 //!
 //! A runner's life: registered (its JIT configuration is in hand, in memory alone), prepared
-//! (volumes, secret), created, started, ended, judged, removed; at last its registration is gone.
+//! (its volumes are there), created, started, ended, judged, removed; at last its registration is gone.
 //! Whatever a crash leaves of it is found by its labels and its name, and goes the rest of that
 //! way: what runs is adopted, what has ended is judged, what has not begun is removed.
 
@@ -65,7 +65,7 @@ pub enum State {
 pub struct Seen {
     /// Its containers.
     pub containers: Vec<Container>,
-    /// Runners of which there is a volume or a secret.
+    /// Runners of which there is a volume.
     pub leftovers: BTreeSet<String>,
 }
 
@@ -124,7 +124,7 @@ pub struct Runner {
     pub name: String,
     /// When it was registered, or adopted.
     pub since: u64,
-    /// Volumes and secret are there.
+    /// Its volumes are there.
     pub prepared: bool,
     /// Its container is there, or was.
     pub created: bool,
@@ -177,7 +177,7 @@ pub enum Action {
     Rest(Option<u64>),
     /// Ask GitHub for a registration.
     Register,
-    /// Make volumes and secret.
+    /// Make the volumes.
     Prepare,
     /// Create the container.
     Create,
@@ -189,7 +189,7 @@ pub enum Action {
     Judge(String, Verdict),
     /// Remove this container.
     Remove(String),
-    /// Remove this runner's volumes and secret.
+    /// Remove this runner's volumes.
     Clear(String),
     /// Read this runner's registration.
     Look(String),

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power cuts: what was published stays, whole, and what was being written is never seen.
 
+mod supervised;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -38,6 +40,8 @@ pub fn tests() -> Vec<Test> {
         test(Tier::Driver, "powercut::ten_times", ten_times),
         test(Tier::Part, "powercut::work", work),
         test(Tier::Part, "powercut::all_whole", all_whole),
+        test(Tier::Driver, "powercut::supervised", supervised::over_cuts),
+        test(Tier::Part, "powercut::supervise", supervised::supervise),
     ]
 }
 

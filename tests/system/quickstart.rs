@@ -167,7 +167,6 @@ fn runners() {
     for what in [
         &["ps", "--all", "--quiet"][..],
         &["volume", "ls", "--quiet"],
-        &["secret", "ls", "--quiet"],
     ] {
         assert_eq!(run("podman", what), "", "{what:?}");
     }

@@ -199,7 +199,8 @@ pub struct State {
     /// Seconds that a session's token is good for.
     pub session_life: u64,
     public_key: Vec<u8>,
-    base: String,
+    /// Its own address, as its runners see it.
+    pub base: String,
 }
 
 /// The server. Dropping it fails the test where a request was not of the documented shape.

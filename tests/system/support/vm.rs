@@ -2,7 +2,7 @@
 //! Guests that a test drives by itself: power cuts, restarts, disks that survive.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use super::command::{Outcome, outcome_of};
 use crate::harness::{this_binary, vm_run};
@@ -59,6 +59,11 @@ impl Guest {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL)
             .expect("QEMU runs");
         self.child.wait().expect("tests/vm/run ends");
+    }
+
+    /// Waits for its command's end.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("tests/vm/run ends")
     }
 
     /// Whether its command is still running.
