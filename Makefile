@@ -4,12 +4,11 @@
 demo:
 	@demo/run
 
-# Installs what is missing, then runs every test of every tier, those in virtual machines too: one more at once than there are
-# processors, as some only wait.
+# Installs what is missing, then runs every test of every tier, those in virtual machines too.
 test:
 	tests/vm/deps nextest browser
 	$(MAKE) packers
-	cargo nextest run --locked --features failpoints --test-threads $$(($$(nproc) + 1))
+	cargo nextest run --locked --features failpoints
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell
 # against a process a command, choices among 10,000 entries, and what is shown of 2,000.
