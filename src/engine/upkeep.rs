@@ -493,7 +493,7 @@ impl Engine {
                 warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
             }
         }
-        let gone = state.gone.clone();
+        let gone = &state.gone;
         let mut entries: Vec<Entry> = seen
             .entries
             .into_iter()

@@ -259,7 +259,7 @@ async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
     )
 }
 
-async fn not_a_post(body: Payload) -> Refusal {
+pub(crate) async fn not_a_post(body: Payload) -> Refusal {
     drop(body);
     Refusal::new(
         StatusCode::METHOD_NOT_ALLOWED,

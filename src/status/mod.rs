@@ -25,8 +25,8 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::Engine;
-use crate::plugin::Payload;
 use crate::plugin::wire::{Refusal, ok};
+use crate::plugin::{Payload, not_a_post};
 use crate::storage::Listing;
 use crate::supervisor::control::Report;
 
@@ -137,13 +137,6 @@ async fn told(State(status): State<Arc<Status>>, body: Payload) -> Result<Respon
     let mut last = status.report.lock().unwrap_or_else(PoisonError::into_inner);
     *last = Some((Instant::now(), report));
     Ok(ok(&json!({})))
-}
-
-async fn not_a_post(_: Payload) -> Refusal {
-    Refusal::new(
-        StatusCode::METHOD_NOT_ALLOWED,
-        "the supervisor posts its slots",
-    )
 }
 
 fn answer(content_type: &'static str, body: String) -> Response {

@@ -18,7 +18,7 @@ use crate::support::census::{Census, Known, settled};
 use crate::support::command::run;
 use crate::support::content::{self, Content, Random};
 use crate::support::daemon::{Daemon, Plugin, friend};
-use crate::support::lvm::{self, TestVg};
+use crate::support::lvm::TestVg;
 use crate::support::site::Kind;
 use crate::support::vm::{boot_part, start_part};
 use crate::support::{temp_dir, wait_until};
@@ -135,24 +135,25 @@ fn tell(line: &str) {
     file.sync_all().unwrap();
 }
 
+/// A group on the guest's disk that outlives the guest.
+fn make_group() {
+    std::mem::forget(TestVg::fresh());
+}
+
+/// Prepares it where that is not done, and the configuration.
+fn init(config: &Path) {
+    let options = ["--vg", TestVg::NAME, "--size", "5G", "--base-size", "1G"];
+    friend(config, &[&["init"][..], &options].concat());
+}
+
 /// Brings up what the disk holds, and looks at all of it.
 fn bring_up() -> (Daemon, Census, Told) {
     let told = Told::read();
     if told.last == 0 {
-        lvm::clear();
-        run("vgcreate", ["--quiet", TestVg::NAME, lvm::DISK]);
+        make_group();
     }
     let config = Path::new(CONFIG);
-    let init = [
-        "init",
-        "--vg",
-        TestVg::NAME,
-        "--size",
-        "5G",
-        "--base-size",
-        "1G",
-    ];
-    friend(config, &init);
+    init(config);
     let daemon = Daemon::start(config);
     let plugin = daemon.plugin();
     let names: BTreeSet<_> = plugin.names().into_iter().collect();

@@ -13,13 +13,13 @@ use lvm_cache_friend::failpoint::SUPERVISOR;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::SHARE;
+use super::{SHARE, init, make_group};
 use crate::github::fake::{Fake, MAIN, REPOSITORY, Stage, TOKEN};
 use crate::support::census::settled;
 use crate::support::command::{run, sh};
 use crate::support::content::Random;
-use crate::support::daemon::{Daemon, friend};
-use crate::support::lvm::{self, TestVg};
+use crate::support::daemon::Daemon;
+use crate::support::lvm::TestVg;
 use crate::support::podman::{Podman, Service};
 use crate::support::site::Kind;
 use crate::support::vm::start_part;
@@ -151,11 +151,9 @@ fn prepare(share: &Path) {
     // It is not dropped: what it configures outlives this.
     std::mem::forget(Podman::new(Kind::Lvm));
     image("runner-image");
-    lvm::clear();
-    run("vgcreate", ["--quiet", TestVg::NAME, lvm::DISK]);
+    make_group();
     let config = Path::new(CONFIG);
-    let options = ["--vg", TestVg::NAME, "--size", "5G", "--base-size", "1G"];
-    friend(config, &[&["init"][..], &options].concat());
+    init(config);
     let text = fs::read_to_string(config).unwrap();
     let pool = fs::read_to_string(share.join("pool")).unwrap();
     fs::write(config, text + &pool).unwrap();
