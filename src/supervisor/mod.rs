@@ -4,7 +4,7 @@
 //! - [`slot`]: what is done next, decided without I/O
 //! - [`scope`]: which caches a job may read and write
 //! - [`github`]: the client of GitHub; [`secret`]: what it says who we are with
-//! - [`podman`]: the client of Podman
+//! - [`podman`]: the client of Podman; [`handover`]: how a runner's configuration gets into its container
 //! - [`pool`]: does what was decided; `listener`: what a scale set tells meanwhile
 //! - [`run`]: the program; [`control`]: its socket; [`config`]: its settings
 //!
@@ -18,6 +18,7 @@
 pub mod config;
 pub mod control;
 pub mod github;
+pub mod handover;
 mod listener;
 pub mod podman;
 pub mod pool;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman's REST API (libpod, `podman system service`) over its unix socket.
 //!
-//! A runner's configuration, which is secret, goes to Podman in a request's body, and is in no argument and no label.
+//! A runner's configuration, which is secret, goes to Podman in a request's body, if at all, and is in no argument and no label.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -292,6 +292,26 @@ impl Podman {
     pub async fn remove_volume(&self, name: &str) -> Result<(), PodmanError> {
         self.delete("removing a volume", &format!("volumes/{name}"))
             .await
+    }
+
+    /// What a label of an image says; `None` where it has none, or an empty one.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn image_label(
+        &self,
+        image: &str,
+        label: &str,
+    ) -> Result<Option<String>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Image {
+            labels: Option<BTreeMap<String, String>>,
+        }
+        let path = format!("images/{image}/json");
+        let image: Image = self.get("looking at the image", &path).await?.json()?;
+        let label = image.labels.and_then(|mut labels| labels.remove(label));
+        Ok(label.filter(|text| !text.is_empty()))
     }
 
     /// Creates a container and gives its id.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,14 +16,18 @@ use super::config::{Pool, Size, Userns};
 use super::github::rest::{NewRunner, Removed};
 use super::github::scaleset::ScaleSets;
 use super::github::{GitHub, GitHubError};
+use super::handover::Handover;
 use super::podman::{Podman, PodmanError, RUNNER, SLOT};
 use super::slot::{Action, Container, Job, Mode, Presence, Runner, Seen, Slot, State, decide};
 use crate::engine::Verdict;
 use crate::failpoint::reach;
 use crate::plugin::client::{self, ClientError};
 
-/// What the runner reads its configuration from, and takes out of its environment (actions/runner,
-/// CommandSettings.cs).
+/// An image's label that says at which path its first process reads the runner's configuration, a line.
+const HANDED_AT: &str = "lvm-cache-friend.jit-config";
+
+/// What the runner itself reads its configuration from, and takes out of its environment (actions/runner,
+/// CommandSettings.cs): where the image has no such label.
 const JIT: &str = "ACTIONS_RUNNER_INPUT_JITCONFIG";
 
 /// Has the runner end with its job's result (actions/runner, Runner.cs).
@@ -60,6 +64,9 @@ pub enum StepError {
     /// The daemon of the caches.
     #[error("the cache daemon: {0}")]
     Friend(#[from] ClientError),
+    /// The FIFO for the runner's configuration.
+    #[error("handing over the runner's configuration: {0}")]
+    Handover(#[from] std::io::Error),
     /// The scale set is not known yet.
     #[error("the scale set is not known yet")]
     NoSet,
@@ -146,6 +153,8 @@ pub struct Worker {
     podman: Podman,
     /// The cache daemon's socket.
     friend: PathBuf,
+    /// Where runners' configurations are handed over.
+    handovers: PathBuf,
     board: Mutex<Board>,
     /// Something changed that slots may want to know.
     pub(super) changed: watch::Sender<u64>,
@@ -169,7 +178,13 @@ pub(super) fn unix_now() -> u64 {
 impl Worker {
     /// A pool that nothing is done for yet.
     #[must_use]
-    pub fn new(pool: Pool, github: GitHub, podman: Podman, friend: PathBuf) -> Self {
+    pub fn new(
+        pool: Pool,
+        github: GitHub,
+        podman: Podman,
+        friend: PathBuf,
+        handovers: PathBuf,
+    ) -> Self {
         let github = Arc::new(github);
         let slots = pool.slots();
         let target = match &pool.size {
@@ -182,6 +197,7 @@ impl Worker {
             github,
             podman,
             friend,
+            handovers,
             board: Mutex::new(Board {
                 target,
                 slots,
@@ -323,6 +339,7 @@ impl Worker {
             number,
             slot: Slot::new(self.pool.bounds, set),
             jit: None,
+            handover: None,
             volumes: BTreeMap::new(),
             adopted: false,
             unsure: true,
@@ -425,8 +442,10 @@ struct Task<'a> {
     number: usize,
     name: String,
     slot: Slot,
-    /// The runner's configuration, from its registration until its container has it.
+    /// The runner's configuration, from its registration until its container is made.
     jit: Option<SecretString>,
+    /// What its container reads it from, for as long as that is there.
+    handover: Option<Handover>,
     /// Its runners' volumes, as the daemon had them at the last look.
     volumes: BTreeMap<String, BTreeSet<String>>,
     adopted: bool,
@@ -444,9 +463,13 @@ impl Task<'_> {
         let now = unix_now();
         if !self.adopted {
             self.slot.adopt(&seen, now);
+            let runner = self.slot.runner.as_ref().map(|runner| &runner.name);
+            let ours = |name: &str| runner_in(&self.name, name).is_some();
+            self.handover =
+                Handover::left(&self.worker.handovers, ours, runner.map(String::as_str))?;
             self.adopted = true;
-            if let Some(runner) = &self.slot.runner {
-                info!(slot = self.name, runner = runner.name, "adopted");
+            if let Some(runner) = runner {
+                info!(slot = self.name, runner, "adopted");
             }
         }
         self.share(&seen, now);
@@ -511,6 +534,9 @@ impl Task<'_> {
                 let container = find(&id);
                 self.worker.podman.remove(&id).await?;
                 self.slot.removed(&container, now);
+                if self.slot.runner.is_none() {
+                    self.handover = None;
+                }
                 self.worker.board().jobs.remove(&container.runner);
             }
             Action::Clear(runner) => {
@@ -549,6 +575,7 @@ impl Task<'_> {
             },
             Action::Forget => {
                 self.jit = None;
+                self.handover = None;
                 self.slot.forget(now);
             }
         }
@@ -758,8 +785,19 @@ impl Task<'_> {
             self.slot.forget(unix_now());
             return Ok(());
         };
-        let spec = container_spec(&self.worker.pool, &runner, &self.labels(&runner), jit);
-        self.worker.podman.create(&spec).await?;
+        let labels = self.labels(&runner);
+        let podman = &self.worker.podman;
+        let image = &self.worker.pool.container.image;
+        let given = match podman.image_label(image, HANDED_AT).await? {
+            Some(target) => {
+                let made = Handover::of(&self.worker.handovers, &runner, jit.expose_secret())?;
+                let handover = self.handover.insert(made);
+                Given::Fifo(handover.path(), target)
+            }
+            None => Given::Environment(jit),
+        };
+        let spec = container_spec(&self.worker.pool, &runner, &labels, &given);
+        podman.create(&spec).await?;
         self.jit = None;
         if let Some(own) = self.slot.runner_mut(&runner) {
             own.created = true;
@@ -813,18 +851,40 @@ impl Task<'_> {
     }
 }
 
+/// How a container gets its runner's configuration; docs/architecture.md says why.
+enum Given<'a> {
+    /// By a FIFO of the host's, at a path in the container.
+    Fifo(&'a Path, String),
+    /// In the variable that the runner reads.
+    Environment(&'a SecretString),
+}
+
 /// The container, as Podman's SpecGenerator has it.
 fn container_spec(
     pool: &Pool,
     runner: &str,
     labels: &BTreeMap<&'static str, String>,
-    jit: &SecretString,
+    given: &Given<'_>,
 ) -> Value {
     let text = &pool.container;
     let mut env = text.env.clone();
     env.insert(RETURN_RESULT.into(), "true".into());
-    // Not one of Podman's secrets: docs/architecture.md says why.
-    env.insert(JIT.into(), jit.expose_secret().into());
+    let tmpfs = text.tmpfs.iter();
+    let mut mounts: Vec<_> = tmpfs
+        .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}))
+        .collect();
+    match given {
+        // Z: where the host has SELinux, the container may read it.
+        Given::Fifo(source, target) => mounts.push(json!({
+            "destination": target,
+            "type": "bind",
+            "source": source,
+            "options": ["rbind", "ro", "Z"],
+        })),
+        Given::Environment(jit) => {
+            env.insert(JIT.into(), jit.expose_secret().into());
+        }
+    }
     let volumes: Vec<_> = pool
         .volumes
         .iter()
@@ -844,6 +904,7 @@ fn container_spec(
         "image": text.image,
         "labels": labels,
         "env": env,
+        "mounts": mounts,
         "volumes": volumes,
         "annotations": {"lvm-cache-friend.volume": guard.join(" ")},
         "restart_policy": "no",
@@ -859,13 +920,6 @@ fn container_spec(
     }
     if text.read_only {
         set("read_only_filesystem", json!(true));
-    }
-    if !text.tmpfs.is_empty() {
-        let mounts = text
-            .tmpfs
-            .iter()
-            .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}));
-        set("mounts", mounts.collect());
     }
     if !text.devices.is_empty() {
         set(

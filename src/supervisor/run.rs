@@ -75,6 +75,7 @@ fn workers(settings: &Settings, supervise: &Supervise) -> Result<Vec<Arc<Worker>
                 github,
                 podman,
                 settings.socket.clone(),
+                supervise.control_socket.with_extension("d"),
             )))
         })
         .collect()

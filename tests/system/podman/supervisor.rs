@@ -223,6 +223,16 @@ impl Place {
         result.unwrap()
     }
 
+    /// Waits until the supervisor has died at a failpoint.
+    #[track_caller]
+    fn dies(&mut self, point: &str) {
+        let since = Instant::now();
+        while self.supervisor().child.try_wait().unwrap().is_none() {
+            assert!(since.elapsed() < PATIENCE, "{point} is not reached");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// What `runners list --json` says.
     fn rows(&self) -> Vec<Value> {
         let said = self.host.site.outcome(&["runners", "list", "--json"]);
@@ -271,26 +281,20 @@ impl Place {
 /// Fails where any secret of GitHub's is in a text, or what is one in base64.
 #[track_caller]
 fn without_secrets(place: &Place, what: &str, text: &str) {
-    let configurations = place.fake.state().configurations.clone();
-    without_tokens(place, what, text);
-    for secret in configurations {
-        assert!(
-            !text.contains(&secret),
-            "{what} has a runner's configuration"
-        );
-    }
-}
-
-#[track_caller]
-fn without_tokens(place: &Place, what: &str, text: &str) {
-    let secrets = place.fake.state().secrets.clone();
     let key = fs::read_to_string(place.fake.file("app.pem")).unwrap();
     let line = key.lines().nth(3).unwrap();
-    let secrets = secrets.iter().map(String::as_str);
+    let state = place.fake.state();
+    let secrets = state.secrets.iter().map(String::as_str);
     // A runner has its own credentials, good for its one job: it must.
     let secrets = secrets.filter(|secret| !secret.starts_with("runner_"));
     for secret in secrets.chain([TOKEN, line]) {
         assert!(!text.contains(secret), "{what} has a secret: {secret}");
+    }
+    for configuration in &state.configurations {
+        assert!(
+            !text.contains(configuration),
+            "{what} has a runner's configuration"
+        );
     }
 }
 
@@ -317,6 +321,7 @@ fn jobs(kind: Kind) {
     // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
     let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
                 env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/run/runner/.c*' ! -path /run/runner/log -exec cat {} + 2>/dev/null || true\n\
+                timeout 2 cat /run/jit-config || true\n\
                 echo has-look''ed; until [ -e /run/runner/go ]; do sleep 0.2; done";
     let job = place.fake.queue(&MAIN, look);
     let mut logs = String::new();
@@ -338,8 +343,7 @@ fn jobs(kind: Kind) {
             if said.stdout.contains("has-looked") {
                 logs = said.stdout;
                 let inspected = place.host.podman.done(&["inspect", &runner]);
-                // It shows the environment that a container began with, its runner's configuration too.
-                without_tokens(place, "podman inspect", &inspected);
+                without_secrets(place, "podman inspect", &inspected);
                 let processes = run(
                     "sh",
                     [
@@ -492,11 +496,7 @@ fn each_step(kind: Kind) {
             let job = place
                 .fake
                 .queue(&MAIN, &format!("date +%N > /cache/n; exit {exit}"));
-            let since = Instant::now();
-            while place.supervisor().child.try_wait().unwrap().is_none() {
-                assert!(since.elapsed() < PATIENCE, "{point} is not reached");
-                std::thread::sleep(Duration::from_millis(50));
-            }
+            place.dies(point);
             place.start(&[]);
             assert_eq!(place.ended(job), *result, "{point}");
             if *result == "succeeded" {
@@ -507,6 +507,16 @@ fn each_step(kind: Kind) {
     }
     place.finish();
     assert_eq!(place.entries().len(), good);
+}
+
+/// An image that differs from the runner's in one line.
+fn derived(name: &str, line: &str) -> String {
+    let image = image("runner-image");
+    let derived = format!("{image}-{name}");
+    sh(&format!(
+        "printf '%s\\n' 'FROM {image}' '{line}' | podman build --quiet --tag {derived} -"
+    ));
+    derived
 }
 
 /// Another life finds another world: a lower count, registrations of its own and of another host's, and a
@@ -541,7 +551,16 @@ fn starts_again(kind: Kind) {
 
     let config = place.host.site.config.clone();
     let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, text.replace("count = 2", "count = 1")).unwrap();
+    let text = text.replace("count = 2", "count = 1");
+    // Of an image whose first process knows the runner's variable and nothing else.
+    let plain = text.replace(
+        &format!("'{}'", image("runner-image")),
+        &format!(
+            "'{}'",
+            derived("plain", "LABEL lvm-cache-friend.jit-config=")
+        ),
+    );
+    fs::write(&config, plain).unwrap();
     place.start(&[]);
     let registered = |place: &Place| {
         let state = place.fake.state();
@@ -569,6 +588,31 @@ fn starts_again(kind: Kind) {
     place.start(&[]);
     assert_eq!(place.ended(job), "abandoned");
     assert_eq!(place.job("[ ! -e /cache/n ]"), "succeeded");
+    place.until("one waits again", |place| idle(place, &["linux-0"]));
+    let variable = "{{range .Config.Env}}{{println .}}{{end}}";
+    let runner = &place.rows()[0]["runner"].as_str().unwrap().to_owned();
+    let environment = (place.host.podman).done(&["inspect", "--format", variable, runner]);
+    assert!(environment.contains("ACTIONS_RUNNER_INPUT_JITCONFIG="));
+
+    // One that dies before its runner has read its configuration takes that with it: the job is another runner's.
+    let late = r#"ENTRYPOINT ["sh", "-c", "sleep 2; exec /opt/runner/entrypoint"]"#;
+    let late = text.replace(
+        &format!("'{}'", image("runner-image")),
+        &format!("'{}'", derived("late", late)),
+    );
+    fs::write(&config, late).unwrap();
+    place.supervisor = None;
+    place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", "start.2")]);
+    let job = place.fake.queue(&MAIN, "true");
+    place.dies("start.2");
+    place.start(&[]);
+    assert_eq!(place.ended(job), "succeeded");
+    place.until("another waits", |place| {
+        let rows = place.rows();
+        let mut rows = rows.iter();
+        rows.any(|row| row["last"] == "failure" && row["state"] == "idle")
+    });
+    assert_eq!(place.job("true"), "succeeded");
     for name in [&other, &pool] {
         assert!(registered(&place).contains(name), "{name} is another's");
         place.fake.deregistered(name);
@@ -739,6 +783,20 @@ fn faults(kind: Kind) {
         }
         assert_eq!(place.job("true"), "succeeded");
     }
+    // GitHub's clock is an hour off: there is no token to be had, until it is right again.
+    for clock in [3600, -3600] {
+        let refused = |place: &mut Place| place.supervisor().log().matches("claim").count();
+        let before = refused(&mut place);
+        place.fake.state().clock = clock;
+        place.fake.forget_tokens();
+        // As many as wait, and one.
+        let jobs = [(); 3].map(|()| place.fake.queue(&MAIN, "true"));
+        place.until("it is refused", |place| refused(place) > before);
+        place.fake.state().clock = 0;
+        for job in jobs {
+            assert_eq!(place.ended(job), "succeeded");
+        }
+    }
     place.until("the metrics have the faults", |_| {
         given("github_faults_total") >= Some(8.0)
     });
@@ -750,12 +808,17 @@ fn faults(kind: Kind) {
         "{asked} requests in {minutes} minutes"
     );
     let log = place.supervisor().log();
-    for once in ["Server Error", "Already exists", "Validation Failed"] {
+    for (said, times) in [
+        ("Server Error", 1),
+        ("Already exists", 1),
+        ("Validation Failed", 1),
+        ("claim", 2),
+    ] {
         let lines = log
             .lines()
-            .filter(|line| line.contains("WARN") && line.contains(once));
+            .filter(|line| line.contains("WARN") && line.contains(said));
         // Each of the two slots may have met it.
-        assert!((1..=2).contains(&lines.count()), "{once}: {log}");
+        assert!((1..=2 * times).contains(&lines.count()), "{said}: {log}");
     }
     without_secrets(&place, "the log", &log);
     place.finish();
