@@ -18,7 +18,7 @@ use nix::unistd::mkfifo;
 #[derive(Debug)]
 pub struct Handover {
     path: PathBuf,
-    _ends: File,
+    ends: File,
 }
 
 impl Handover {
@@ -31,7 +31,7 @@ impl Handover {
             DirBuilder::new().mode(0o700).create(dir)?;
         }
         let path = dir.join(runner);
-        // One that was made before, for a container that Podman then did not create.
+        // What a try left that failed halfway.
         let _ = fs::remove_file(&path);
         mkfifo(&path, Mode::empty())?;
         // For whomever the container's first process is to read: no other user gets through the directory.
@@ -68,13 +68,14 @@ impl Handover {
     }
 
     fn holding(path: PathBuf, line: &str) -> io::Result<Self> {
-        let mut ends = OpenOptions::new()
+        let ends = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(nix::libc::O_NONBLOCK)
             .open(&path)?;
-        ends.write_all(format!("{line}\n").as_bytes())?;
-        Ok(Self { path, _ends: ends })
+        let mut handover = Self { path, ends };
+        handover.ends.write_all(format!("{line}\n").as_bytes())?;
+        Ok(handover)
     }
 
     /// Where it is on the host.
@@ -121,6 +122,7 @@ mod tests {
         assert!(!path.exists());
         let long = Handover::of(&dir, "linux-0-1", &"x".repeat(70_000)).unwrap_err();
         assert_eq!(long.kind(), io::ErrorKind::WouldBlock);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -790,6 +790,8 @@ impl Task<'_> {
         let image = &self.worker.pool.container.image;
         let given = match podman.image_label(image, HANDED_AT).await? {
             Some(target) => {
+                // Of a try that Podman refused: it has the same path, and removes it.
+                self.handover = None;
                 let made = Handover::of(&self.worker.handovers, &runner, jit.expose_secret())?;
                 let handover = self.handover.insert(made);
                 Given::Fifo(handover.path(), target)
