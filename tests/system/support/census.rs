@@ -436,7 +436,10 @@ fn images(store: &Path) -> Census {
     )
     .lines()
     {
-        let (device, file) = line.trim().split_once(char::is_whitespace).unwrap();
+        // One that is just being made or taken down, by anybody on this machine, has no file.
+        let Some((device, file)) = line.trim().split_once(char::is_whitespace) else {
+            continue;
+        };
         let Ok(below) = Path::new(file.trim()).strip_prefix(store) else {
             continue;
         };
