@@ -57,8 +57,9 @@ impl Handover {
         for entry in entries {
             let entry = entry?;
             match entry.file_name().to_str() {
+                // Where it cannot be written to, somebody in the container filled it, and so nobody waits there.
                 Some(name) if adopted == Some(name) => {
-                    found = Some(Self::holding(entry.path(), "")?);
+                    found = Self::holding(entry.path(), "").ok();
                 }
                 Some(name) if ours(name) => fs::remove_file(entry.path())?,
                 _ => {}
@@ -140,6 +141,11 @@ mod tests {
         let handover = Handover::left(dir.path(), ours, Some("linux-0-1")).unwrap();
         assert_eq!(waiting.join().unwrap(), "\n");
         drop(handover);
+
+        let full = Handover::of(dir.path(), "linux-0-1", &"x".repeat(65_535)).unwrap();
+        let handover = Handover::left(dir.path(), ours, Some("linux-0-1"));
+        assert!(handover.unwrap().is_none());
+        drop(full);
         let left = fs::read_dir(dir.path()).unwrap();
         let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["linux-1-1"]);

@@ -89,8 +89,9 @@ fn in_use(kind: Kind) {
 
 /// A store with two entries at most: a good one that holds 1, and a newer one.
 struct Drill {
-    site: Site,
+    // Ended first: it would bring the pool up again under who takes it down.
     daemon: Daemon,
+    site: Site,
     fs: &'static str,
     good: BTreeSet<String>,
 }
@@ -100,8 +101,8 @@ impl Drill {
         let site = Site::new(kind);
         let daemon = site.serve();
         let mut drill = Self {
-            site,
             daemon,
+            site,
             fs,
             good: BTreeSet::new(),
         };
