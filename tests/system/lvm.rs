@@ -49,6 +49,7 @@ pub fn tests() -> Vec<Test> {
         lvm("warnings_are_no_answers", warnings_are_no_answers),
         lvm("lvm_killed_between_commands", lvm_killed_between_commands),
         lvm("lvm_killed_in_commands", lvm_killed_in_commands).timeout(1200),
+        lvm("lvm_killed_before_the_device", lvm_killed_before_the_device),
         lvm("lvm_killed_at_each_step", lvm_killed_at_each_step).timeout(1200),
         lvm("lvm_that_hangs", lvm_that_hangs),
         lvm("a_foreign_lock", a_foreign_lock),
@@ -531,6 +532,21 @@ fn lvm_killed_in_commands() {
             .unwrap();
         store.remove(&lv.name).unwrap();
     }
+}
+
+/// Where there is no udev, LVM makes the device's files itself, after the volume is active.
+fn lvm_killed_before_the_device() {
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    store
+        .create(&new("lv", &["a"], true), Bytes::mib(64))
+        .unwrap();
+    let device = store.activate(&name("lv")).unwrap();
+    fs::remove_file(fs::canonicalize(&device).unwrap()).unwrap();
+    fs::remove_file(&device).unwrap();
+    let again = store.activate(&name("lv")).unwrap();
+    assert_eq!(again, device);
+    File::open(device).unwrap();
 }
 
 /// What a killed command leaves is put right, at once and after a reboot: nobody waits for a suspended

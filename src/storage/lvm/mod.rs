@@ -413,8 +413,13 @@ impl Store for LvmStore {
             .word("--activate=y")
             .word("--ignoreactivationskip")
             .lv(&self.vg, lv);
-        let answer = self.run(command, Urgency::Request)?;
+        let mut answer = self.run(command, Urgency::Request)?;
         let device = self.device(lv);
+        if answer.success && !device.exists() {
+            // Where there is no udev, LVM makes it: one that was killed before that left an active volume without.
+            let command = Command::new("vgmknodes").lv(&self.vg, lv);
+            answer = self.run(command, Urgency::Request)?;
+        }
         if answer.success && device.exists() {
             Ok(device)
         } else {
