@@ -534,9 +534,6 @@ impl Task<'_> {
                 let container = find(&id);
                 self.worker.podman.remove(&id).await?;
                 self.slot.removed(&container, now);
-                if self.slot.runner.is_none() {
-                    self.handover = None;
-                }
                 self.worker.board().jobs.remove(&container.runner);
             }
             Action::Clear(runner) => {
@@ -573,11 +570,12 @@ impl Task<'_> {
                     self.slot.looked(&runner, busy, unix_now());
                 }
             },
-            Action::Forget => {
-                self.jit = None;
-                self.handover = None;
-                self.slot.forget(now);
-            }
+            Action::Forget => self.slot.forget(now),
+        }
+        // Both are a runner's: without one, nobody is to be told anything.
+        if self.slot.runner.is_none() {
+            self.jit = None;
+            self.handover = None;
         }
         Ok(())
     }

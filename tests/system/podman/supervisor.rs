@@ -509,16 +509,6 @@ fn each_step(kind: Kind) {
     assert_eq!(place.entries().len(), good);
 }
 
-/// An image that differs from the runner's in one line.
-fn derived(name: &str, line: &str) -> String {
-    let image = image("runner-image");
-    let derived = format!("{image}-{name}");
-    sh(&format!(
-        "printf '%s\\n' 'FROM {image}' '{line}' | podman build --quiet --tag {derived} -"
-    ));
-    derived
-}
-
 /// Another life finds another world: a lower count, registrations of its own and of another host's, and a
 /// machine that was switched off, as far as Podman, the daemon and the supervisor can tell.
 fn starts_again(kind: Kind) {
@@ -552,14 +542,17 @@ fn starts_again(kind: Kind) {
     let config = place.host.site.config.clone();
     let text = fs::read_to_string(&config).unwrap();
     let text = text.replace("count = 2", "count = 1");
-    // Of an image whose first process knows the runner's variable and nothing else.
-    let plain = text.replace(
-        &format!("'{}'", image("runner-image")),
-        &format!(
-            "'{}'",
-            derived("plain", "LABEL lvm-cache-friend.jit-config=")
-        ),
-    );
+    // With an image that differs from the runner's in one line.
+    let with = |name: &str, line: &str| {
+        let image = image("runner-image");
+        let derived = format!("{image}-{name}");
+        sh(&format!(
+            "printf '%s\\n' 'FROM {image}' '{line}' | podman build --quiet --tag {derived} -"
+        ));
+        text.replace(&format!("'{image}'"), &format!("'{derived}'"))
+    };
+    // Its first process knows the runner's variable and nothing else.
+    let plain = with("plain", "LABEL lvm-cache-friend.jit-config=");
     fs::write(&config, plain).unwrap();
     place.start(&[]);
     let registered = |place: &Place| {
@@ -596,10 +589,7 @@ fn starts_again(kind: Kind) {
 
     // One that dies before its runner has read its configuration takes that with it: the job is another runner's.
     let late = r#"ENTRYPOINT ["sh", "-c", "sleep 2; exec /opt/runner/entrypoint"]"#;
-    let late = text.replace(
-        &format!("'{}'", image("runner-image")),
-        &format!("'{}'", derived("late", late)),
-    );
+    let late = with("late", late);
     fs::write(&config, late).unwrap();
     place.supervisor = None;
     place.start(&[("LVM_CACHE_FRIEND_FAILPOINT", "start.2")]);

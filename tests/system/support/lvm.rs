@@ -101,8 +101,7 @@ pub fn clear() {
     // LVM makes these links itself where there is no udev, and takes what is left of them for a
     // foreign thing.
     let _ = std::fs::remove_dir_all(Path::new("/dev").join(TestVg::NAME));
-    // What an earlier test started may have the disk open for a moment longer.
-    super::wait_until(|| outcome("wipefs", ["--all", "--quiet", DISK]).status == 0);
+    run("wipefs", ["--all", "--quiet", DISK]);
     // The pool's blocks too: a new thin pool would take the old one's metadata for its own.
     run("blkdiscard", ["--force", DISK]);
 }
