@@ -8,7 +8,7 @@ demo:
 test:
 	tests/vm/deps nextest browser
 	$(MAKE) packers
-	cargo nextest run --locked --features failpoints --test-threads $$((2 * $$(nproc) + 1))
+	cargo nextest run --locked --cargo-profile tests --features failpoints --test-threads $$((2 * $$(nproc) + 1))
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell
 # against a process a command, choices among 10,000 entries, and what is shown of 2,000.
