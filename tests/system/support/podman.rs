@@ -171,7 +171,7 @@ impl Podman {
     /// Ends containers and removes them.
     #[track_caller]
     pub fn end(&self, containers: &[&str]) {
-        self.done(&[&["rm", "--force"], containers].concat());
+        self.done(&[&["rm", "--force", "--time", "0"], containers].concat());
     }
 
     /// What `podman volume inspect` says of each volume.
@@ -221,8 +221,9 @@ pub fn create<'a>(driver: &'a str, name: &'a str, options: &[&'a str]) -> Vec<&'
     arguments
 }
 
-/// Podman as a service, which makes many volumes in less time than as many commands do. Ended when dropped.
+/// Podman as a service, which does much in less time than as many commands do. Ended when dropped.
 pub struct Service {
+    pub socket: PathBuf,
     child: Child,
     client: Plugin,
 }
@@ -238,6 +239,7 @@ impl Service {
             .unwrap();
         super::wait_until(|| UnixStream::connect(socket).is_ok());
         Self {
+            socket: socket.to_owned(),
             child,
             client: Plugin::new(socket),
         }
