@@ -53,7 +53,7 @@ pub fn findings(config: &Path) -> Vec<Value> {
 
 /// Sees that nothing is wrong.
 #[track_caller]
-pub fn well(config: &Path) {
+fn well(config: &Path) {
     for found in findings(config) {
         assert!(found["state"] != "wrong", "{found}");
     }
@@ -62,18 +62,31 @@ pub fn well(config: &Path) {
 /// Sees that a check finds something, wrong or worth a note, that says `words`, and nothing else is wrong but what
 /// `follows` from it.
 #[track_caller]
-pub fn finds(config: &Path, check: &str, state: &str, words: &str, follows: &[&str]) {
+fn finds(config: &Path, check: &str, state: &str, words: &str, follows: &[&str]) {
+    finds_all(config, &[(check, state, words)], follows);
+}
+
+/// The same for several things at once: each a check, a state and words.
+#[track_caller]
+pub fn finds_all(config: &Path, things: &[(&str, &str, &str)], follows: &[&str]) {
     let findings = findings(config);
-    let says = |found: &&Value| {
-        found["check"] == check && found["state"] == state && found.to_string().contains(words)
-    };
-    assert!(
-        findings.iter().any(|found| says(&found)),
-        "{check} does not say {words:?}: {findings:#?}"
-    );
+    for (check, state, words) in things {
+        let says = |found: &&Value| {
+            found["check"] == *check
+                && found["state"] == *state
+                && found.to_string().contains(words)
+        };
+        assert!(
+            findings.iter().any(|found| says(&found)),
+            "{check} does not say {words:?}: {findings:#?}"
+        );
+    }
+    let checks = things.iter().map(|(check, ..)| check);
     for found in &findings {
-        let expected =
-            found["check"] == check || follows.iter().any(|name| found["check"] == *name);
+        let expected = checks
+            .clone()
+            .chain(follows)
+            .any(|name| found["check"] == *name);
         assert!(found["state"] != "wrong" || expected, "{found}");
     }
 }
