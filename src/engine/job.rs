@@ -575,7 +575,7 @@ impl Engine {
         Ok(view)
     }
 
-    /// What [`Engine::mount_late`] would restore now.
+    /// What [`Engine::mount_late`] would restore now. Nothing, where nothing matches and that would refuse it (`on-miss=fail`).
     ///
     /// # Errors
     /// See [`EngineError`].
@@ -583,7 +583,10 @@ impl Engine {
         let began = Instant::now();
         let spec = job.spec()?.of_request(criteria, &[])?;
         let path = LatePath::parse("lookup", &[]).expect("a name");
-        let (_, source) = self.choose(&Volume::late_of(&job.volume, &path, spec))?;
+        let source = match self.choose(&Volume::late_of(&job.volume, &path, spec)) {
+            Err(EngineError::Miss(_)) => Source::of(Restored::Empty),
+            chosen => chosen?.1,
+        };
         Ok(LateView::of(&source, None, began.elapsed()))
     }
 

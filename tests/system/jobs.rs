@@ -939,6 +939,14 @@ fn bounds(kind: Kind) {
         jobs.end("job", 1);
         jobs.daemon().plugin().remove("job");
     }
+    // Who only asks is refused nothing.
+    let at = jobs.job("job", &json!({"on-miss": "fail"}));
+    let answer = ask(&at, "lookup\n> linux\n");
+    assert!(answer.contains("ok restored=empty"), "{answer}");
+    let answer = ask(&at, "mount x\n> linux\n");
+    assert!(answer.contains("error no entry matches"), "{answer}");
+    jobs.end("job", 0);
+    jobs.daemon().plugin().remove("job");
     let at = jobs.job("job", &json!({"scope": "c", "save": "always"}));
     assert_ok(&ask(&at, "mount x\n< friend:scope:a new\n"));
     fs::write(at.join("x/y"), "").unwrap();

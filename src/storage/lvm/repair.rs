@@ -19,6 +19,9 @@
 //!   origin, which may be in use by then: what comes of that is no copy of
 //!   anything. So a volume of ours whose message is still due is removed:
 //!   nobody was told that it was made.
+//!
+//! One that was activating a volume leaves it without device files where there is no
+//! udev. They are made when the volume is activated again (`LvmStore::activate`).
 
 use std::fs::{self, File};
 use std::io;
