@@ -220,11 +220,7 @@ fn doctor() {
     run("systemctl", ["stop", socket, unit]);
     run("systemctl", ["mask", "--runtime", unit]);
     let things = [
-        (
-            "units",
-            "wrong",
-            "systemctl enable --now lvm-cache-friend.socket",
-        ),
+        ("units", "wrong", "does not run"),
         ("units", "wrong", "unmask"),
     ];
     finds_all(config, &things, &["daemon", "socket"]);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Many containers that end in many ways, at once: what is left of them.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -103,7 +102,7 @@ fn many(kind: Kind) {
     let mut random = Random::from_clock();
     let volumes = volumes(kind);
     for volume in volumes {
-        create(host, volume);
+        create(place, volume);
     }
     let known: Vec<_> = volumes.iter().copied().map(Known::idle).collect();
     let settled = || {
@@ -150,8 +149,9 @@ fn many(kind: Kind) {
     host.site.settled(&[]);
 }
 
-fn create(host: &Host, volume: &str) {
-    host.podman.create(volume, &["type=job"]);
+fn create(place: &Place, volume: &str) {
+    let (status, said) = place.service.create(volume, &["type=job"]);
+    assert_eq!(status, 201, "{said}");
 }
 
 /// Runs a container to its end, and removes it.
@@ -190,11 +190,11 @@ fn run(place: &Place, name: &str, volume: &str, plan: &Plan) {
         api.remove(name).await.unwrap();
         if let End::RemoveVolume = plan.end {
             api.remove_volume(volume).await.unwrap();
-            let options = BTreeMap::from([("type".to_owned(), "job".to_owned())]);
-            let labels = BTreeMap::new();
-            api.create_volume(volume, &options, &labels).await.unwrap();
         }
     });
+    if let End::RemoveVolume = plan.end {
+        create(place, volume);
+    }
 }
 
 fn below_mount_dir() -> usize {
