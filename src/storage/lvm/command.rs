@@ -38,13 +38,13 @@ impl Command {
         }
     }
 
-    /// A query: a command with a report of these columns, sizes in bytes.
+    /// A query: a command with a report of these columns, sizes in bytes. That it is JSON, the
+    /// configuration says (`config`): LVM's shell refuses `--reportformat` since 2.03.17.
     pub(super) fn query(name: &'static str, columns: &'static str) -> Self {
         Self::new(name)
             .word("--binary")
             .word("--units=b")
             .word("--nosuffix")
-            .word("--reportformat=json")
             .option("--options", columns)
     }
 

@@ -11,7 +11,8 @@
 //! - `activation/thin_pool_autoextend_threshold`: LVM makes no volume in a pool
 //!   that is fuller, so that a job is refused before its writes fail. Enlarging
 //!   pools is dmeventd's work, with the host's own configuration.
-//! - JSON, with a command log and times in seconds; there is no option for the log.
+//! - JSON, with a command log and times in seconds; there is no option for the log. And whatever else reading the
+//!   answers depends on (`PLAIN`).
 //!
 //! LVM reads `lvm.conf`, a file for each host tag, and `lvmlocal.conf`, which
 //! wins. The directory holds symbolic links to the host's files, so that a change
@@ -52,6 +53,18 @@ log/report_command_log=1
 log/command_log_selection="log_context=shell || log_type=error || log_type=warn"
 report/output_format="json"
 report/time_format="%s"
+"#;
+
+/// How LVM reports, as `report` reads it: its own defaults, which a host may have changed. For processes with the
+/// host's configuration too, as a `--config`.
+pub(super) const PLAIN: &str = r#"
+log/command_log_cols="log_seq_num,log_type,log_context,log_object_type,log_object_name,log_object_id,log_object_group,log_object_group_id,log_message,log_errno,log_ret_code"
+log/command_log_sort="log_seq_num"
+report/compact_output=0
+report/compact_output_cols=""
+report/list_item_separator=","
+metadata/record_lvs_history=0
+global/notify_dbus=0
 "#;
 
 /// What we need to know of the host's configuration.
@@ -138,6 +151,7 @@ pub(super) fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreE
         read => read.map_err(context(&host.join("lvmlocal.conf")))?,
     };
     text.extend_from_slice(OVERRIDES.as_bytes());
+    text.extend_from_slice(PLAIN.as_bytes());
     ensure_content(&local, &text).map_err(context(&local))?;
     Ok(dir)
 }
@@ -194,7 +208,7 @@ mod tests {
         fs::write(host.join("lvm_tag.conf"), "").unwrap();
         let dir = prepare(&host, &runtime).unwrap();
         let local = || fs::read_to_string(dir.join("lvmlocal.conf")).unwrap();
-        assert_eq!(local(), format!("local {{ }}\n{OVERRIDES}"));
+        assert_eq!(local(), format!("local {{ }}\n{OVERRIDES}{PLAIN}"));
         for name in ["lvm.conf", "lvm_tag.conf", "backup", "devices"] {
             assert_eq!(fs::read_link(dir.join(name)).unwrap(), host.join(name));
         }
@@ -205,6 +219,6 @@ mod tests {
         assert_eq!(written().unwrap(), before);
         fs::write(host.join("lvmlocal.conf"), "").unwrap();
         prepare(&host, &runtime).unwrap();
-        assert_eq!(local(), OVERRIDES);
+        assert_eq!(local(), format!("{OVERRIDES}{PLAIN}"));
     }
 }

@@ -366,10 +366,12 @@ fn free_space(vg: &LvName) -> Result<Bytes, StoreError> {
         .ok_or_else(|| StoreError::Failed(format!("LVM shows no free space of {vg}")))
 }
 
-/// One command with the host's own configuration: this is done once.
+/// One command with the host's own configuration, but for how it reports: this is done once.
 fn lvm(args: &[String]) -> Result<Document, StoreError> {
     let host = config::host_system_dir();
-    let output = exec::run_with_env("lvm", args, &runner::environment(&host))?;
+    let plain = format!("--config={} log/report_command_log=0", config::PLAIN);
+    let all = args.iter().chain([&plain]);
+    let output = exec::run_with_env("lvm", all, &runner::environment(&host))?;
     if !args.iter().any(|arg| arg == "--reportformat=json") {
         return Ok(Document::default());
     }

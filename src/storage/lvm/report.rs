@@ -21,6 +21,10 @@ metadata_percent,lv_metadata_size,transaction_id,vg_mda_size,vg_mda_free";
 /// did what it was asked, as the shell's log shows it.
 const ECMD_PROCESSED: &str = "1";
 
+/// lvm2's ENO_SUCH_CMD and EINVALID_CMD_LINE (tools/errors.h): the return codes of a line that was
+/// refused before anything was done.
+const REFUSED: [&str; 2] = ["2", "3"];
+
 /// One command's answer.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Document {
@@ -38,7 +42,8 @@ struct Section {
     vg: Vec<VgRow>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct LogRow {
     log_type: String,
     log_context: String,
@@ -141,12 +146,22 @@ impl Document {
     /// Whether the shell's log says that the command succeeded; `None` when it
     /// says nothing, as for a command that ran as a process.
     pub(super) fn succeeded(&self) -> Option<bool> {
+        self.return_code().map(|code| code == ECMD_PROCESSED)
+    }
+
+    /// Whether the shell's log says that it did not even begin with the command.
+    pub(super) fn refused(&self) -> bool {
+        self.return_code()
+            .is_some_and(|code| REFUSED.contains(&code))
+    }
+
+    fn return_code(&self) -> Option<&str> {
         let status = |row: &&LogRow| row.log_context == "shell" && row.log_type == "status";
         self.log
             .iter()
             .rev()
             .find(status)
-            .map(|row| row.log_ret_code == ECMD_PROCESSED)
+            .map(|row| row.log_ret_code.as_str())
     }
 
     /// LVM's error messages in it.

@@ -18,9 +18,15 @@ use super::report::{self, Document};
 /// for a lock answers at once; one that holds the lock goes on to its end.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// How often the shell may die without ever having answered: then it is not
-/// chance, LVM was built without a shell, and commands are run as processes.
+/// How often the shell may die over its [`GREETING`]: then it is not chance, LVM was built without a shell.
 const DEATHS: u32 = 3;
+
+/// What a new shell is asked first. It locks nothing and needs no device, so it succeeds in any shell that can be used,
+/// whatever LVM's version.
+const GREETING: &str = "version\n";
+
+/// How long the answer to [`GREETING`] may take; 0.1 s in an emulated guest.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// All of a process's command log. With rows left out at its end LVM 2.03.16
 /// writes a comma too many, and what it writes is no JSON; in the shell's log
@@ -65,6 +71,17 @@ impl Answer {
     }
 }
 
+/// Whether LVM's shell can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Talk {
+    /// Not known yet: it died so often over its greeting.
+    Untried(u32),
+    /// It answered.
+    Works,
+    /// It cannot: each command is a process of its own.
+    Useless,
+}
+
 /// Owns the child.
 #[derive(Debug)]
 pub(super) struct Runner {
@@ -75,9 +92,8 @@ pub(super) struct Runner {
     /// earlier life: see [`super::repair`].
     doubtful: bool,
     shell: Option<Process>,
-    /// How often the shell died without an answer, until it first gave one.
-    deaths: u32,
-    answered: bool,
+    /// Whether there is a shell that answers as expected; until that is known, how often it died.
+    talk: Talk,
     /// A child that did not stop when it was told to: it has begun to change
     /// something, and waits for a device that does not answer. It is not
     /// killed: what it would leave, a suspended pool above all, makes LVM's next
@@ -98,8 +114,7 @@ impl Runner {
             pool: Arc::new(pool),
             doubtful: true,
             shell: None,
-            deaths: 0,
-            answered: false,
+            talk: Talk::Untried(0),
             stuck: None,
         }
     }
@@ -181,7 +196,19 @@ impl Runner {
     ) -> Result<Option<Answer>, Failure> {
         let start = Instant::now();
         let answer = match command.line() {
-            Some(line) if self.deaths < DEATHS && !alone => self.ask_shell(&line, deadline)?,
+            Some(line) if !alone && self.shell_works(deadline)? => {
+                match self.ask_shell(&line, deadline)? {
+                    Some(answer) if answer.document.refused() => {
+                        // Nothing was done. Where a process is not refused, it is the shell's fault.
+                        let other = self.run_alone(command, deadline)?;
+                        if other.as_ref().is_some_and(|other| other.success) {
+                            self.give_up_shell(&answer.reason());
+                        }
+                        other
+                    }
+                    answer => answer,
+                }
+            }
             _ => self.run_alone(command, deadline)?,
         };
         match &answer {
@@ -207,6 +234,55 @@ impl Runner {
         }
     }
 
+    /// Whether there is a shell to ask: the first one is greeted.
+    fn shell_works(&mut self, deadline: Instant) -> Result<bool, Failure> {
+        let deaths = match self.talk {
+            Talk::Works => return Ok(true),
+            Talk::Useless => return Ok(false),
+            Talk::Untried(deaths) => deaths,
+        };
+        let mut shell = self.spawn(&[] as &[&str], true)?;
+        // One that does not take its input is dead, or will be.
+        let _ = shell.write(GREETING.as_bytes());
+        let patience = deadline.min(Instant::now() + GREETING_PATIENCE);
+        match shell.read(patience, report::is_whole) {
+            Ok(Progress::Complete)
+                if Document::parse(&shell.output)
+                    .is_ok_and(|document| document.succeeded() == Some(true)) =>
+            {
+                self.talk = Talk::Works;
+                self.shell = Some(shell);
+                return Ok(true);
+            }
+            Ok(Progress::Dead) => {
+                let status = shell.reap();
+                tracing::debug!(?status, "the lvm shell died over its first line");
+                self.talk = Talk::Untried(deaths + 1);
+                if deaths + 1 == DEATHS {
+                    self.give_up_shell("it ends without an answer");
+                }
+            }
+            _ => {
+                let complaints = String::from_utf8_lossy(&shell.complaints).into_owned();
+                self.stuck = shell.end(Instant::now() + GRACE);
+                self.give_up_shell(&format!(
+                    "it does not answer as documented: {}",
+                    complaints.trim()
+                ));
+            }
+        }
+        Ok(false)
+    }
+
+    fn give_up_shell(&mut self, reason: &str) {
+        tracing::warn!(
+            reason,
+            "LVM's shell cannot be used: each command is a process of its own, which takes longer"
+        );
+        self.talk = Talk::Useless;
+        self.close();
+    }
+
     /// `None`: the shell died before it answered.
     fn ask_shell(&mut self, line: &str, deadline: Instant) -> Result<Option<Answer>, Failure> {
         let mut shell = match self.shell.take() {
@@ -222,24 +298,21 @@ impl Runner {
         shell.complaints.clear();
         shell.output.clear();
         if shell.write(line.as_bytes()).is_err() {
-            self.bury(shell);
+            Self::bury(shell);
             return Ok(None);
         }
         match self.wait(shell, deadline, report::is_whole)? {
             Ended::Complete(shell) => {
                 let answer = parse(&shell, None);
                 match answer {
-                    Ok(_) => {
-                        self.answered = true;
-                        self.shell = Some(shell);
-                    }
+                    Ok(_) => self.shell = Some(shell),
                     // What comes next from it cannot be told from what came late.
                     Err(_) => self.stuck = shell.end(Instant::now() + GRACE),
                 }
                 answer.map(Some)
             }
             Ended::Dead(shell) => {
-                self.bury(shell);
+                Self::bury(shell);
                 Ok(None)
             }
         }
@@ -323,16 +396,10 @@ impl Runner {
         .map_err(|error| Failure::Broken(format!("{}: {error}", self.program.display())))
     }
 
-    fn bury(&mut self, mut shell: Process) {
+    fn bury(mut shell: Process) {
         let complaints = String::from_utf8_lossy(&shell.complaints).into_owned();
         let status = shell.reap();
         tracing::warn!(?status, complaints, "the lvm shell died");
-        if !self.answered {
-            self.deaths += 1;
-            if self.deaths == DEATHS {
-                tracing::warn!("the lvm shell never answers: commands are run as processes");
-            }
-        }
     }
 }
 
