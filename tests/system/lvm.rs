@@ -47,6 +47,7 @@ pub fn tests() -> Vec<Test> {
         lvm("lvm_inherits_nothing", lvm_inherits_nothing),
         lvm("an_idle_store_does_nothing", an_idle_store_does_nothing),
         lvm("warnings_are_no_answers", warnings_are_no_answers),
+        lvm("whatever_lvm_conf_says", whatever_lvm_conf_says),
         lvm("without_a_shell", || {
             shell_is_useless("exit 3");
         }),
@@ -473,22 +474,100 @@ fn an_idle_store_does_nothing() {
 fn warnings_are_no_answers() {
     let fixture = Fixture::new();
     let store = fixture.open();
-    store.list().unwrap();
-    let child = only_child();
     let before = fs::read_to_string("/etc/lvm/lvm.conf").unwrap();
-    // LVM reads it again, complains on standard error, and goes on; and it warns of volumes larger than their pool.
+    // A new shell reads it, complains on standard error, and goes on; and it warns of volumes larger than their pool.
     fs::write(
         "/etc/lvm/lvm.conf",
         format!("{before}\nglobal {{ no_such_setting=1 }}\nbogus {{ a=1 }}\n"),
     )
     .unwrap();
+    store.list().unwrap();
+    let child = only_child();
     store
         .create(&new("large", &["a"], true), Bytes(1 << 40))
         .unwrap();
     assert_eq!(listed(&store, "large").unwrap().size, Bytes(1 << 40));
+    assert_eq!(only_child(), child);
     fs::write("/etc/lvm/lvm.conf", before).unwrap();
     store.remove(&name("large")).unwrap();
-    assert_eq!(only_child(), child);
+}
+
+/// A host's lvm.conf in place of the guest's, until it is dropped.
+struct HostConf(String);
+
+const LVM_CONF: &str = "/etc/lvm/lvm.conf";
+
+impl HostConf {
+    fn with(text: &str) -> Self {
+        let before = fs::read_to_string(LVM_CONF).unwrap();
+        fs::write(LVM_CONF, format!("{before}\n{text}")).unwrap();
+        fs::write("/etc/lvm/lvm_hostile.conf", text).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for HostConf {
+    fn drop(&mut self) {
+        fs::write(LVM_CONF, &self.0).unwrap();
+        fs::remove_file("/etc/lvm/lvm_hostile.conf").unwrap();
+    }
+}
+
+/// Each setting that changes what LVM prints is another one than LVM's own.
+fn whatever_lvm_conf_says() {
+    const HOSTILE: &str = r#"
+        # a comment with "quotes" and { braces
+        tags { hosttags=1 hostile { } }
+        global { suffix=0 units="h" si_unit_consistency=0 }
+        report {
+            output_format="basic" compact_output=1 compact_output_cols="all" list_item_separator=";" time_format="%Y"
+            prefixes=1 quoted=0 columns_as_rows=1 headings=0 separator="|" aligned=0 buffered=0
+            binary_values_as_numeric=0 two_word_unknown_device=1 mark_hidden_devices=0
+        }
+        log {
+            prefix="\u001b[31m" command_names=1 report_command_log=1 command_log_cols="log_message"
+            command_log_sort="-log_seq_num" command_log_selection="log_type=print"
+        }
+        metadata { record_lvs_history=1 }
+    "#;
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    let of = ["friend:cache:a", "friend:cache:b"];
+    store
+        .create(&new("one", &of, false), Bytes::mib(16))
+        .unwrap();
+    store
+        .snapshot(&name("one"), &new("two", &of, true))
+        .unwrap();
+    store
+        .snapshot(&name("two"), &new("three", &of, false))
+        .unwrap();
+    store.remove(&name("two")).unwrap();
+    let before = format!("{:?}", store.list().unwrap().lvs);
+    let conf = HostConf::with(HOSTILE);
+    assert_eq!(
+        format!("{:?}", store.list().unwrap().lvs),
+        before,
+        "what runs reads it again"
+    );
+    drop(store);
+    let store = fixture.open();
+    assert_eq!(format!("{:?}", store.list().unwrap().lvs), before);
+    store
+        .snapshot(&name("three"), &new("four", &of, true))
+        .unwrap();
+    assert_eq!(sorted(listed(&store, "four").unwrap().tags), tags(&of));
+    store.remove(&name("four")).unwrap();
+    assert_eq!(format!("{:?}", store.list().unwrap().lvs), before);
+    drop(store);
+    drop(conf);
+    // `init` speaks to LVM with the host's own configuration.
+    let _conf = HostConf::with(&HOSTILE.replace("tags {", "no_tags {"));
+    prepare("friend-pool", fixture.runtime.path()).unwrap();
+    assert_eq!(
+        prepare("friend-pool", fixture.runtime.path()).unwrap(),
+        Vec::<String>::new()
+    );
 }
 
 /// What the store logs.

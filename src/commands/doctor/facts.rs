@@ -20,7 +20,7 @@ use crate::mount::{self, MountPoint};
 use crate::plugin::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::podman;
-use crate::storage::{Capacity, Listing};
+use crate::storage::{Capacity, Listing, lvm};
 use crate::supervisor::config::Supervise;
 use crate::supervisor::github::Auth;
 use crate::supervisor::run;
@@ -348,6 +348,7 @@ fn when_full(vg: &str, pool: &str) -> Result<String, String> {
         [
             "lvs",
             "--reportformat=json",
+            &lvm::plain_report(),
             "--options=lv_when_full",
             &format!("{vg}/{pool}"),
         ],

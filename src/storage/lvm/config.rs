@@ -14,18 +14,19 @@
 //! - JSON, with a command log and times in seconds; there is no option for the log. And whatever else reading the
 //!   answers depends on (`PLAIN`).
 //!
-//! LVM reads `lvm.conf`, a file for each host tag, and `lvmlocal.conf`, which
-//! wins. The directory holds symbolic links to the host's files, so that a change
-//! of theirs is seen by the running shell, and an `lvmlocal.conf` with our lines
-//! behind the host's. Devices file, profiles, backups and caches are found
+//! LVM reads `lvm.conf`, then `lvmlocal.conf`, then a file for each host tag; what
+//! it reads last wins, but `log/prefix` is that of the first file. The directory holds
+//! copies of them with our lines behind the host's, made anew, for a new shell, when the
+//! host's change. Devices file, profiles, backups and caches are found
 //! relative to the directory where nothing else is configured (lib/config/config.c
 //! and lib/device/dev-cache.c in lvm2), so those are links to the host's too;
 //! the locking directory does not depend on it.
 
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::super::StoreError;
@@ -36,14 +37,15 @@ use crate::exec;
 const SYSTEM_DIR: &str = "/etc/lvm";
 
 /// What LVM looks for relative to its configuration directory.
-const LINKS: [&str; 6] = [
-    "lvm.conf", "devices", "profile", "backup", "cache", "archive",
-];
+const LINKS: [&str; 5] = ["devices", "profile", "backup", "cache", "archive"];
+
+/// What LVM reads beside a file for each host tag.
+const FILES: [&str; 2] = ["lvm.conf", "lvmlocal.conf"];
 
 /// Usage of a pool, in percent, above which LVM refuses to make volumes for us.
 pub(super) const LIMIT: f64 = 95.0;
 
-/// Ours, behind the host's lvmlocal.conf; where a setting is there twice LVM takes
+/// Ours, behind the host's; where a setting is there twice LVM takes
 /// the later one.
 const OVERRIDES: &str = r#"
 global/use_aio=0
@@ -55,11 +57,13 @@ report/output_format="json"
 report/time_format="%s"
 "#;
 
-/// How LVM reports, as `report` reads it: its own defaults, which a host may have changed. For processes with the
-/// host's configuration too, as a `--config`.
-pub(super) const PLAIN: &str = r#"
+/// How LVM reports, as `report` reads it: its own defaults, which a host may have changed.
+const PLAIN: &str = r#"
 log/command_log_cols="log_seq_num,log_type,log_context,log_object_type,log_object_name,log_object_id,log_object_group,log_object_group_id,log_message,log_errno,log_ret_code"
 log/command_log_sort="log_seq_num"
+log/command_names=0
+log/prefix="  "
+report/prefixes=0
 report/compact_output=0
 report/compact_output_cols=""
 report/list_item_separator=","
@@ -88,6 +92,7 @@ impl HostConfig {
     pub(super) fn read(host: &Path) -> Result<Self, StoreError> {
         let args = [
             "lvmconfig",
+            &plain_report(),
             "--typeconfig=full",
             "backup/backup_dir",
             "backup/backup",
@@ -115,10 +120,70 @@ impl HostConfig {
     }
 }
 
+/// An option for a process that reads the host's configuration, so that its report is JSON as `report` reads it, without
+/// a log.
+pub fn plain_report() -> String {
+    format!("--config={PLAIN} log/report_command_log=0")
+}
+
+/// The directory, kept up to date with the host's.
+#[derive(Debug)]
+pub(super) struct SystemDir {
+    host: PathBuf,
+    runtime_dir: PathBuf,
+    dir: PathBuf,
+    /// The host's files that it was made of.
+    made_of: BTreeMap<OsString, Option<Stamp>>,
+}
+
+/// Differs once a file was written to or replaced: inode, size, and the change time's seconds and nanoseconds.
+type Stamp = (u64, u64, i64, i64);
+
+impl SystemDir {
+    /// Makes it below `runtime_dir`, of the host's at `host`.
+    pub(super) fn new(host: PathBuf, runtime_dir: PathBuf) -> Result<Self, StoreError> {
+        let made_of = stamps(&host);
+        Ok(Self {
+            dir: prepare(&host, &runtime_dir)?,
+            host,
+            runtime_dir,
+            made_of,
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes it anew if the host's has changed, and says whether it had.
+    pub(super) fn refresh(&mut self) -> Result<bool, StoreError> {
+        let now = stamps(&self.host);
+        if now == self.made_of {
+            return Ok(false);
+        }
+        prepare(&self.host, &self.runtime_dir)?;
+        self.made_of = now;
+        Ok(true)
+    }
+}
+
+fn stamps(host: &Path) -> BTreeMap<OsString, Option<Stamp>> {
+    tag_files(host)
+        .into_iter()
+        .chain(FILES.map(Into::into))
+        .map(|name| {
+            let meta = fs::metadata(host.join(&name));
+            let stamp =
+                |meta: fs::Metadata| (meta.ino(), meta.size(), meta.ctime(), meta.ctime_nsec());
+            (name, meta.ok().map(stamp))
+        })
+        .collect()
+}
+
 /// Makes the directory, or brings it up to date, below `runtime_dir`.
 ///
 /// A daemon that is starting and a command that lists may do so at once.
-pub(super) fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreError> {
+fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreError> {
     let dir = runtime_dir.join("lvm");
     let context = |what: &Path| {
         let what = what.display().to_string();
@@ -132,28 +197,34 @@ pub(super) fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreE
             .create(dir)
             .map_err(context(dir))?;
     }
-    let tag_files = fs::read_dir(host)
-        .into_iter()
-        .flatten()
-        .flatten()
+    for name in LINKS {
+        let link = dir.join(name);
+        ensure_link(&host.join(name), &link).map_err(context(&link))?;
+    }
+    // What the host has no more is among ours still, and loses what it said.
+    let tag_files: BTreeSet<OsString> = [host, &dir].into_iter().flat_map(tag_files).collect();
+    for name in tag_files.into_iter().chain(FILES.map(Into::into)) {
+        let (theirs, ours) = (host.join(&name), dir.join(&name));
+        let mut text = match fs::read(&theirs) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(context(&theirs))?,
+        };
+        text.extend_from_slice(OVERRIDES.as_bytes());
+        text.extend_from_slice(PLAIN.as_bytes());
+        ensure_content(&ours, &text).map_err(context(&ours))?;
+    }
+    Ok(dir)
+}
+
+fn tag_files(dir: &Path) -> Vec<OsString> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
         .map(|entry| entry.file_name())
         .filter(|name| {
             let name = name.to_string_lossy();
             name.starts_with("lvm_") && name.ends_with(".conf")
-        });
-    for name in LINKS.into_iter().map(Into::into).chain(tag_files) {
-        let link = dir.join(&name);
-        ensure_link(&host.join(&name), &link).map_err(context(&link))?;
-    }
-    let local = dir.join("lvmlocal.conf");
-    let mut text = match fs::read(host.join("lvmlocal.conf")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        read => read.map_err(context(&host.join("lvmlocal.conf")))?,
-    };
-    text.extend_from_slice(OVERRIDES.as_bytes());
-    text.extend_from_slice(PLAIN.as_bytes());
-    ensure_content(&local, &text).map_err(context(&local))?;
-    Ok(dir)
+        })
+        .collect()
 }
 
 fn ensure_link(target: &Path, link: &Path) -> io::Result<()> {
@@ -165,8 +236,8 @@ fn ensure_link(target: &Path, link: &Path) -> io::Result<()> {
     fs::rename(&new, link)
 }
 
-/// Leaves a file alone that has the content already: a running shell reads its
-/// configuration again when the file's times change.
+/// Leaves a file alone that has the content already: a running shell, another
+/// process's perhaps, reads its configuration again when the file's times change.
 fn ensure_content(path: &Path, content: &[u8]) -> io::Result<()> {
     if fs::read(path).is_ok_and(|is| is == content) {
         return Ok(());
@@ -200,19 +271,25 @@ mod tests {
     }
 
     #[test]
-    fn links_and_our_lines_behind_the_hosts() {
+    fn our_lines_behind_the_hosts() {
         let temporary = tempfile::tempdir().unwrap();
         let (host, runtime) = (temporary.path().join("etc"), temporary.path().join("run"));
         fs::create_dir(&host).unwrap();
         fs::write(host.join("lvmlocal.conf"), "local { }\n").unwrap();
-        fs::write(host.join("lvm_tag.conf"), "").unwrap();
+        fs::write(host.join("lvm_tag.conf"), "tag { }\n").unwrap();
         let dir = prepare(&host, &runtime).unwrap();
         let local = || fs::read_to_string(dir.join("lvmlocal.conf")).unwrap();
         assert_eq!(local(), format!("local {{ }}\n{OVERRIDES}{PLAIN}"));
-        for name in ["lvm.conf", "lvm_tag.conf", "backup", "devices"] {
+        assert_eq!(
+            fs::read_to_string(dir.join("lvm_tag.conf")).unwrap(),
+            format!("tag {{ }}\n{OVERRIDES}{PLAIN}")
+        );
+        for name in ["backup", "devices"] {
             assert_eq!(fs::read_link(dir.join(name)).unwrap(), host.join(name));
         }
 
+        let mut kept = SystemDir::new(host.clone(), runtime.clone()).unwrap();
+        assert!(!kept.refresh().unwrap());
         let written = || fs::metadata(dir.join("lvmlocal.conf")).unwrap().modified();
         let before = written().unwrap();
         assert_eq!(prepare(&host, &runtime).unwrap(), dir);
@@ -220,5 +297,16 @@ mod tests {
         fs::write(host.join("lvmlocal.conf"), "").unwrap();
         prepare(&host, &runtime).unwrap();
         assert_eq!(local(), format!("{OVERRIDES}{PLAIN}"));
+        fs::remove_file(host.join("lvm_tag.conf")).unwrap();
+        fs::write(host.join("lvm.conf"), "first { }\n").unwrap();
+        assert!(kept.refresh().unwrap() && !kept.refresh().unwrap());
+        assert_eq!(
+            fs::read_to_string(dir.join("lvm.conf")).unwrap(),
+            format!("first {{ }}\n{OVERRIDES}{PLAIN}")
+        );
+        assert_eq!(
+            fs::read_to_string(dir.join("lvm_tag.conf")).unwrap(),
+            local()
+        );
     }
 }

@@ -369,7 +369,7 @@ fn free_space(vg: &LvName) -> Result<Bytes, StoreError> {
 /// One command with the host's own configuration, but for how it reports: this is done once.
 fn lvm(args: &[String]) -> Result<Document, StoreError> {
     let host = config::host_system_dir();
-    let plain = format!("--config={} log/report_command_log=0", config::PLAIN);
+    let plain = config::plain_report();
     let all = args.iter().chain([&plain]);
     let output = exec::run_with_env("lvm", all, &runner::environment(&host))?;
     if !args.iter().any(|arg| arg == "--reportformat=json") {

@@ -41,11 +41,12 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub use config::plain_report;
 pub use init::{Say, ensure_loop, init, init_loop};
 pub use owner::Bounds;
 
 use self::command::{Command, VgName};
-use self::config::HostConfig;
+use self::config::{HostConfig, SystemDir};
 use self::dm::PoolDevices;
 use self::owner::{Owner, Urgency};
 use self::repair::Pool;
@@ -112,9 +113,10 @@ impl LvmStore {
             .mode(0o700)
             .create(&host.backup_dir)
             .map_err(|e| io_error(format!("making {}", host.backup_dir.display()), e))?;
-        let system_dir = config::prepare(&host_dir, runtime_dir)?;
+        let made = SystemDir::new(host_dir, runtime_dir.to_owned())?;
+        let system_dir = made.path().to_owned();
         let on = Pool::new(vg.clone(), pool.clone(), &host.locking_dir);
-        let runner = Runner::new(lvm, system_dir.clone(), on);
+        let runner = Runner::new(lvm, made, on);
         let store = Self {
             owner: Owner::start(runner, bounds).map_err(|e| io_error("a thread".into(), e))?,
             vg,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::command::Command;
+use super::config::SystemDir;
 use super::process::{Channel, Process, Progress};
 use super::repair::Pool;
 use super::report::{self, Document};
@@ -86,7 +87,7 @@ enum Talk {
 #[derive(Debug)]
 pub(super) struct Runner {
     program: PathBuf,
-    system_dir: PathBuf,
+    system_dir: SystemDir,
     pool: Arc<Pool>,
     /// A command may have been killed in the middle, this daemon's or one of an
     /// earlier life: see [`super::repair`].
@@ -107,7 +108,7 @@ impl Runner {
     pub(super) const LONGEST_END: Duration = Duration::from_secs(10);
 
     /// Will run `program` (lvm) with `system_dir` for its configuration.
-    pub(super) fn new(program: PathBuf, system_dir: PathBuf, pool: Pool) -> Self {
+    pub(super) fn new(program: PathBuf, system_dir: SystemDir, pool: Pool) -> Self {
         Self {
             program,
             system_dir,
@@ -127,6 +128,16 @@ impl Runner {
         let start = Instant::now();
         let deadline = start + bound;
         let mut again = false;
+        match self.system_dir.refresh() {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::debug!("LVM's configuration has changed");
+                self.close();
+            }
+            Err(error) => {
+                tracing::warn!(%error, "LVM's configuration cannot be brought up to date")
+            }
+        }
         loop {
             let answer = self
                 .repair(deadline)
@@ -389,7 +400,7 @@ impl Runner {
         Process::spawn(
             &self.program,
             args,
-            &environment(&self.system_dir),
+            &environment(self.system_dir.path()),
             Channel::Variable(REPORT_FD),
             input,
         )
