@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use crate::docs::{block, type_in};
-use crate::harness::{Group, Test, Tier, agent, guest, test, vm_run};
+use crate::harness::{Group, Place, System, Test, Tier, agent, guest, test, vm_run};
 use crate::support::command::{outcome_of, run, sh};
 use crate::support::lvm::TestVg;
 use crate::support::reflink::ReflinkFs;
@@ -200,7 +200,10 @@ fn failures_are_told() {
     let run = |name: &str, seconds| {
         guest::run(
             here.path(),
-            Group::Lvm,
+            Place {
+                group: Group::Lvm,
+                system: System::Own,
+            },
             &format!("part::vm::{name}"),
             Duration::from_secs(seconds),
         )

@@ -20,7 +20,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Group, this_binary, vm_run};
+use super::{Place, this_binary, vm_run};
 
 /// How often files are looked at, here and in the guest.
 pub const POLL: Duration = Duration::from_millis(50);
@@ -69,9 +69,9 @@ fn runs_dir() -> PathBuf {
 /// # Errors
 /// What is to be shown of a test that failed: its output, and the guest's console if that is to
 /// blame.
-pub fn run(run_dir: &Path, group: Group, test: &str, timeout: Duration) -> Result<(), String> {
+pub fn run(run_dir: &Path, place: Place, test: &str, timeout: Duration) -> Result<(), String> {
     let guest = Guest {
-        dir: run_dir.join(group.name()),
+        dir: run_dir.join(place.name(".")),
     };
     fs::create_dir_all(&guest.dir).map_err(|error| format!("{}: {error}", guest.dir.display()))?;
     let _turn =
@@ -80,7 +80,7 @@ pub fn run(run_dir: &Path, group: Group, test: &str, timeout: Duration) -> Resul
     for _ in 0..2 {
         let mut patience = timeout + GRACE;
         if !guest.is_alive() {
-            guest.boot(group)?;
+            guest.boot(place)?;
             patience += BOOT;
         }
         match guest.ask(test, timeout, patience) {
@@ -122,7 +122,7 @@ impl Guest {
         lock(&self.dir.join("alive"), FlockArg::LockExclusiveNonblock).is_err()
     }
 
-    fn boot(&self, group: Group) -> Result<(), String> {
+    fn boot(&self, place: Place) -> Result<(), String> {
         prune();
         for leftover in ["keeper", "stop", "disk", "console"] {
             let _ = fs::remove_file(self.dir.join(leftover));
@@ -143,7 +143,7 @@ impl Guest {
             .arg("guest-keeper")
             .arg(&self.dir)
             .arg(anchor.to_string())
-            .args(group.options())
+            .args(place.options())
             // Neither a key press nor nextest's end of one test ends the guest of the others.
             .process_group(0)
             .stdin(Stdio::null())

@@ -63,10 +63,52 @@ impl Group {
     }
 }
 
+/// A guest that tests share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// What its tests need.
+    pub group: Group,
+    /// What they run on.
+    pub system: System,
+}
+
+impl Place {
+    /// Its name; of what is not this machine's own system, the system's comes first.
+    fn name(self, separator: &str) -> String {
+        match self.system {
+            System::Own => self.group.name().to_owned(),
+            System::Tree(tree) => format!("{tree}{separator}{}", self.group.name()),
+        }
+    }
+
+    /// Options for `tests/vm/run`.
+    fn options(self) -> Vec<&'static str> {
+        let mut options = self.group.options().to_vec();
+        if let System::Tree(tree) = self.system {
+            options.extend(["--tree", tree]);
+        }
+        options
+    }
+}
+
+/// What a guest's root is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum System {
+    /// This machine's own root.
+    Own,
+    /// That of another Debian, by its name: `tests/vm/tree`.
+    Tree(&'static str),
+}
+
+/// Every test in a guest is there for each of them; which run by default, `.config/nextest.toml` says.
+const SYSTEMS: [System; 3] = [System::Own, System::Tree("trixie"), System::Tree("forky")];
+
 /// One row of a table. Its body panics when it fails.
+#[derive(Clone)]
 pub struct Test {
     name: String,
     tier: Tier,
+    system: System,
     body: Arc<dyn Fn() + Send + Sync>,
     before: fn(),
     timeout: Duration,
@@ -77,6 +119,7 @@ pub fn test(tier: Tier, name: impl Into<String>, body: impl Fn() + Send + Sync +
     Test {
         name: name.into(),
         tier,
+        system: System::Own,
         body: Arc::new(body),
         before: || {},
         timeout: Duration::from_secs(600),
@@ -97,12 +140,30 @@ impl Test {
         self
     }
 
+    fn on_each_system(self) -> Vec<Self> {
+        match self.tier {
+            Tier::Guest(_) => SYSTEMS
+                .map(|system| Self {
+                    system,
+                    ..self.clone()
+                })
+                .into(),
+            _ => vec![self],
+        }
+    }
+
     /// What it is listed as: its place first, so that a place can be picked by name.
     fn full_name(&self) -> String {
         match self.tier {
             Tier::Host => format!("host::{}", self.name),
             Tier::Reflink => format!("reflink::{}", self.name),
-            Tier::Guest(group) => format!("guest::{}::{}", group.name(), self.name),
+            Tier::Guest(group) => {
+                let place = Place {
+                    group,
+                    system: self.system,
+                };
+                format!("guest::{}::{}", place.name("::"), self.name)
+            }
             Tier::Driver => format!("driver::{}", self.name),
             Tier::Part => format!("part::{}", self.name),
         }
@@ -122,7 +183,11 @@ impl Test {
             }
             Tier::Guest(group) => {
                 (self.before)();
-                guest::run(&guest::run_dir(), group, &name, self.timeout).map_err(Into::into)
+                let place = Place {
+                    group,
+                    system: self.system,
+                };
+                guest::run(&guest::run_dir(), place, &name, self.timeout).map_err(Into::into)
             }
         })
     }
@@ -131,6 +196,7 @@ impl Test {
 /// The test binary: a list of tests for Cargo and nextest, and what runs in guests and beside
 /// them.
 pub fn main(tests: Vec<Test>) {
+    let tests: Vec<Test> = tests.into_iter().flat_map(Test::on_each_system).collect();
     let mut names = HashSet::new();
     for test in &tests {
         assert!(
