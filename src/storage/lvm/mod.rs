@@ -373,13 +373,11 @@ impl Store for LvmStore {
     }
 
     fn remove(&self, lv: &LvName) -> Result<(), StoreError> {
-        match self.is_ours(lv) {
-            Err(StoreError::NotFound(_)) => return Ok(()),
-            is_ours => is_ours?,
+        // What was known before is not enough here: the name may be that of another's by now.
+        if self.state()?.find(lv).is_none() {
+            return Ok(());
         }
-        let command = Command::new("lvremove")
-            .only_in(&self.pool)
-            .lv(&self.vg, lv);
+        let command = Command::new("lvremove").lv(&self.vg, lv);
         let answer = self.run(command, Urgency::Removal)?;
         if answer.success {
             self.known().remove(lv);

@@ -99,22 +99,15 @@ impl Pool {
             .split(',')
             .any(|tag| tag.starts_with(OURS));
         if let (true, Ok(name)) = (ours, lv.parse()) {
-            let remove = Command::new("lvremove")
-                .only_in(&self.pool)
-                .lv(&self.vg, &name);
-            // LVM was seen to die over it once. What it does then with the message is
-            // as good: a copy of what nobody has in use, as at a start.
-            let removed = runner
-                .run_once(&remove, true, deadline)
-                .or_else(|_| runner.run_once(&remove, true, deadline));
-            match removed {
+            let remove = Command::new("lvremove").lv(&self.vg, &name);
+            match runner.run_once(&remove, true, deadline) {
                 Ok(answer) => tracing::warn!(
                     lv,
                     success = answer.success,
                     reason = answer.reason(),
                     "removed"
                 ),
-                Err(failure) => tracing::warn!(?failure, lv, "left to LVM, which died over it"),
+                Err(failure) => tracing::warn!(?failure, lv, "left to LVM"),
             }
         }
         Ok(())

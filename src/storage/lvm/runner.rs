@@ -135,7 +135,7 @@ impl Runner {
                 self.close();
             }
             Err(error) => {
-                tracing::warn!(%error, "LVM's configuration cannot be brought up to date")
+                tracing::warn!(%error, "LVM's configuration cannot be brought up to date");
             }
         }
         loop {
