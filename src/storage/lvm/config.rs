@@ -30,6 +30,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::super::StoreError;
+use super::command::VgName;
 use super::{io_error, runner};
 use crate::exec;
 
@@ -123,7 +124,27 @@ impl HostConfig {
 /// An option for a process that reads the host's configuration, so that its report is JSON as `report` reads it, without
 /// a log.
 pub fn plain_report() -> String {
-    format!("--config={PLAIN} log/report_command_log=0")
+    plain_report_and("")
+}
+
+/// [`plain_report`] with more settings.
+pub(super) fn plain_report_and(more: &str) -> String {
+    format!("--config={PLAIN} log/report_command_log=0 {more}")
+}
+
+/// What lets the volumes of `vg` come up, where the host's configuration says nothing of it: on a host with tags of
+/// its own (`tags/hosttags`), LVM activates no volume that has tags but none of the host's (lvm.conf(5), `volume_list`).
+pub(super) fn may_activate(vg: &VgName, host: &Path) -> String {
+    let asked = exec::run_with_env(
+        "lvm",
+        ["lvmconfig", "activation/volume_list"],
+        &runner::environment(host),
+    );
+    match asked {
+        Ok(_) => String::new(),
+        // It fails where nothing is set.
+        Err(_) => format!("activation/volume_list=[\"{vg}\"]\n"),
+    }
 }
 
 /// The directory, kept up to date with the host's.
@@ -132,6 +153,8 @@ pub(super) struct SystemDir {
     host: PathBuf,
     runtime_dir: PathBuf,
     dir: PathBuf,
+    /// What is said for the group.
+    more: String,
     /// The host's files that it was made of.
     made_of: BTreeMap<OsString, Option<Stamp>>,
 }
@@ -140,11 +163,17 @@ pub(super) struct SystemDir {
 type Stamp = (u64, u64, i64, i64);
 
 impl SystemDir {
-    /// Makes it below `runtime_dir`, of the host's at `host`.
-    pub(super) fn new(host: PathBuf, runtime_dir: PathBuf) -> Result<Self, StoreError> {
+    /// Makes it below `runtime_dir`, of the host's at `host`, for work on `vg`.
+    pub(super) fn new(
+        host: PathBuf,
+        runtime_dir: PathBuf,
+        vg: &VgName,
+    ) -> Result<Self, StoreError> {
         let made_of = stamps(&host);
+        let more = may_activate(vg, &host);
         Ok(Self {
-            dir: prepare(&host, &runtime_dir)?,
+            dir: prepare(&host, &runtime_dir, &more)?,
+            more,
             host,
             runtime_dir,
             made_of,
@@ -161,7 +190,7 @@ impl SystemDir {
         if now == self.made_of {
             return Ok(false);
         }
-        prepare(&self.host, &self.runtime_dir)?;
+        prepare(&self.host, &self.runtime_dir, &self.more)?;
         self.made_of = now;
         Ok(true)
     }
@@ -180,10 +209,10 @@ fn stamps(host: &Path) -> BTreeMap<OsString, Option<Stamp>> {
         .collect()
 }
 
-/// Makes the directory, or brings it up to date, below `runtime_dir`.
+/// Makes the directory, or brings it up to date, below `runtime_dir`, with `more` behind our lines.
 ///
 /// A daemon that is starting and a command that lists may do so at once.
-fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreError> {
+fn prepare(host: &Path, runtime_dir: &Path, more: &str) -> Result<PathBuf, StoreError> {
     let dir = runtime_dir.join("lvm");
     let context = |what: &Path| {
         let what = what.display().to_string();
@@ -211,6 +240,7 @@ fn prepare(host: &Path, runtime_dir: &Path) -> Result<PathBuf, StoreError> {
         };
         text.extend_from_slice(OVERRIDES.as_bytes());
         text.extend_from_slice(PLAIN.as_bytes());
+        text.extend_from_slice(more.as_bytes());
         ensure_content(&ours, &text).map_err(context(&ours))?;
     }
     Ok(dir)
@@ -277,7 +307,7 @@ mod tests {
         fs::create_dir(&host).unwrap();
         fs::write(host.join("lvmlocal.conf"), "local { }\n").unwrap();
         fs::write(host.join("lvm_tag.conf"), "tag { }\n").unwrap();
-        let dir = prepare(&host, &runtime).unwrap();
+        let dir = prepare(&host, &runtime, "").unwrap();
         let local = || fs::read_to_string(dir.join("lvmlocal.conf")).unwrap();
         assert_eq!(local(), format!("local {{ }}\n{OVERRIDES}{PLAIN}"));
         assert_eq!(
@@ -288,14 +318,20 @@ mod tests {
             assert_eq!(fs::read_link(dir.join(name)).unwrap(), host.join(name));
         }
 
-        let mut kept = SystemDir::new(host.clone(), runtime.clone()).unwrap();
+        let mut kept = SystemDir {
+            host: host.clone(),
+            runtime_dir: runtime.clone(),
+            dir: dir.clone(),
+            more: String::new(),
+            made_of: stamps(&host),
+        };
         assert!(!kept.refresh().unwrap());
         let written = || fs::metadata(dir.join("lvmlocal.conf")).unwrap().modified();
         let before = written().unwrap();
-        assert_eq!(prepare(&host, &runtime).unwrap(), dir);
+        assert_eq!(prepare(&host, &runtime, "").unwrap(), dir);
         assert_eq!(written().unwrap(), before);
         fs::write(host.join("lvmlocal.conf"), "").unwrap();
-        prepare(&host, &runtime).unwrap();
+        prepare(&host, &runtime, "").unwrap();
         assert_eq!(local(), format!("{OVERRIDES}{PLAIN}"));
         fs::remove_file(host.join("lvm_tag.conf")).unwrap();
         fs::write(host.join("lvm.conf"), "first { }\n").unwrap();

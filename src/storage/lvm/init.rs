@@ -158,7 +158,7 @@ fn make_pool(vg: &LvName, pool: &LvName, room: Room, say: Say<'_>) -> Result<(),
                     ),
                 });
             }
-            lvm(&[
+            let make = [
                 "lvcreate".into(),
                 "--yes".into(),
                 "--type=thin-pool".into(),
@@ -167,7 +167,10 @@ fn make_pool(vg: &LvName, pool: &LvName, room: Room, say: Say<'_>) -> Result<(),
                 format!("--addtag={POOL}"),
                 format!("--name={pool}"),
                 vg.to_string(),
-            ])?;
+            ];
+            // Its metadata is wiped, for which it has to come up.
+            let more = config::may_activate(vg, &config::host_system_dir());
+            lvm_with(&make, &more)?;
             say(format!("made thin pool {vg}/{pool} of {size}"));
             find(vg, pool)?
                 .ok_or_else(|| StoreError::Failed(format!("{vg}/{pool} is not there")))?
@@ -368,8 +371,13 @@ fn free_space(vg: &LvName) -> Result<Bytes, StoreError> {
 
 /// One command with the host's own configuration, but for how it reports: this is done once.
 fn lvm(args: &[String]) -> Result<Document, StoreError> {
+    lvm_with(args, "")
+}
+
+/// [`lvm`] with more settings.
+fn lvm_with(args: &[String], more: &str) -> Result<Document, StoreError> {
     let host = config::host_system_dir();
-    let plain = config::plain_report();
+    let plain = config::plain_report_and(more);
     let all = args.iter().chain([&plain]);
     let output = exec::run_with_env("lvm", all, &runner::environment(&host))?;
     if !args.iter().any(|arg| arg == "--reportformat=json") {

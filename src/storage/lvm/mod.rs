@@ -113,7 +113,7 @@ impl LvmStore {
             .mode(0o700)
             .create(&host.backup_dir)
             .map_err(|e| io_error(format!("making {}", host.backup_dir.display()), e))?;
-        let made = SystemDir::new(host_dir, runtime_dir.to_owned())?;
+        let made = SystemDir::new(host_dir, runtime_dir.to_owned(), &vg)?;
         let system_dir = made.path().to_owned();
         let on = Pool::new(vg.clone(), pool.clone(), &host.locking_dir);
         let runner = Runner::new(lvm, made, on);
