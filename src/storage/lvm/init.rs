@@ -288,16 +288,23 @@ fn is_ours(file: &Path) -> Result<bool, StoreError> {
 
 /// The group on `device`, made where there is none.
 fn make_group(device: &Path, file: &Path, say: Say<'_>) -> Result<LvName, StoreError> {
-    let found = lvm(&[
-        "pvs".into(),
-        "--reportformat=json".into(),
-        "--options=vg_name".into(),
-        // A device that is no physical volume yet is no error with this, as long as
-        // it is not named as an argument, too.
-        "--all".into(),
-        // Nor one that the host's devices file does not list yet.
-        format!("--devices={}", device.display()),
-    ])?;
+    // Looks at that device alone, which the host's devices file need not list yet. `--devices` would say so too, but not
+    // before LVM 2.03.12.
+    let only = format!(
+        r#"devices/use_devicesfile=0 devices/global_filter=["a|.*|"] devices/filter=["a|^{}$|","r|.*|"]"#,
+        device.display()
+    );
+    let found = lvm_with(
+        &[
+            "pvs".into(),
+            "--reportformat=json".into(),
+            "--options=vg_name".into(),
+            // A device that is no physical volume yet is no error with this, as long as
+            // it is not named as an argument, too.
+            "--all".into(),
+        ],
+        &only,
+    )?;
     if let Some(row) = found.groups().find(|row| !row.vg_name.is_empty()) {
         return row.vg_name.parse().map_err(|error| {
             StoreError::Failed(format!("the group in {}: {error}", file.display()))
