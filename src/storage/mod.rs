@@ -191,6 +191,11 @@ pub trait Store: Send + Sync + 'static {
     /// When the store cannot be read.
     fn list(&self) -> Result<Listing, StoreError>;
 
+    /// What makes it slower here than it could be, if it has met anything of the kind.
+    fn drawback(&self) -> Option<String> {
+        None
+    }
+
     /// How full it is, as far as that changes without a change to the volumes. So cheap that
     /// it may be asked for each lease.
     ///

@@ -625,6 +625,8 @@ fn shell_is_useless(shell: &str) {
     assert_eq!(listed(&store, "one").unwrap().tags, tags(&["b"]));
     store.remove(&name("one")).unwrap();
     assert_eq!(names(&store), [name("two")]);
+    let drawback = store.drawback().expect("something for doctor to say");
+    assert!(drawback.contains("LVM's shell"), "{drawback}");
     drop(store);
     run("umount", [lvm.to_str().unwrap()]);
     let said = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();

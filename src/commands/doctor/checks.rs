@@ -275,6 +275,12 @@ fn pool(facts: &Facts) -> Vec<Judged> {
             format!("lvchange --errorwhenfull y {}/{}", lvm.vg, lvm.pool),
         ));
     }
+    if let Some(drawback) = &store.drawback {
+        found.push(note(
+            drawback,
+            "nothing breaks; an lvm2 built with its shell makes creating, publishing and removing faster",
+        ));
+    }
     let size = full.data_size;
     or_ok(found, format!("{:.1} % of {size} used", full.data_percent))
 }
@@ -796,6 +802,7 @@ mod tests {
                     group_percent: 10.0,
                 },
                 when_full: Some("error".into()),
+                drawback: None,
                 doomed: 0,
                 making: 0,
                 unclear: Vec::new(),
@@ -971,6 +978,9 @@ mod tests {
             }),
             ("pool", Wrong, "--errorwhenfull y vg0/friend-pool", |f| {
                 the_store(f).when_full = Some("queue".into());
+            }),
+            ("pool", Note, "built with its shell", |f| {
+                the_store(f).drawback = Some("LVM's shell cannot be used".into());
             }),
             ("pool", Skipped, "cannot", |f| {
                 f.store = Some(Err("gone".into()));

@@ -118,6 +118,8 @@ pub struct Store {
     pub capacity: Capacity,
     /// What LVM does when the pool is full; `None` where there is no pool.
     pub when_full: Option<String>,
+    /// What makes it slower than it could be.
+    pub drawback: Option<String>,
     pub doomed: usize,
     pub making: usize,
     pub unclear: Vec<(String, String)>,
@@ -324,6 +326,7 @@ fn store(config: &StoreConfig) -> Result<Store, String> {
     Ok(Store {
         capacity: listing.capacity,
         when_full,
+        drawback: store.drawback(),
         doomed: sorted.doomed,
         making: sorted.making,
         unclear: sorted.unclear.into_iter().map(name).collect(),

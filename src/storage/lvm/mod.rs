@@ -39,7 +39,7 @@ use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use config::plain_report;
 pub use init::{Say, ensure_loop, init, init_loop};
@@ -69,6 +69,8 @@ pub struct LvmStore {
     host: HostConfig,
     system_dir: PathBuf,
     owner: Owner,
+    /// Why LVM's shell cannot be used, where it cannot.
+    shell_is_useless: Arc<OnceLock<String>>,
     /// The pool's volumes, as last listed and since made: see [`LvmStore::is_ours`].
     known: Mutex<HashSet<LvName>>,
     /// How full the pool was when last listed.
@@ -118,6 +120,7 @@ impl LvmStore {
         let on = Pool::new(vg.clone(), pool.clone(), &host.locking_dir);
         let runner = Runner::new(lvm, made, on);
         let store = Self {
+            shell_is_useless: runner.useless(),
             owner: Owner::start(runner, bounds).map_err(|e| io_error("a thread".into(), e))?,
             vg,
             pool,
@@ -308,6 +311,13 @@ impl std::fmt::Display for LvmStore {
 impl Store for LvmStore {
     fn name(&self) -> &str {
         self.vg.as_str()
+    }
+
+    fn drawback(&self) -> Option<String> {
+        let why = self.shell_is_useless.get()?;
+        Some(format!(
+            "LVM's shell cannot be used ({why}): each command is a process of its own, which takes longer"
+        ))
     }
 
     fn list(&self) -> Result<Listing, StoreError> {

@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::command::Command;
@@ -95,6 +95,8 @@ pub(super) struct Runner {
     shell: Option<Process>,
     /// Whether there is a shell that answers as expected; until that is known, how often it died.
     talk: Talk,
+    /// Why not, once that is known.
+    useless: Arc<OnceLock<String>>,
     /// A child that did not stop when it was told to: it has begun to change
     /// something, and waits for a device that does not answer. It is not
     /// killed: what it would leave, a suspended pool above all, makes LVM's next
@@ -116,8 +118,14 @@ impl Runner {
             doubtful: true,
             shell: None,
             talk: Talk::Untried(0),
+            useless: Arc::default(),
             stuck: None,
         }
+    }
+
+    /// Where it says why LVM's shell cannot be used, once it has found that.
+    pub(super) fn useless(&self) -> Arc<OnceLock<String>> {
+        Arc::clone(&self.useless)
     }
 
     /// Runs a command to its end, but not longer than `bound`.
@@ -291,6 +299,9 @@ impl Runner {
             "LVM's shell cannot be used: each command is a process of its own, which takes longer"
         );
         self.talk = Talk::Useless;
+        let _ = self
+            .useless
+            .set(reason.trim_end_matches([':', ' ']).to_owned());
         self.close();
     }
 
