@@ -459,7 +459,7 @@ impl Engine {
     pub(super) fn hold_back(&self, listing: &mut Listing) -> bool {
         let damaged = lock(&self.state).unready.clone();
         let mut active = HashSet::new();
-        let mut blank = false;
+        let mut blank = HashSet::new();
         listing.lvs.retain(|lv| {
             let Some(device) = lv.device else {
                 return true;
@@ -473,13 +473,15 @@ impl Engine {
                 .is_ok_and(|content| content == Content::Blank);
             if is_blank {
                 debug!(lv = %lv.name, "an entry that somebody has active is blank yet");
-                blank = true;
+                blank.insert(lv.name.clone());
             }
             !is_blank && !damaged.contains(&lv.name)
         });
-        let settled = |lv: &LvName| damaged.contains(lv) && !active.contains(lv);
+        // What is blank has not been begun: it is judged anew once there is something on it.
+        let settled =
+            |lv: &LvName| damaged.contains(lv) && (!active.contains(lv) || blank.contains(lv));
         lock(&self.state).unready.retain(|lv| !settled(lv));
-        blank
+        !blank.is_empty()
     }
 
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {

@@ -190,13 +190,6 @@ impl Podman {
         names.sort();
         names
     }
-
-    /// Its version's first two numbers.
-    pub fn version(&self) -> (u32, u32) {
-        let text = self.done(&["version", "--format", "{{.Client.Version}}"]);
-        let mut numbers = text.trim().split('.').map(|n| n.parse().unwrap());
-        (numbers.next().unwrap(), numbers.next().unwrap())
-    }
 }
 
 impl Drop for Podman {
