@@ -931,7 +931,7 @@ mod tests {
     #[test]
     fn each_fault_is_found() {
         use State::{Note, Skipped, Wrong};
-        let cases: [(&str, State, &str, Break); 55] = [
+        let cases: [(&str, State, &str, Break); 56] = [
             ("configuration", Wrong, "init", |f| {
                 f.config = Config::Missing;
             }),

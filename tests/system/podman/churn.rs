@@ -142,7 +142,12 @@ fn many(kind: Kind) {
     settled();
     // A connection that ended is closed a moment later.
     wait_until(|| descriptors(host.daemon().pid()).len() <= before.len());
-    assert_eq!(descriptors(host.daemon().pid()), before);
+    // Podman 5's service may have had a connection open then that it has not now.
+    let mut known = before.clone();
+    for open in descriptors(host.daemon().pid()) {
+        let at = known.iter().position(|known| *known == open);
+        known.remove(at.unwrap_or_else(|| panic!("{open} is left; before: {before:?}")));
+    }
     for volume in volumes {
         host.podman.done(&["volume", "rm", volume]);
     }
