@@ -1,14 +1,27 @@
-.PHONY: bench deb demo package packers rpm test
+.PHONY: bench deb demo package packers rpm run-tests test test-all
 
 # Installs what is missing, then tells the whole story on real LVM and real Podman.
 demo:
 	@demo/run
 
-# Installs what is missing, then runs every test of every tier, those in virtual machines too.
-test:
+# Installs what is missing, then runs every test on one system, and on Debian 13 too what touches the system's own behaviour
+# (.config/nextest.toml); in virtual machines where that is needed.
+test: trees = trixie
+test: run-tests
+	tests/tested --cargo-profile tests | diff docs/tested.md -
+
+# The same, and everything on each system.
+test-all: trees = trixie forky
+test-all: options = --ignore-default-filter
+test-all: run-tests
+
+trees =
+options =
+run-tests:
 	tests/vm/deps nextest browser
+	for tree in $(trees); do tests/vm/tree $$tree >/dev/null || exit; done
 	$(MAKE) packers
-	cargo nextest run --locked --cargo-profile tests --features failpoints --test-threads $$((2 * $$(nproc) + 1))
+	cargo nextest run --locked --cargo-profile tests --features failpoints --test-threads $$((2 * $$(nproc) + 1)) $(options)
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell
 # against a process a command, choices among 10,000 entries, and what is shown of 2,000.

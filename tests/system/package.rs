@@ -20,7 +20,16 @@ use crate::support::{PROGRAM, busybox_image, temp_dir, wait_until};
 pub fn tests() -> Vec<Test> {
     vec![
         test(Tier::Host, "package::content", content),
-        test(Tier::Driver, "package::from_install_to_purge", life),
+        test(Tier::Driver, "package::from_install_to_purge", || {
+            life(&[]);
+        }),
+        test(
+            Tier::Driver,
+            "trixie::package::from_install_to_purge",
+            || {
+                life(&["--tree", "trixie"]);
+            },
+        ),
         test(Tier::Part, "package::before_the_reboot", before_the_reboot),
         test(Tier::Part, "package::after_the_reboot", after_the_reboot),
     ]
@@ -128,7 +137,7 @@ fn content() {
     }
 }
 
-fn life() {
+fn life(system: &[&str]) {
     build();
     let here = temp_dir();
     let path = |name: &str| here.path().join(name).to_str().unwrap().to_owned();
@@ -137,16 +146,20 @@ fn life() {
     fs::copy(NEWER, here.path().join("share/newer.deb")).unwrap();
     let (disk, root) = (format!("{}:120G", path("disk")), path("root"));
     let options = [
-        "--systemd",
-        "--mem",
-        "2048",
-        "--disk",
-        &disk,
-        "--root",
-        &root,
-        "--share",
-        &share,
-    ];
+        system,
+        &[
+            "--systemd",
+            "--mem",
+            "2048",
+            "--disk",
+            &disk,
+            "--root",
+            &root,
+            "--share",
+            &share,
+        ],
+    ]
+    .concat();
     let first = boot_part(&options, "package::before_the_reboot");
     print!("{}{}", first.stdout, first.stderr);
     assert!(

@@ -340,11 +340,11 @@ impl GitHub {
                 .set_write_timeout(Some(TIMEOUT))
         };
         let api = api.map_or_else(|| url.api(), str::to_owned);
-        let plain = builder().build().map_err(|e| setup(&e))?;
+        let plain = builder().build().map_err(|e| setup(&causes(&e)))?;
         let builder = builder()
             .add_header(header::ACCEPT, "application/vnd.github+json".to_owned())
             .base_uri(api.as_str())
-            .map_err(|e| setup(&e))?;
+            .map_err(|e| setup(&causes(&e)))?;
         let crab = match auth {
             Auth::Token(source) => {
                 let token = source.read()?;
@@ -354,7 +354,7 @@ impl GitHub {
                 builder
                     .personal_token(token)
                     .build()
-                    .map_err(|e| setup(&e))?
+                    .map_err(|e| setup(&causes(&e)))?
             }
             Auth::App {
                 id,
@@ -368,7 +368,7 @@ impl GitHub {
                     .app(AppId(*id), key)
                     .build()
                     .and_then(|app| app.installation(InstallationId(*installation)))
-                    .map_err(|e| setup(&e))?
+                    .map_err(|e| setup(&causes(&e)))?
             }
         };
         Ok(Self {
