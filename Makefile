@@ -8,7 +8,6 @@ demo:
 # (.config/nextest.toml); in virtual machines where that is needed.
 test: trees = trixie
 test: run-tests
-	tests/tested --cargo-profile tests | diff docs/tested.md -
 
 # The same, and everything on each system.
 test-all: trees = trixie forky
@@ -21,6 +20,7 @@ run-tests:
 	tests/vm/deps nextest browser
 	for tree in $(trees); do tests/vm/tree $$tree >/dev/null || exit; done
 	$(MAKE) packers
+	tests/tested --cargo-profile tests | diff docs/tested.md -
 	cargo nextest run --locked --cargo-profile tests --features failpoints --test-threads $$((2 * $$(nproc) + 1)) $(options)
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell
