@@ -873,6 +873,15 @@ fn container_spec(
     let mut mounts: Vec<_> = tmpfs
         .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}))
         .collect();
+    // Of a root that is read-only Podman 5 makes /dev/shm a part; before, it was writable as in any container. Podman's own options.
+    if text.read_only && !text.tmpfs.iter().any(|at| at == "/dev/shm") {
+        mounts.push(json!({
+            "destination": "/dev/shm",
+            "type": "tmpfs",
+            "source": "shm",
+            "options": ["nosuid", "nodev", "noexec", "mode=1777", "size=65536k"],
+        }));
+    }
     match given {
         // Z: where the host has SELinux, the container may read it.
         Given::Fifo(source, target) => mounts.push(json!({

@@ -101,6 +101,8 @@ pub fn tell(fake: &Fake, entries: &dyn Fn() -> Vec<Value>) {
 
     let first = queue(&MAIN, "one");
     done(first);
+    let log = fake.state().jobs[&first].log.clone();
+    assert_eq!(fake.result(first), Some("succeeded"), "{log}");
     wait_until(|| published(first).is_some());
     let rest = [
         (&FORK, "evil"),
