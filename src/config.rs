@@ -17,6 +17,7 @@ use crate::cache::names::LvName;
 use crate::cache::spec;
 use crate::cache::units::Bytes;
 use crate::logging::LogLevel;
+use crate::selinux;
 use crate::storage::lvm::{self, LvmStore};
 use crate::storage::reflink::ReflinkStore;
 use crate::storage::{Store, StoreError};
@@ -79,6 +80,8 @@ struct Document {
     mount_dir: PathBuf,
     #[serde(default, deserialize_with = "loopback")]
     status_address: Option<SocketAddr>,
+    #[serde(default, deserialize_with = "parsed")]
+    selinux_context: selinux::Setting,
     #[serde(default = "default_premounted")]
     premounted: usize,
     #[serde(default = "default_scratch", deserialize_with = "parsed")]
@@ -265,6 +268,8 @@ pub struct Settings {
     pub mount_dir: PathBuf,
     /// Where metrics and the status page are shown beside the plugin's socket.
     pub status_address: Option<SocketAddr>,
+    /// Which label of SELinux's is on all that containers see.
+    pub selinux_context: selinux::Setting,
     /// How many volumes are kept mounted, detached, while nothing uses them.
     pub premounted: usize,
     /// Size of a scratch directory where the volume names none.
@@ -393,6 +398,7 @@ impl Settings {
             socket_group: document.socket_group,
             mount_dir: document.mount_dir,
             status_address: document.status_address,
+            selinux_context: document.selinux_context,
             premounted: document.premounted,
             scratch_size: document.scratch_size,
             empty_size: document.empty_size,
@@ -501,6 +507,10 @@ fn text(store: &StoreConfig) -> String {
          # A loopback address and port, such as 127.0.0.1:9469, where any user of this host can\n\
          # see the status page (/) and metrics (/metrics). Empty: only on the plugin's socket.\n\
          #status-address = \"\"\n\
+         \n\
+         # Where SELinux is on, the label of all that containers see of volumes; without it, that which the\n\
+         # policy has for containers' files. \"none\": no label is given.\n\
+         # selinux-context = \"system_u:object_r:container_file_t:s0\"\n\
          \n\
          # How many idle volumes are kept mounted, invisibly, so that a container's start\n\
          # need not wait for it. Each takes about 0.8 MB of the kernel's memory.\n\
@@ -861,6 +871,10 @@ mod tests {
             (
                 "status-address='localhost'\n[reflink]\ndir='/a'",
                 &["line 1", "127.0.0.1:9469"],
+            ),
+            (
+                "selinux-context='container_file_t'\n[reflink]\ndir='/a'",
+                &["line 1", "container_file_t", "none"],
             ),
             ("[reflink\ndir='/a'", &["line 1"]),
         ] {

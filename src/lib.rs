@@ -24,7 +24,7 @@
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks. [`exec`] runs the tools.
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
-//!   [`userns`]: as whose.
+//!   [`userns`]: as whose; [`selinux`]: with which label.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
@@ -56,6 +56,7 @@ pub mod logging;
 pub mod mount;
 pub mod plugin;
 pub mod podman;
+pub mod selinux;
 pub mod serve;
 pub mod status;
 pub mod storage;

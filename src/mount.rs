@@ -11,6 +11,10 @@
 //! (64 KiB and more). [`fs::trim`] finds whole free ranges, once, off everyone's
 //! path: of 2,409 chunks' worth of deleted files of 0.5 to 200 KB, it gave back
 //! all, online discard 66 % (XFS on a thin volume, Linux 6.1, one run).
+//!
+//! Under SELinux every file system is mounted with one label for all that is in it:
+//! [`selinux`]. A file system that is mounted already keeps the label that it has, and the
+//! kernel refuses one more mount of it that says another.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -30,6 +34,7 @@ use rustix::mount::{
 use crate::cache::spec::FsType;
 use crate::cache::units::Bytes;
 use crate::fs::{self, Content};
+use crate::selinux;
 use crate::userns::Ids;
 
 /// What every mount gets. `noatime`, because reading a cache must not write to
@@ -105,8 +110,25 @@ impl Mounted {
             FsType::Xfs => ("xfs", "nouuid"),
             FsType::Ext4 => ("ext4", "noinit_itable"),
         };
-        Context::open(name)
-            .and_then(|context| context.mount(&device.to_string_lossy(), &[(flag, None)]))
+        let attempt = |label: Option<&str>| {
+            let mut options = vec![(flag, None)];
+            options.extend(label.map(|label| ("context", Some(label))));
+            Context::open(name)
+                .and_then(|context| context.mount(&device.to_string_lossy(), &options))
+        };
+        let label = selinux::mount_label().map(selinux::Label::as_str);
+        attempt(label)
+            .or_else(|refusal| {
+                // Mounted by an earlier version, or when the configuration said another label.
+                let theirs = (refusal.0.raw_os_error() == Some(libc::EINVAL))
+                    .then(|| shown_label(device))
+                    .flatten()
+                    .filter(|theirs| theirs.as_deref() != label);
+                match theirs {
+                    Some(theirs) => attempt(theirs.as_deref()),
+                    None => Err(refusal),
+                }
+            })
             .map_err(|(source, messages)| MountError {
                 damaged: damaged(&source, device, fs),
                 what: format!("{} as {name}", device.display()),
@@ -124,11 +146,12 @@ impl Mounted {
         // A file takes a page at least, so this bounds only empty ones.
         let inodes = (size.0 / 4096 + 64).to_string();
         let size = size.0.to_string();
-        let options = [
+        let mut options = vec![
             ("size", Some(size.as_str())),
             ("nr_inodes", Some(inodes.as_str())),
             ("mode", Some("0755")),
         ];
+        options.extend(selinux::mount_label().map(|label| ("context", Some(label.as_str()))));
         Context::open("tmpfs")
             .and_then(|context| context.mount(source, &options))
             .map_err(|(source, _messages)| source)
@@ -352,6 +375,15 @@ fn damaged(error: &io::Error, device: &Path, fs: FsType) -> bool {
     }
 }
 
+/// The label that the file system on `device` is mounted with where the mount table shows it; `None`: it
+/// shows no mount of it.
+fn shown_label(device: &Path) -> Option<Option<String>> {
+    let number = rustix::fs::stat(device).ok()?.st_rdev;
+    let number = (rustix::fs::major(number), rustix::fs::minor(number));
+    let shown = table().ok()?.into_iter().find(|m| m.device == number)?;
+    Some(shown.label)
+}
+
 /// Takes the mount at `at` out of sight, whoever still uses it (the topmost one,
 /// where several are stacked). `false`: nothing was mounted there.
 ///
@@ -420,6 +452,8 @@ pub struct MountPoint {
     pub shared: bool,
     /// Whether mounts below it come from another namespace (`master:`).
     pub follows: bool,
+    /// SELinux's one label for all that is in it (`context=`).
+    pub label: Option<String>,
 }
 
 /// This thread's mount table, in the order in which the kernel lists it: of
@@ -477,7 +511,25 @@ fn parse_mount_point(line: &str) -> Option<MountPoint> {
         source: unescape(fields.next()?).to_string_lossy().into_owned(),
         shared,
         follows,
+        label: fields.next().and_then(label_in),
     })
+}
+
+/// The label in the options of a file system: in quotes where it has a comma (`show_sid` of
+/// security/selinux/hooks.c).
+fn label_in(options: &str) -> Option<String> {
+    let options = unescape(options).into_string().ok()?;
+    let mut rest = options.as_str();
+    loop {
+        let value = rest.strip_prefix("context=");
+        let quoted = value.and_then(|value| value.strip_prefix('"'));
+        if let Some(quoted) = quoted {
+            return Some(quoted.split_once('"')?.0.to_owned());
+        } else if let Some(value) = value {
+            return Some(value.split(',').next()?.to_owned());
+        }
+        rest = rest.split_once(',')?.1;
+    }
 }
 
 /// Undoes the kernel's escapes: a backslash and three octal digits.
@@ -541,6 +593,7 @@ mod tests {
             source: source.into(),
             shared: false,
             follows: false,
+            label: None,
         }
     }
 
@@ -596,6 +649,20 @@ mod tests {
             (
                 r"7 1 7:3 / /a\é rw - x s rw",
                 Some(mount_point(7, r"/a\é", (7, 3), "x", "s")),
+            ),
+            (
+                "7 1 0:3 / /x rw - tmpfs t rw,context=u:r:t:s0,size=4k",
+                Some(MountPoint {
+                    label: Some("u:r:t:s0".into()),
+                    ..mount_point(7, "/x", (0, 3), "tmpfs", "t")
+                }),
+            ),
+            (
+                "7 1 0:3 / /x rw - tmpfs t rw,fscontext=a:b:c,context=\"u:r:t:s0:c1,c2\",size=4k",
+                Some(MountPoint {
+                    label: Some("u:r:t:s0:c1,c2".into()),
+                    ..mount_point(7, "/x", (0, 3), "tmpfs", "t")
+                }),
             ),
             // A source may be empty.
             (

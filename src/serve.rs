@@ -16,6 +16,7 @@ use crate::engine::{self, Engine, EngineError, JobSocket};
 use crate::job;
 use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
 use crate::plugin::{self, server};
+use crate::selinux;
 use crate::status;
 use crate::storage::StoreError;
 
@@ -71,6 +72,8 @@ pub fn lock_store(store: &StoreConfig) -> Result<Lock, SocketError> {
 pub fn run(settings: &Settings) -> Result<(), ServeError> {
     let max_connections = server::raise_limits();
     let gid = settings.socket_gid().map_err(ServeError::Setting)?;
+    selinux::begin(&settings.selinux_context)
+        .map_err(|error| ServeError::Setting(error.to_string()))?;
     let _store_lock = lock_store(&settings.store)?;
     make_dir(&settings.mount_dir)?;
     let _mount_lock = Lock::existing(&settings.mount_dir)?;

@@ -24,6 +24,7 @@ use crate::cache::spec::{FsType, Spec};
 use crate::cache::units::Bytes;
 use crate::fs as file_system;
 use crate::mount::{self, Mounted};
+use crate::selinux;
 use crate::storage::{Listing, NewLv, Store};
 use crate::{cli, exec};
 
@@ -43,7 +44,10 @@ pub fn run(config: &Path, args: &cli::Import) -> Result<(), Failure> {
     // Before anything has a thread, so that all have these signals blocked: from
     // here on they are asked for.
     let interrupt = Interrupt::new().map_err(failed("blocking signals"))?;
-    let (_, store) = open(config)?;
+    let (settings, store) = open(config)?;
+    // A store of image files mounts once more what the daemon has mounted.
+    selinux::begin(&settings.selinux_context)
+        .map_err(|error| Failure::Failed(error.to_string()))?;
     let dir = fs::canonicalize(&args.dir).map_err(failed(args.dir.display()))?;
     if !dir.is_dir() {
         return Err(Failure::Failed(format!(

@@ -251,6 +251,7 @@ mod tests {
             source: "x".into(),
             shared: true,
             follows: false,
+            label: None,
         }];
         let all = Rows::new(&listing, Some(&usage), &mounts);
         let names: Vec<_> = all.rows.iter().map(|r| r.name.as_str()).collect();

@@ -39,6 +39,7 @@ use crate::cache::select::Criterion;
 use crate::cache::spec::{Admit, Publish, Spec};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint, Mounted};
+use crate::selinux;
 use crate::userns::Ids;
 
 /// What the mount table shows for a job volume's directory.
@@ -749,7 +750,7 @@ fn listen(dir: &Mounted) -> io::Result<UnixListener> {
     let unready = format!(".{SOCKET}.{:016x}", u64::from_ne_bytes(random));
     // Short, whatever the volume's name: a socket's path has 107 bytes at most.
     let path = format!("/proc/self/fd/{}/{unready}", root.as_raw_fd());
-    let listener = UnixListener::bind(&path)?;
+    let listener = selinux::with_socket_label(|| UnixListener::bind(&path))?;
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let ready = rustix::fs::openat(root, &*unready, flags, Mode::empty()).and_then(|inode| {
         // chmod(2) of a path could be led to another file; of a descriptor, it cannot.

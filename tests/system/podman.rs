@@ -14,6 +14,7 @@ mod job_client;
 mod jobs;
 mod nested;
 mod options;
+mod selinux;
 pub mod story;
 mod supervisor;
 mod users;
@@ -76,6 +77,7 @@ pub fn tests() -> Vec<Test> {
         caches::made_by_hand,
     ));
     tests.extend(doctor::tests());
+    tests.extend(selinux::tests());
     tests
 }
 

@@ -9,6 +9,7 @@ use super::facts::{
 use super::{Finding, State};
 use crate::cache::evict::Bound;
 use crate::config::{Lvm, Settings, StoreConfig};
+use crate::selinux::LabelError;
 
 /// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
 const SHORT_TIMEOUT: u64 = 20;
@@ -22,7 +23,7 @@ type Judged = (State, String, Option<String>);
 /// A check's name, and what judges.
 type Check = (&'static str, fn(&Facts) -> Vec<Judged>);
 
-const CHECKS: [Check; 18] = [
+const CHECKS: [Check; 19] = [
     ("configuration", configuration),
     ("permissions", permissions),
     ("tools", tools),
@@ -35,6 +36,7 @@ const CHECKS: [Check; 18] = [
     ("daemon", daemon),
     ("namespace", namespace),
     ("propagation", propagation),
+    ("selinux", selinux),
     ("podman", podman),
     ("hooks", hooks),
     ("local-volumes", local_volumes),
@@ -510,6 +512,64 @@ fn propagation(facts: &Facts) -> Vec<Judged> {
     }
 }
 
+fn selinux(facts: &Facts) -> Vec<Judged> {
+    let Some(selinux) = &facts.selinux else {
+        return vec![skipped("it is off")];
+    };
+    let consequence = if selinux.enforcing {
+        "confined containers cannot use caches"
+    } else {
+        "confined containers could not use caches, were it enforcing"
+    };
+    let package = "install container-selinux, or name in the configuration the label of containers' files: selinux-context";
+    let labels = match &selinux.labels {
+        Ok(labels) => labels,
+        Err(error @ LabelError::Unknown(_)) => {
+            return vec![wrong(
+                error.to_string(),
+                "correct it, or take it out: the policy says which label containers' files have",
+            )];
+        }
+        Err(LabelError::Policy(why)) => {
+            return vec![wrong(format!("{why}: {consequence}"), package)];
+        }
+    };
+    if selinux.unwanted {
+        return vec![note(
+            format!("selinux-context is \"none\": {consequence}"),
+            "take it out of the configuration, if they are to",
+        )];
+    }
+    let mut found = Vec::new();
+    if labels.sockets.is_none() {
+        found.push(note(
+            "which label containers' processes have is not known: confined ones cannot connect to a job volume's socket",
+            "install container-selinux",
+        ));
+    }
+    if let [first, more @ ..] = &selinux.others[..] {
+        let more = match more.len() {
+            0 => String::new(),
+            more => format!(" (and {more} more)"),
+        };
+        found.push(note(
+            format!(
+                "{}{more} is mounted with another label than volumes get now",
+                first.display()
+            ),
+            "none: its next use has the right one",
+        ));
+    }
+    let mode = if selinux.enforcing {
+        "enforcing"
+    } else {
+        "permissive"
+    };
+    let label = labels.mounts.as_ref().map(ToString::to_string);
+    let label = label.unwrap_or_default();
+    or_ok(found, format!("{mode}; volumes are {label}"))
+}
+
 fn podman(facts: &Facts) -> Vec<Judged> {
     let Some(podman) = &facts.podman else {
         return vec![if facts.dockerd {
@@ -721,12 +781,13 @@ mod tests {
     use std::path::PathBuf;
 
     use super::super::facts::{
-        Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Store, Supervisor, Tool,
+        Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Selinux, Store, Supervisor, Tool,
     };
     use super::*;
     use crate::cache::units::Bytes;
     use crate::mount::MountPoint;
     use crate::podman::Engine;
+    use crate::selinux::{Label, Labels};
     use crate::storage::Capacity;
 
     fn file(path: &str, mode: u32, kind: FileKind) -> FileFact {
@@ -829,6 +890,7 @@ mod tests {
                 source: "run".into(),
                 shared: true,
                 follows: false,
+                label: None,
             }),
             podman: Some(Podman {
                 info: Ok(PodmanInfo {
@@ -856,6 +918,15 @@ mod tests {
                 "/etc/docker/plugins/lvm-cache-friend.spec".into(),
                 format!("unix://{socket}"),
             )),
+            selinux: Some(Selinux {
+                enforcing: true,
+                unwanted: false,
+                labels: Ok(Labels {
+                    mounts: Some(label("system_u:object_r:container_file_t:s0")),
+                    sockets: Some(label("system_u:system_r:container_t:s0")),
+                }),
+                others: Vec::new(),
+            }),
             clock: Clock {
                 now: 1_700_000_000,
                 synchronised: true,
@@ -869,6 +940,14 @@ mod tests {
             panic!("there is one");
         };
         store
+    }
+
+    fn label(text: &str) -> Label {
+        text.parse().expect("a label")
+    }
+
+    fn the_selinux(facts: &mut Facts) -> &mut Selinux {
+        facts.selinux.as_mut().expect("it is on")
     }
 
     fn the_podman(facts: &mut Facts) -> &mut Podman {
@@ -1093,7 +1172,29 @@ mod tests {
             }),
             ("docker", Wrong, "no spec", |f| f.docker_spec = None),
         ];
-        let more: [(&str, State, &str, Break); 10] = [
+        let more: [(&str, State, &str, Break); 17] = [
+            ("selinux", Skipped, "off", |f| f.selinux = None),
+            ("selinux", Wrong, "does not know a:b:c", |f| {
+                the_selinux(f).labels = Err(LabelError::Unknown(label("a:b:c")));
+            }),
+            ("selinux", Wrong, "install container-selinux", |f| {
+                the_selinux(f).labels = Err(LabelError::Policy("no file".into()));
+            }),
+            ("selinux", Wrong, "were it enforcing", |f| {
+                the_selinux(f).enforcing = false;
+                the_selinux(f).labels = Err(LabelError::Policy("no file".into()));
+            }),
+            ("selinux", Note, "\"none\"", |f| {
+                the_selinux(f).unwanted = true;
+                the_selinux(f).labels = Ok(Labels::default());
+            }),
+            ("selinux", Note, "job volume's socket", |f| {
+                let labels = the_selinux(f).labels.as_mut().expect("there");
+                labels.sockets = None;
+            }),
+            ("selinux", Note, "/mnt/a (and 1 more)", |f| {
+                the_selinux(f).others = ["/mnt/a".into(), "/mnt/b".into()].into();
+            }),
             ("docker", Wrong, "echo unix:///run", |f| {
                 f.docker_spec = Some(("/etc/docker/x.spec".into(), "unix:///x".into()));
             }),

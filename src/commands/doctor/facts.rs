@@ -20,6 +20,7 @@ use crate::mount::{self, MountPoint};
 use crate::plugin::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::podman;
+use crate::selinux::{self, LabelError, Labels, Setting};
 use crate::storage::{Capacity, Listing, lvm};
 use crate::supervisor::config::Supervise;
 use crate::supervisor::github::Auth;
@@ -78,6 +79,8 @@ pub struct Facts {
     pub dockerd: bool,
     /// The plugin's spec that it would read, and its text.
     pub docker_spec: Option<(PathBuf, String)>,
+    /// `None`: it is off.
+    pub selinux: Option<Selinux>,
     pub clock: Clock,
     /// Each unit's properties; `None`: systemd does not run here.
     pub units: Option<Result<Units, String>>,
@@ -204,6 +207,18 @@ pub struct Hook {
     pub stages: Vec<String>,
 }
 
+#[derive(Debug, Clone)]
+pub struct Selinux {
+    /// It refuses, and does not only tell.
+    pub enforcing: bool,
+    /// The configuration says that nothing is to be labelled.
+    pub unwanted: bool,
+    /// What the daemon labels, and how.
+    pub labels: Result<Labels, LabelError>,
+    /// What is mounted of ours with another label, or with none.
+    pub others: Vec<PathBuf>,
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     pub now: u64,
@@ -242,6 +257,7 @@ impl Facts {
                 let text = fs::read_to_string(path).ok()?;
                 Some((path.into(), text.trim().to_owned()))
             }),
+            selinux: selinux::is_on().then(|| selinux(settings)),
             clock: clock(),
             units: Path::new("/run/systemd/system").exists().then(units),
             config_file: config_file.to_owned(),
@@ -430,6 +446,25 @@ fn mount_of(dir: &Path) -> Option<MountPoint> {
     // Of several at one place the last is the one that shows.
     upon.max_by_key(|(order, mount)| (mount.at.components().count(), *order))
         .map(|(_, mount)| mount)
+}
+
+fn selinux(settings: Option<&Settings>) -> Selinux {
+    let setting = settings.map_or(Setting::Policy, |s| s.selinux_context.clone());
+    let labels = Labels::of_host(&setting);
+    let mut others = Vec::new();
+    if let (Some(settings), Ok(labels)) = (settings, &labels) {
+        let want = labels.mounts.as_ref().map(selinux::Label::as_str);
+        let ours = mount::table().unwrap_or_default().into_iter();
+        let ours =
+            ours.filter(|m| m.at != settings.mount_dir && m.at.starts_with(&settings.mount_dir));
+        others.extend(ours.filter(|m| m.label.as_deref() != want).map(|m| m.at));
+    }
+    Selinux {
+        enforcing: selinux::is_enforcing().unwrap_or(true),
+        unwanted: setting == Setting::None,
+        labels,
+        others,
+    }
 }
 
 fn podman() -> Podman {

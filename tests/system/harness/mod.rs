@@ -39,6 +39,8 @@ pub enum Group {
     Podman,
     /// With systemd as init, and so with udev.
     Systemd,
+    /// For containers under SELinux: `podman::selinux`.
+    Selinux,
 }
 
 impl Group {
@@ -48,6 +50,7 @@ impl Group {
             Self::Lvm => "lvm",
             Self::Podman => "podman",
             Self::Systemd => "systemd",
+            Self::Selinux => "selinux",
         }
     }
 
@@ -59,6 +62,14 @@ impl Group {
             Self::Lvm => &["--mem", "2048", "--cpus", "1"],
             Self::Podman => &["--mem", "3072", "--cpus", "1"],
             Self::Systemd => &["--mem", "3072", "--cpus", "1", "--systemd"],
+            Self::Selinux => &[
+                "--mem",
+                "3072",
+                "--cpus",
+                "1",
+                "--append",
+                "security=selinux selinux=1 enforcing=0",
+            ],
         }
     }
 }
@@ -100,7 +111,7 @@ pub enum System {
     Tree(&'static str),
 }
 
-/// Every test in a guest is there for each of them; which run by default, `.config/nextest.toml` says.
+/// Every test in a guest is there for each of them, if it does not say otherwise; which run by default, `.config/nextest.toml` says.
 const SYSTEMS: [System; 3] = [System::Own, System::Tree("trixie"), System::Tree("forky")];
 
 /// One row of a table. Its body panics when it fails.
@@ -109,6 +120,7 @@ pub struct Test {
     name: String,
     tier: Tier,
     system: System,
+    only: Option<System>,
     body: Arc<dyn Fn() + Send + Sync>,
     before: fn(),
     timeout: Duration,
@@ -120,6 +132,7 @@ pub fn test(tier: Tier, name: impl Into<String>, body: impl Fn() + Send + Sync +
         name: name.into(),
         tier,
         system: System::Own,
+        only: None,
         body: Arc::new(body),
         before: || {},
         timeout: Duration::from_secs(600),
@@ -140,14 +153,22 @@ impl Test {
         self
     }
 
+    /// Has it there for one system alone.
+    pub fn only_on(mut self, system: System) -> Self {
+        self.only = Some(system);
+        self
+    }
+
     fn on_each_system(self) -> Vec<Self> {
         match self.tier {
             Tier::Guest(_) => SYSTEMS
+                .into_iter()
+                .filter(|system| self.only.is_none_or(|only| only == *system))
                 .map(|system| Self {
                     system,
                     ..self.clone()
                 })
-                .into(),
+                .collect(),
             _ => vec![self],
         }
     }

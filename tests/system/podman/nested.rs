@@ -34,6 +34,11 @@ fn script() -> String {
 fn nested_build(kind: Kind) {
     let host = Host::new(kind);
     let _hooks = Hooks::new(&host);
+    builds(&host, &[]);
+}
+
+/// The same image, changed a little, in one job after the other, whose containers have these options more.
+pub fn builds(host: &Host, options: &[&str]) {
     let podman = &host.podman;
     let image = image("builder-image");
     let src = tempfile::tempdir_in("/run").unwrap();
@@ -58,25 +63,26 @@ fn nested_build(kind: Kind) {
             "FROM localhost/busybox\nRUN echo one >/one && chown 12:34 /one\nCOPY two /two\nRUN {third}\n"
         );
         fs::write(src.join("Containerfile"), containerfile).unwrap();
-        let built = job(&host, &image, src, first_id);
+        let built = job(host, &image, src, first_id, options);
         assert_eq!(built.matches("Using cache").count(), cached, "{built}");
         assert!(built.contains(said), "{built}");
     }
 }
 
 /// Runs [`script`] in a container that has 131,072 ids from `first_id` on; what it said.
-fn job(host: &Host, image: &str, src: &Path, first_id: u32) -> String {
+fn job(host: &Host, image: &str, src: &Path, first_id: u32, options: &[&str]) -> String {
     let last = || host.status("job")["last_lease"]["containers"].clone();
     let before = last();
     let ids = format!("0:{first_id}:131072");
     let ids = ["--uidmap", &ids, "--gidmap", &ids];
-    let src = format!("{}:/src:ro", src.display());
+    // Under SELinux, a label that the job may read.
+    let src = format!("{}:/src:ro,z", src.display());
     let volumes = ["-v", &src, "-v", "job:/run/lvm-cache-friend:rslave"];
     let script = script();
     let tail = [image, "sh", "-ec", &script];
     let said = host
         .podman
-        .done(&[&["run", "--rm"], &ids[..], &volumes, &tail].concat());
+        .done(&[&["run", "--rm"], &ids[..], &volumes, options, &tail].concat());
 
     let uid_map: Vec<_> = said.split_whitespace().take(3).collect();
     assert_eq!(uid_map, ["0", &first_id.to_string(), "131072"]);

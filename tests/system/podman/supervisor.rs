@@ -445,6 +445,17 @@ pub fn builds() {
     place.finish();
 }
 
+/// A job under SELinux: its runner is confined, had its configuration from the FIFO, and uses both kinds of volume.
+pub fn confined() {
+    let job = JOB.replace("of={ref}", "job");
+    let mut place = Place::new(Kind::Lvm, "token", "count = 1\n", &format!("{CACHE}{job}"));
+    let script = "grep :container_t:s0:c /proc/self/attr/current\n[ -p /run/jit-config ]\necho 1 > /cache/n\n\
+                  cd /run/lvm-cache-friend; bin/lvm-cache-friend restore late --key late; echo 1 > late/n";
+    assert_eq!(place.job(script), "succeeded");
+    place.published(2);
+    place.finish();
+}
+
 /// Whatever is killed, and when: no job is lost, none runs twice, nothing is left.
 fn kills(kind: Kind) {
     let mut place = Place::new(kind, "token", FIXED, CACHE);
