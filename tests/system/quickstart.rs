@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::docs::{block, type_in};
 use crate::github::fake::{Fake, TOKEN};
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::{Group, System, Test, Tier, test};
 use crate::package;
 use crate::podman::doctor::finds_all;
 use crate::podman::story;
@@ -17,24 +17,33 @@ use crate::support::command::{run, sh};
 use crate::support::{image, wait_until};
 
 pub fn tests() -> Vec<Test> {
-    let top_to_bottom = || {
-        let image = package::prepare();
-        package::install();
-        in_a_file(&image);
-        runners();
-        type_in(&block("purge"));
-        take_down(FILE);
-    };
-    let group = Tier::Guest(Group::Systemd);
-    let listed = test(group, "quickstart::top_to_bottom", top_to_bottom);
-    vec![listed.timeout(1500).before(package::build)]
+    // Podman has Quadlet from 4.4 on, and Debian 12 has 4.3.
+    let systems = [
+        (System::Own, false),
+        (System::Tree("trixie"), true),
+        (System::Tree("forky"), true),
+    ];
+    let listed = systems.map(|(system, has_quadlet)| {
+        let top_to_bottom = move || {
+            let image = package::prepare();
+            package::install();
+            in_a_file(&image, has_quadlet);
+            runners();
+            type_in(&block("purge"));
+            take_down(FILE);
+        };
+        let group = Tier::Guest(Group::Systemd);
+        let listed = test(group, "quickstart::top_to_bottom", top_to_bottom);
+        listed.only_on(system).timeout(1500).before(package::build)
+    });
+    listed.into()
 }
 
 /// Where README has a volume group in a file.
 const FILE: &str = "/var/lib/lvm-cache-friend.img";
 
-/// The quick start.
-fn in_a_file(image: &str) {
+/// The quick start, and the documented examples that Podman runs.
+fn in_a_file(image: &str, has_quadlet: bool) {
     // The other place that is no volume group, as far as init goes.
     sh("mkdir /var/lib/lvm-cache-friend
         truncate -s 2G /tmp/xfs
@@ -108,6 +117,9 @@ fn in_a_file(image: &str) {
     entries(4);
     run("podman", ["pod", "rm", "--force", "kube-job"]);
     run("podman", ["volume", "rm", "kube-cache"]);
+    if has_quadlet {
+        quadlet();
+    }
 
     doctor();
     for unit in ["lvm-cache-friend.socket", "lvm-cache-friend.service"] {
@@ -121,6 +133,38 @@ fn in_a_file(image: &str) {
     );
 
     run("podman", ["volume", "rm", "try"]);
+}
+
+/// Two jobs in a row, of which the second starts from what the first left.
+fn quadlet() {
+    let dir = "/etc/containers/systemd";
+    // The guest has systemd's generators switched off (tests/vm/init).
+    let generator = Path::new("/run/systemd/system-generators/podman-system-generator");
+    std::fs::remove_file(generator).unwrap();
+    type_in(&block("quadlet"));
+    entries(5);
+    run("systemctl", ["start", "job.service"]);
+    entries(6);
+    let inspect = [
+        "volume",
+        "inspect",
+        "--format",
+        "{{.Status.last_lease}}",
+        "cache",
+    ];
+    let last = run("podman", inspect);
+    assert!(
+        last.contains("restored:exact") && last.contains("verdict:success"),
+        "{last}"
+    );
+    sh(&format!(
+        "rm {dir}/cache.volume {dir}/job.container
+        systemctl stop cache-volume.service
+        systemctl daemon-reload
+        podman volume rm cache
+        ln -s /dev/null {}",
+        generator.display()
+    ));
 }
 
 /// README's way to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
