@@ -16,6 +16,7 @@ use crate::cache::evict::{Floor, Limits, Policy};
 use crate::cache::names::LvName;
 use crate::cache::spec;
 use crate::cache::units::Bytes;
+use crate::docker;
 use crate::logging::LogLevel;
 use crate::selinux;
 use crate::storage::lvm::{self, LvmStore};
@@ -76,6 +77,8 @@ struct Document {
     socket: PathBuf,
     #[serde(default = "default_group")]
     socket_group: String,
+    #[serde(default = "default_docker", deserialize_with = "socket_if_any")]
+    docker_socket: Option<PathBuf>,
     #[serde(default = "default_mount_dir", deserialize_with = "absolute")]
     mount_dir: PathBuf,
     #[serde(default, deserialize_with = "loopback")]
@@ -231,6 +234,10 @@ fn default_socket() -> PathBuf {
     Path::new(RUN_DIR).join("plugin.sock")
 }
 
+fn default_docker() -> Option<PathBuf> {
+    Some(docker::SOCKET.into())
+}
+
 fn default_group() -> String {
     "root".into()
 }
@@ -264,6 +271,8 @@ pub struct Settings {
     pub socket: PathBuf,
     /// Group that may connect to it: a name or a number.
     pub socket_group: String,
+    /// The socket of Docker's API, which says how its containers ended; `None`: it is not asked.
+    pub docker_socket: Option<PathBuf>,
     /// Where volumes are mounted.
     pub mount_dir: PathBuf,
     /// Where metrics and the status page are shown beside the plugin's socket.
@@ -396,6 +405,7 @@ impl Settings {
             store,
             socket: document.socket,
             socket_group: document.socket_group,
+            docker_socket: document.docker_socket,
             mount_dir: document.mount_dir,
             status_address: document.status_address,
             selinux_context: document.selinux_context,
@@ -501,6 +511,10 @@ fn text(store: &StoreConfig) -> String {
          #socket = {socket}\n\
          #socket-group = {group}\n\
          \n\
+         # The socket of Docker's API, where there is one: it says how Docker's containers\n\
+         # ended. Empty: it is not asked, and their ends are unknown.\n\
+         #docker-socket = {docker}\n\
+         \n\
          # Where volumes are mounted, each in a directory of its name.\n\
          #mount-dir = {mount_dir}\n\
          \n\
@@ -558,6 +572,7 @@ fn text(store: &StoreConfig) -> String {
          {store}",
         socket = path(&default_socket()),
         group = quoted(&default_group()),
+        docker = path(Path::new(docker::SOCKET)),
         mount_dir = path(&default_mount_dir()),
         premounted = default_premounted(),
         scratch = quoted("1G"),
@@ -637,6 +652,17 @@ fn absolute_if_any<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<PathBuf>, D::Error> {
     absolute(deserializer).map(Some)
+}
+
+fn socket_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if path.as_os_str().is_empty() || path.is_absolute() {
+        Ok(Some(path).filter(|path| !path.as_os_str().is_empty()))
+    } else {
+        Err(de::Error::custom(format_args!(
+            "{path:?} is not an absolute path, nor empty: it must begin with /"
+        )))
+    }
 }
 
 fn socket_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
@@ -862,6 +888,10 @@ mod tests {
             ),
             (
                 "socket='plugin.sock'\n[reflink]\ndir='/a'",
+                &["line 1", "absolute"],
+            ),
+            (
+                "docker-socket='docker.sock'\n[reflink]\ndir='/a'",
                 &["line 1", "absolute"],
             ),
             (

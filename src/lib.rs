@@ -26,7 +26,7 @@
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
 //!   [`userns`]: as whose; [`selinux`]: with which label.
 //! - [`engine`]: the life of a lease, and recovery.
-//! - [`plugin`]: the volume plugin protocol. [`podman`]: how a container ended.
+//! - [`plugin`]: the volume plugin protocol. [`podman`], [`docker`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
 //!   program that asks, which each job volume has in it.
 //!   [`status`]: metrics and a page. [`supervisor`]: GitHub runners, beside the daemon;
@@ -47,6 +47,7 @@ pub mod cli;
 pub mod client;
 pub mod commands;
 pub mod config;
+pub mod docker;
 pub mod engine;
 pub mod exec;
 pub mod failpoint;

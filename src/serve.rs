@@ -12,7 +12,8 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::oneshot;
 
 use crate::config::{RUN_DIR, Settings, StoreConfig};
-use crate::engine::{self, Engine, EngineError, JobSocket};
+use crate::docker;
+use crate::engine::{self, DockerAsk, Engine, EngineError, JobSocket};
 use crate::job;
 use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
 use crate::plugin::{self, server};
@@ -109,9 +110,11 @@ async fn live(
     let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
 
     let (jobs, sockets) = mpsc::unbounded_channel();
+    let (asks, asked) = mpsc::unbounded_channel();
+    let docker = settings.docker_socket.as_ref().map(|_| asks);
     let started = tokio::task::spawn_blocking({
         let settings = settings.clone();
-        move || start(&settings, jobs)
+        move || start(&settings, jobs, docker)
     });
     let engine = tokio::select! {
         started = started => match started {
@@ -126,6 +129,9 @@ async fn live(
     };
 
     tokio::spawn(job::serve(Arc::clone(&engine), settings.job, sockets));
+    if let Some(socket) = &settings.docker_socket {
+        tokio::spawn(docker::listen(Arc::clone(&engine), socket.clone(), asked));
+    }
     let (stop, stopped) = oneshot::channel();
     let status = status::Status::new(Arc::clone(&engine), settings.supervised);
     let router = plugin::router(Arc::clone(&engine)).merge(status::router(&status));
@@ -182,7 +188,11 @@ async fn live(
     Ok(())
 }
 
-fn start(settings: &Settings, jobs: UnboundedSender<JobSocket>) -> Result<Arc<Engine>, ServeError> {
+fn start(
+    settings: &Settings,
+    jobs: UnboundedSender<JobSocket>,
+    docker: Option<UnboundedSender<DockerAsk>>,
+) -> Result<Arc<Engine>, ServeError> {
     let store = settings.store.open()?;
     Ok(Engine::start(
         store,
@@ -194,6 +204,7 @@ fn start(settings: &Settings, jobs: UnboundedSender<JobSocket>) -> Result<Arc<En
             policy: settings.policy.clone(),
             keep_used: settings.keep_used,
             jobs,
+            docker,
         },
     )?)
 }

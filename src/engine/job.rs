@@ -29,7 +29,7 @@ use tracing::{info, warn};
 
 use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
-    Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
+    Backing, Heard, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
 use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
@@ -693,7 +693,7 @@ impl Engine {
     }
 
     /// Ends all that is mounted in a job volume.
-    pub(super) fn end_lates(self: &Arc<Self>, job: &Job, verdict: Verdict) {
+    pub(super) fn end_lates(self: &Arc<Self>, job: &Job, heard: &Heard) {
         let lates = job.close();
         // All of it out of sight first: what follows waits for the store.
         for late in &lates {
@@ -708,7 +708,7 @@ impl Engine {
             }
             drop(late.place);
             lock(&late.volume.now).removed = true;
-            self.settle_lease(&late.volume, late.lease, verdict, None);
+            self.settle_lease(&late.volume, late.lease, heard.clone(), None);
         }
     }
 }

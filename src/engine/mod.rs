@@ -9,6 +9,7 @@
 //!
 //! - `prepare`: choosing an entry and making a copy of it
 //! - `settle`: the end of a lease
+//! - `told`: how containers ended, as hooks and Docker tell
 //! - `job`: job volumes, and what is mounted in them while they are in use
 //! - `bounds`: which entries go, and when
 //! - `start`: what the store and the mount table say after a restart
@@ -24,6 +25,7 @@ mod prepare;
 mod settle;
 mod start;
 mod tally;
+mod told;
 mod upkeep;
 mod volume;
 
@@ -52,6 +54,9 @@ use crate::userns::Ids;
 use bounds::REQUEST_PATIENCE;
 pub use job::{Job, JobSocket, LateView, Saved};
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
+pub use told::DockerAsk;
+use told::Telling;
+pub(crate) use told::now as now_ns;
 use upkeep::Upkeep;
 use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
 
@@ -80,6 +85,8 @@ pub struct Settings {
     pub keep_used: Duration,
     /// Who serves the sockets of job volumes.
     pub jobs: UnboundedSender<JobSocket>,
+    /// Who listens to Docker; `None`: how its containers end is not asked.
+    pub docker: Option<UnboundedSender<DockerAsk>>,
 }
 
 /// How the work in a lease ended.
@@ -184,6 +191,7 @@ pub struct Engine {
     /// It was said that the kernel makes no idmapped mounts.
     unmapped: AtomicBool,
     tally: Tally,
+    telling: Telling,
 }
 
 /// What is known of the store, in memory. Never locked over I/O.
@@ -276,6 +284,7 @@ impl Engine {
             fs::read_to_string(boot_file).map_err(|e| io_error("reading", boot_file, e))?;
         boot.truncate(8);
         let engine = Arc::new(Self {
+            telling: Telling::new(settings.docker.clone()),
             store,
             settings,
             boot,
@@ -378,6 +387,7 @@ impl Engine {
         let began = Instant::now();
         let _work = self.begin()?;
         let volume = self.volume(name)?;
+        self.telling.is_mounted_by(id);
         let at = self.mountpoint(name);
         let _op = lock(&volume.op);
         let mut phase = {
@@ -388,7 +398,7 @@ impl Engine {
             if let Phase::Leased(lease) = &mut now.phase
                 && lease.is_at(&at)
             {
-                lease.ids.insert(id.to_owned());
+                self.is_used_by(lease, id);
                 return Ok(at);
             }
             mem::replace(&mut now.phase, Phase::Changing)
@@ -399,7 +409,8 @@ impl Engine {
         }
         match self.open_lease(&volume, phase, &at, began) {
             Ok(mut lease) => {
-                lease.ids.insert(id.to_owned());
+                self.is_used_by(&mut lease, id);
+                self.telling.add(name, &lease.told);
                 lock(&volume.now).phase = Phase::Leased(lease);
                 Ok(at)
             }
@@ -407,6 +418,14 @@ impl Engine {
                 lock(&volume.now).phase = refused.phase;
                 Err(refused.error)
             }
+        }
+    }
+
+    /// Takes note of a client of a lease.
+    fn is_used_by(&self, lease: &mut Lease, id: &str) {
+        lease.ids.insert(id.to_owned());
+        if self.telling.asks_about(id) {
+            lease.told.docker_uses_it();
         }
     }
 
@@ -622,6 +641,9 @@ impl Engine {
             let Phase::Leased(lease) = &mut now.phase else {
                 return;
             };
+            if self.telling.asks_about(id) {
+                lease.told.docker_uses_it();
+            }
             lease.ids.remove(id);
             if !lease.ids.is_empty() {
                 return;
@@ -693,30 +715,91 @@ impl Engine {
             return;
         };
         let _op = lock(&volume.op);
-        let (lvs, failed) = {
-            let mut now = lock(&volume.now);
-            let Phase::Leased(lease) = &mut now.phase else {
+        let told = {
+            let now = lock(&volume.now);
+            let Phase::Leased(lease) = &now.phase else {
                 return;
             };
-            let before = lease.verdict();
-            match happened {
-                Happened::Started(_) => {
-                    lease.ends.insert(container.to_owned(), Verdict::Unknown);
-                }
-                Happened::Ended(verdict) => {
-                    lease.ends.insert(container.to_owned(), *verdict);
-                }
-                // The container's end may be told later still.
-                Happened::Judged(verdict) => lease.judged = Some(*verdict),
-            }
             if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
                 (&lease.backing, happened)
             {
                 job.is_used_by(container, ids);
             }
-            let after = lease.verdict();
-            let failed = after == Verdict::Failure;
-            if (before == Verdict::Failure) == failed {
+            let failed = |lease: &Lease| lease.heard().verdict() == Verdict::Failure;
+            let before = failed(lease);
+            lease.told.take(container, happened, now_ns());
+            if before == failed(lease) {
+                return;
+            }
+            Arc::clone(&lease.told)
+        };
+        self.note_verdict(&volume, &told);
+    }
+
+    /// Takes what Docker says of a container that uses a volume, or used it, which happened `at`, in nanoseconds since
+    /// 1970. At once: what is to be written of it is written behind the caller.
+    pub fn docker_container(
+        self: &Arc<Self>,
+        name: &VolumeName,
+        container: &str,
+        happened: &Happened,
+        at: u64,
+    ) {
+        let Some(told) = self.telling.take(name, container, happened, at) else {
+            return;
+        };
+        if let Ok(volume) = self.volume(name) {
+            let work = self.work();
+            thread::spawn(move || {
+                let _op = lock(&volume.op);
+                work.0.note_verdict(&volume, &told);
+            });
+        }
+    }
+
+    /// Takes Docker's word that a container of a volume does not run, when it was last started and ended, in
+    /// nanoseconds since 1970, and how.
+    pub fn docker_container_is_done(
+        &self,
+        name: &VolumeName,
+        container: &str,
+        times: (u64, u64),
+        verdict: Verdict,
+    ) {
+        self.telling.does_not_run(name, container, times, verdict);
+    }
+
+    /// Docker has told of each container that used the volume until `at`, in nanoseconds since 1970.
+    pub fn docker_named_all(&self, name: &VolumeName, at: u64) {
+        self.telling.all_named(name, at);
+    }
+
+    /// Docker will tell no more of leases that have ended: of this volume, or of any.
+    pub fn docker_tells_no_more(&self, name: Option<&VolumeName>) {
+        self.telling.give_up(name);
+    }
+
+    /// The volumes whose leases are not settled: of those Docker may have something to tell.
+    #[must_use]
+    pub fn volumes_in_use(&self) -> Vec<VolumeName> {
+        self.telling.volumes()
+    }
+
+    /// Whether a lease of the volume has ended, and how its containers did is still to be told by Docker.
+    #[must_use]
+    pub fn awaits_docker(&self, name: &VolumeName) -> bool {
+        self.telling.is_awaited(name)
+    }
+
+    /// Notes in the store whether the work of a volume's present lease has failed, so that no other life of ours
+    /// publishes what did. Its `op` the caller holds.
+    fn note_verdict(&self, volume: &Volume, told: &Arc<told::Told>) {
+        let (lvs, failed) = {
+            let now = lock(&volume.now);
+            let Phase::Leased(lease) = &now.phase else {
+                return;
+            };
+            if !Arc::ptr_eq(&lease.told, told) {
                 return;
             }
             let lvs = match &lease.backing {
@@ -724,12 +807,11 @@ impl Engine {
                 Backing::Job { job, .. } => job.lvs(),
                 Backing::Lv { .. } | Backing::Scratch(_) => Vec::new(),
             };
-            (lvs, failed)
+            (lvs, lease.heard().verdict() == Verdict::Failure)
         };
-        // So that no other life of ours publishes what failed.
         for lv in lvs {
             if let Err(error) = self.note_failure(&lv, failed) {
-                warn!(volume = %name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
+                warn!(volume = %volume.name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
             }
         }
     }
@@ -955,8 +1037,7 @@ impl Engine {
                     Backing::Job { job, .. } => say("mounts", job.shown()),
                 }
                 say("mount_ms", millis(lease.took).into());
-                let running = lease.ends.iter().filter(|(_, v)| **v == Verdict::Unknown);
-                let running: Vec<_> = running.map(|(id, _)| id.as_str()).collect();
+                let running = lease.told.running();
                 if !running.is_empty() {
                     say("containers", running.into());
                 }

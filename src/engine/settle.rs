@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
 use super::prepare::fresh_lv_name;
 use super::volume::{
-    Backing, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
+    Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
     may_publish,
 };
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
@@ -40,7 +40,8 @@ pub(super) struct Ended {
     pub open: Option<OpenFs>,
     /// Sectors written when it began.
     pub baseline: Option<u64>,
-    pub verdict: Verdict,
+    /// How its work did, as far as that is told yet.
+    pub heard: Heard,
     /// The job wants none of it published.
     pub discarded: bool,
     /// It was cut short: by a reboot.
@@ -58,7 +59,7 @@ impl Ended {
     /// back, so that nothing is published that nobody sees.
     fn flush(&self, spec: &Spec) -> (End, Option<u64>) {
         let mut end = End {
-            verdict: self.verdict,
+            verdict: self.heard.verdict(),
             clean: !self.cut_short,
             changed: true,
             saved: self.source.saved,
@@ -130,15 +131,16 @@ impl Engine {
     /// Ends a lease, whose volume's `op` the caller holds: out of sight at once,
     /// settled behind it. Gives what the volume's next use starts from.
     pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, mut lease: Lease) -> Phase {
+        self.telling.ask(&volume.name, &lease.told);
         if let Some(mark) = lease.mark.take() {
             let _ = mark.join();
         }
         reach("unmount", 1);
         let at = self.mountpoint(&volume.name);
-        let verdict = lease.verdict();
+        let heard = lease.heard();
         if let Backing::Job { job, .. } = &lease.backing {
             lock(&volume.now).last = None;
-            self.end_lates(job, verdict);
+            self.end_lates(job, &heard);
         }
         // A kept volume that is not published stays mounted out of sight; only a
         // mount that is attached can be cloned, and one with a container's ids is of no use to the next.
@@ -156,7 +158,7 @@ impl Engine {
             warn!(volume = %volume.name, %error, "the mountpoint could not be removed");
         }
         reach("unmount", 3);
-        self.settle_lease(volume, lease, verdict, held)
+        self.settle_lease(volume, lease, heard, held)
     }
 
     /// Settles a lease that is out of sight, behind the caller. Gives what the volume's next use
@@ -165,7 +167,7 @@ impl Engine {
         self: &Arc<Self>,
         volume: &Arc<Volume>,
         lease: Lease,
-        verdict: Verdict,
+        heard: Heard,
         held: Option<(Slot, Mounted)>,
     ) -> Phase {
         let lasted = lease.began.elapsed();
@@ -176,7 +178,7 @@ impl Engine {
                 baseline,
             } => (copy, open, baseline),
             Backing::Job { lv, .. } => {
-                info!(volume = %volume.name, lasted_ms = millis(lasted), ?verdict, "job ended");
+                info!(volume = %volume.name, lasted_ms = millis(lasted), verdict = ?heard.verdict(), "job ended");
                 self.upkeep.recheck();
                 return Phase::Stale(lv);
             }
@@ -195,7 +197,7 @@ impl Engine {
             source: copy.source.clone(),
             open: Some(open),
             baseline,
-            verdict,
+            heard,
             discarded: lease.discarded,
             cut_short: false,
             mark: self.lease_tag(),
@@ -225,6 +227,7 @@ impl Engine {
     pub(super) fn settle_behind(self: &Arc<Self>, volume: Arc<Volume>, ended: Ended) {
         let work = self.work();
         thread::spawn(move || {
+            ended.heard.wait();
             if volume.keeps() {
                 work.0.settle_kept(&volume, ended);
             } else {
@@ -241,15 +244,19 @@ impl Engine {
 
     /// Settles a lease of a volume that starts afresh at each use.
     fn settle(&self, volume: &Arc<Volume>, ended: Ended) {
-        let story = Story::of(&ended);
+        let mut story = Story::of(&ended);
+        let heard = ended.heard.clone();
         let lv = ended.lv.clone();
         let device = ended.device.clone();
         let mark = ended.mark.clone();
         let cut_short = ended.cut_short;
-        let Some((end, bytes)) = self.close(&volume.spec, ended) else {
+        let Some((mut end, bytes)) = self.close(&volume.spec, ended) else {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
             return;
         };
+        // Whoever held on to it may have ended only now.
+        end.verdict = heard.verdict();
+        story.verdict = end.verdict;
         reach("publish", 2);
         let published = match refusal(&volume.spec, end) {
             Some(why) => Err(NotPublished::Refused(why)),
@@ -526,7 +533,7 @@ impl Story {
         Self {
             lv: ended.lv.clone(),
             source: ended.source.clone(),
-            verdict: ended.verdict,
+            verdict: ended.heard.verdict(),
             mount: ended.mount,
             lasted: ended.lasted,
         }

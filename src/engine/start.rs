@@ -3,23 +3,27 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use tracing::{info, warn};
 
 use super::settle::Ended;
+use super::told::Told;
 use super::volume::{
-    Backing, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
+    Backing, Heard, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Base, Engine, EngineError, Verdict, job, lock, tag};
+use super::{Base, Engine, EngineError, Happened, Verdict, job, lock, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{LEASE, Role};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
 use crate::storage::{Listing, Lv};
+
+/// What an earlier life of ours knew of a lease.
+const FAILED_BEFORE: Happened = Happened::Ended(Verdict::Failure);
 
 /// What the mount table shows for a directory in memory of ours.
 pub(super) const SCRATCH_SOURCE: &str = "lvm-cache-friend";
@@ -74,6 +78,8 @@ pub(super) struct SeenLease {
     /// An entry was made of it already.
     pub published: bool,
     pub verdict: Verdict,
+    /// When the LV was made, seconds since 1970: before the lease began.
+    pub made: u64,
 }
 
 /// A cache in a job volume.
@@ -99,6 +105,7 @@ impl SeenLate {
             published: false,
             // A job may write to it still, and how that ends nobody will tell.
             verdict: Verdict::Failure,
+            made: 0,
         }
     }
 
@@ -198,6 +205,7 @@ impl Seen {
                         mark: tag(&format!("{LEASE}{lease}")),
                         published: false,
                         verdict: verdict(failed),
+                        made: lv.created,
                     }),
                     None => seen.leftover.push(lv.name.clone()),
                 },
@@ -269,6 +277,7 @@ impl Seen {
                     mark: tag(&format!("{LEASE}{lease}")),
                     published: false,
                     verdict: verdict(l.failed),
+                    made: l.lv.created,
                 });
             } else if Some(i) != current {
                 self.leftover.push(lv.clone());
@@ -383,6 +392,7 @@ impl Engine {
             };
             if let Some(lease) = lease {
                 info!(volume = %volume.name, "its lease goes on");
+                let lease = self.listen_to(&volume, lease, plan.created);
                 lock(&volume.now).phase = Phase::Leased(lease);
             }
             volumes.insert(plan.name, volume);
@@ -395,7 +405,15 @@ impl Engine {
                 let phase = self
                     .go_on_scratch(&m)
                     .map_or(Phase::Stale(None), Phase::Leased);
-                let volume = Volume::new(name.clone(), spec, super::unix_now(), phase);
+                let mut volume = Volume::new(name.clone(), spec, super::unix_now(), phase);
+                if let Phase::Leased(lease) = &mut volume
+                    .now
+                    .get_mut()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .phase
+                {
+                    self.telling.add(&name, &lease.told);
+                }
                 volumes.insert(name, Arc::new(volume));
             } else {
                 self.clear(&m);
@@ -465,7 +483,7 @@ impl Engine {
             .ok()?;
         let mark =
             may_publish(&volume.spec).then(|| self.mark_leased(current.lv.clone(), current.failed));
-        let mut lease = Lease {
+        let lease = Lease {
             mark,
             ..Lease::new(Backing::Lv {
                 copy: current.copy(Restored::Earlier),
@@ -478,7 +496,7 @@ impl Engine {
         };
         if current.failed {
             // Which container that was, nobody knows any more.
-            lease.ends.insert(String::new(), Verdict::Failure);
+            lease.told.take("", &FAILED_BEFORE, 0);
         }
         Some(lease)
     }
@@ -486,6 +504,41 @@ impl Engine {
     fn go_on_scratch(&self, m: &MountPoint) -> Option<Lease> {
         let mounted = Mounted::attached(&m.at).ok()?;
         Some(Lease::new(Backing::Scratch(mounted)))
+    }
+
+    /// Has what is told of a lease that goes on taken down. `made`: when its LV was, in seconds since 1970, which of
+    /// one that starts afresh at each use is before it and after all others.
+    fn listen_to(&self, volume: &Volume, mut lease: Lease, made: u64) -> Lease {
+        if !volume.keeps() {
+            let told = Told::since(made.saturating_mul(1_000_000_000));
+            if lease.told.verdict() == Verdict::Failure {
+                told.take("", &FAILED_BEFORE, 0);
+            }
+            lease.told = Arc::new(told);
+        }
+        self.telling.add(&volume.name, &lease.told);
+        self.telling.is_found();
+        lease
+    }
+
+    /// How the work did in a lease that another life of ours saw end: Docker may still know.
+    fn heard_before(&self, volume: &Volume, lease: &SeenLease) -> Heard {
+        let asked = self.telling.asks()
+            && lease.volume.is_some()
+            && !lease.cut_short
+            && !volume.keeps()
+            && lease.verdict == Verdict::Unknown;
+        let heard = Heard {
+            by_job: lease.verdict,
+            told: Arc::new(Told::since(lease.made.saturating_mul(1_000_000_000))),
+        };
+        if asked {
+            heard.told.docker_uses_it();
+            self.telling.add(&volume.name, &heard.told);
+            self.telling.is_found();
+            self.telling.ask(&volume.name, &heard.told);
+        }
+        heard
     }
 
     /// Takes away a mount that belongs to no volume.
@@ -509,7 +562,7 @@ impl Engine {
                 let Ok(name) = lease.lv.as_str().parse() else {
                     return;
                 };
-                let gone = Volume::new(name, lease.spec, 0, Phase::Stale(None));
+                let gone = Volume::new(name, lease.spec.clone(), 0, Phase::Stale(None));
                 lock(&gone.now).removed = true;
                 Arc::new(gone)
             }
@@ -522,6 +575,7 @@ impl Engine {
         if !volume.keeps() {
             lock(&volume.now).settling.push(lease.lv.clone());
         }
+        let heard = self.heard_before(&volume, &lease);
         self.settle_behind(
             volume,
             Ended {
@@ -533,7 +587,7 @@ impl Engine {
                 },
                 open: None,
                 baseline: None,
-                verdict: lease.verdict,
+                heard,
                 discarded: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A volume in memory, and the phases that its copies of entries go through.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::job::Job;
+use super::told::{self, Told};
 use super::{Verdict, lock};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::request::LatePath;
@@ -185,11 +186,8 @@ pub(super) struct Lease {
     pub began: Instant,
     /// How long Mount took.
     pub took: Duration,
-    /// How each container that used it ended; unknown as long as it runs. Restarted,
-    /// its last end counts.
-    pub ends: BTreeMap<String, Verdict>,
-    /// How the work in it ended, as whoever had it done says.
-    pub judged: Option<Verdict>,
+    /// How its containers ended, and what others say of the work in it.
+    pub told: Arc<Told>,
     /// Writes the lease's mark, behind Mount's answer.
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
@@ -223,8 +221,7 @@ impl Lease {
             ids: BTreeSet::new(),
             began: Instant::now(),
             took: Duration::ZERO,
-            ends: BTreeMap::new(),
-            judged: None,
+            told: Arc::new(Told::since(told::now())),
             mark: None,
             discarded: false,
             shown: None,
@@ -240,27 +237,43 @@ impl Lease {
         }
     }
 
-    /// How the work in it ended: as the job says, but that whoever had it done knows better of a success;
-    /// else as its containers ended, of which a failure of one is a failure of all.
+    /// How the work in it ended.
+    pub fn heard(&self) -> Heard {
+        Heard {
+            by_job: match &self.backing {
+                Backing::Job { job, .. } => job.verdict(),
+                Backing::Lv { .. } | Backing::Scratch(_) => Verdict::Unknown,
+            },
+            told: Arc::clone(&self.told),
+        }
+    }
+}
+
+/// How the work in a lease ended: what the job says of it, and what is told by others.
+#[derive(Debug, Clone)]
+pub(super) struct Heard {
+    pub by_job: Verdict,
+    pub told: Arc<Told>,
+}
+
+impl Heard {
+    /// The verdict, as far as it is known now: as the job says, but that whoever had it done knows better of a
+    /// success; else as its containers ended.
     pub fn verdict(&self) -> Verdict {
-        let by_job = match &self.backing {
-            Backing::Job { job, .. } => job.verdict(),
-            Backing::Lv { .. } | Backing::Scratch(_) => Verdict::Unknown,
-        };
-        match (by_job, self.judged) {
-            (Verdict::Failure, _) => return Verdict::Failure,
-            (_, Some(judged)) => return judged,
-            (Verdict::Success, None) => return Verdict::Success,
-            (Verdict::Unknown, None) => {}
+        match (self.by_job, self.told.judged()) {
+            (Verdict::Failure, _) => Verdict::Failure,
+            (_, Some(judged)) => judged,
+            (Verdict::Success, None) => Verdict::Success,
+            (Verdict::Unknown, None) => self.told.verdict(),
         }
-        let all = |verdict| self.ends.values().all(|end| *end == verdict);
-        if self.ends.values().any(|end| *end == Verdict::Failure) {
-            Verdict::Failure
-        } else if !self.ends.is_empty() && all(Verdict::Success) {
-            Verdict::Success
-        } else {
-            Verdict::Unknown
+    }
+
+    /// The same, once all is known that will be told. Takes seconds where Docker does not answer.
+    pub fn wait(&self) -> Verdict {
+        if self.by_job == Verdict::Unknown {
+            self.told.wait();
         }
+        self.verdict()
     }
 }
 

@@ -10,6 +10,7 @@ mod bounds;
 mod cli;
 mod crash;
 mod damage;
+mod docker;
 mod docs;
 mod full;
 mod github;
@@ -36,6 +37,7 @@ fn main() {
             cli::tests(),
             crash::tests(),
             damage::tests(),
+            docker::tests(),
             docs::tests(),
             full::tests(),
             github::tests(),

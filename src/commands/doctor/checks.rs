@@ -23,7 +23,7 @@ type Judged = (State, String, Option<String>);
 /// A check's name, and what judges.
 type Check = (&'static str, fn(&Facts) -> Vec<Judged>);
 
-const CHECKS: [Check; 19] = [
+const CHECKS: [Check; 20] = [
     ("configuration", configuration),
     ("permissions", permissions),
     ("tools", tools),
@@ -41,6 +41,7 @@ const CHECKS: [Check; 19] = [
     ("hooks", hooks),
     ("local-volumes", local_volumes),
     ("docker", docker),
+    ("verdicts", verdicts),
     ("supervisor", supervisor),
     ("clock", clock),
 ];
@@ -612,12 +613,6 @@ fn podman(facts: &Facts) -> Vec<Judged> {
             "volume_plugin_timeout = 60 in [engine] of containers.conf",
         )),
     }
-    if info.event_logger == "none" {
-        found.push(note(
-            "Podman keeps no events: how a container ended is never known, and publish=on-success publishes nothing",
-            "events_logger = \"journald\" or \"file\" in [engine] of containers.conf",
-        ));
-    }
     or_ok(found, format!("Podman {} knows the plugin", info.version))
 }
 
@@ -704,11 +699,63 @@ fn docker(facts: &Facts) -> Vec<Judged> {
             ),
             format!("echo {want} > {}", path.display()),
         ),
-        None => wrong(
-            "Docker is installed and has no spec of the plugin",
-            format!("echo {want} > /etc/docker/plugins/lvm-cache-friend.spec"),
+        // It may be there for other things.
+        None => note(
+            "Docker is installed and has no spec of the plugin: it makes no volumes of ours",
+            format!(
+                "if it should: mkdir -p /etc/docker/plugins && echo {want} > /etc/docker/plugins/lvm-cache-friend.spec"
+            ),
         ),
     }]
+}
+
+/// Whether it is known how containers end, for each of the two that run them.
+fn verdicts(facts: &Facts) -> Vec<Judged> {
+    let unknown = |whose: &str, why: &str, fix: &str| {
+        let finding = format!(
+            "{whose}: how containers end is not known, and publish=on-success publishes nothing: {why}"
+        );
+        note(finding, fix)
+    };
+    let podman = facts.podman.as_ref().map(|podman| {
+        let well = |found: &Judged| matches!(found.0, State::Ok);
+        match &podman.info {
+            _ if !hooks(facts).iter().all(well) => unknown(
+                "Podman",
+                "its hooks are not in order",
+                "see the check hooks",
+            ),
+            Ok(info) if info.event_logger == "none" => unknown(
+                "Podman",
+                "it keeps no events",
+                "events_logger = \"journald\" or \"file\" in [engine] of containers.conf",
+            ),
+            Ok(_) => ok("Podman: known, by its hooks and its events"),
+            Err(_) => unknown(
+                "Podman",
+                "it does not say what it has",
+                "see the check podman",
+            ),
+        }
+    });
+    let docker = facts.dockerd.then(|| match &facts.docker_api {
+        Some(Ok(version)) => ok(format!("Docker {version}: known, by its API")),
+        Some(Err(why)) => unknown(
+            "Docker",
+            why,
+            "start it, or name its socket with docker-socket in the configuration",
+        ),
+        None => unknown(
+            "Docker",
+            "it is not asked",
+            "name its socket with docker-socket in the configuration",
+        ),
+    });
+    let found: Vec<_> = podman.into_iter().chain(docker).collect();
+    if found.is_empty() {
+        return vec![skipped("neither Podman nor Docker is installed")];
+    }
+    found
 }
 
 fn supervisor(facts: &Facts) -> Vec<Judged> {
@@ -927,6 +974,7 @@ mod tests {
                 }),
                 others: Vec::new(),
             }),
+            docker_api: Some(Ok("26.1.5".into())),
             clock: Clock {
                 now: 1_700_000_000,
                 synchronised: true,
@@ -1150,7 +1198,7 @@ mod tests {
             ("podman", Note, "volume_plugin_timeout", |f| {
                 the_podman(f).conf.volume_plugin_timeout = None;
             }),
-            ("podman", Note, "events_logger", |f| {
+            ("verdicts", Note, "events_logger", |f| {
                 let info = the_podman(f).info.as_mut().expect("there");
                 info.event_logger = "none".into();
             }),
@@ -1170,9 +1218,9 @@ mod tests {
             ("local-volumes", Wrong, "podman volume rm cargo", |f| {
                 the_podman(f).local_volumes = Ok(["cargo".to_owned()].into());
             }),
-            ("docker", Wrong, "no spec", |f| f.docker_spec = None),
+            ("docker", Note, "no spec", |f| f.docker_spec = None),
         ];
-        let more: [(&str, State, &str, Break); 17] = [
+        let more: [(&str, State, &str, Break); 22] = [
             ("selinux", Skipped, "off", |f| f.selinux = None),
             ("selinux", Wrong, "does not know a:b:c", |f| {
                 the_selinux(f).labels = Err(LabelError::Unknown(label("a:b:c")));
@@ -1194,6 +1242,20 @@ mod tests {
             }),
             ("selinux", Note, "/mnt/a (and 1 more)", |f| {
                 the_selinux(f).others = ["/mnt/a".into(), "/mnt/b".into()].into();
+            }),
+            ("verdicts", Note, "the check hooks", |f| {
+                the_podman(f).hooks.clear();
+            }),
+            ("verdicts", Note, "the check podman", |f| {
+                the_podman(f).info = Err("no answer".into());
+            }),
+            ("verdicts", Note, "nobody listens", |f| {
+                f.docker_api = Some(Err("nobody listens".into()));
+            }),
+            ("verdicts", Note, "docker-socket", |f| f.docker_api = None),
+            ("verdicts", Skipped, "neither", |f| {
+                f.podman = None;
+                f.dockerd = false;
             }),
             ("docker", Wrong, "echo unix:///run", |f| {
                 f.docker_spec = Some(("/etc/docker/x.spec".into(), "unix:///x".into()));

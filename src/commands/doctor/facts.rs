@@ -15,6 +15,7 @@ use super::super::list::now;
 use super::super::rows::Rows;
 use crate::cache::record::Role;
 use crate::config::{ConfigError, Settings, StoreConfig};
+use crate::docker::Docker;
 use crate::exec::{self, ExecError};
 use crate::mount::{self, MountPoint};
 use crate::plugin::client::{self, ClientError};
@@ -81,6 +82,8 @@ pub struct Facts {
     pub docker_spec: Option<(PathBuf, String)>,
     /// `None`: it is off.
     pub selinux: Option<Selinux>,
+    /// Its version, as its API says; `None`: no configuration has it asked.
+    pub docker_api: Option<Result<String, String>>,
     pub clock: Clock,
     /// Each unit's properties; `None`: systemd does not run here.
     pub units: Option<Result<Units, String>>,
@@ -258,6 +261,10 @@ impl Facts {
                 Some((path.into(), text.trim().to_owned()))
             }),
             selinux: selinux::is_on().then(|| selinux(settings)),
+            docker_api: settings
+                .and_then(|settings| settings.docker_socket.as_deref())
+                .filter(|_| dockerd)
+                .map(docker_api),
             clock: clock(),
             units: Path::new("/run/systemd/system").exists().then(units),
             config_file: config_file.to_owned(),
@@ -477,6 +484,15 @@ fn podman() -> Podman {
         hooks: hooks(&conf.hooks_dir),
         conf,
     }
+}
+
+fn docker_api(socket: &Path) -> Result<String, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|e| e.to_string())?;
+    let version = runtime.block_on(Docker::new(socket).version());
+    version.map_err(|e| e.to_string())
 }
 
 fn supervisor(config: &Path, settings: &Settings) -> Result<Supervisor, String> {

@@ -331,7 +331,7 @@ fn doctor() {
     run("mount", ["--make-shared", "/run"]);
     // As dockerd leaves it, whether or not it runs now.
     fs::write("/run/docker.sock", "").unwrap();
-    finds("docker", "wrong", "has no spec", &[]);
+    finds("docker", "note", "has no spec", &[]);
     fs::remove_file("/run/docker.sock").unwrap();
     well(&config);
 
