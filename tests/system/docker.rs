@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Docker: how its containers end, told by a stand-in of its API.
+//! Docker: how its containers end, told by a stand-in of its API on this machine, and by dockerd itself in a guest.
 
+mod real;
 mod stand_in;
 
 use std::fs;
@@ -25,9 +26,11 @@ pub fn tests() -> Vec<Test> {
         ("docker::several_containers", several),
         ("docker::what_tells_nothing", nothing),
     ];
-    tests
+    let mut tests: Vec<_> = tests
         .map(|(name, body)| test(Tier::Reflink, name, body))
-        .into()
+        .into();
+    tests.extend(real::tests());
+    tests
 }
 
 /// A volume for each `publish`.
