@@ -59,8 +59,10 @@ options = { type = "job", owner = "1000:1000" }
 CONF
 run cat pool.toml
 cat pool.toml >>config.toml
-for file in subuid subgid; do
-    { cat "/etc/$file" && echo containers:1000000:13107200; } >"$file"
+for file in subuid subgid passwd; do
+    line=containers:1000000:13107200
+    [ $file != passwd ] || line=containers:x:990:990::/:/usr/sbin/nologin
+    { cat "/etc/$file" && echo "$line"; } >"$file"
     mount --bind "$file" "/etc/$file"
 done
 podman system service --time=0 "unix://$stage/podman.sock" >service.log 2>&1 &

@@ -59,9 +59,14 @@ impl Podman {
                  [network]\nnetwork_backend = \"netavark\"\n"
             ),
         );
-        // For --userns=auto: containers-storage looks for this name.
+        // For --userns=auto: containers-storage looks for this name, of which shadow 4.20 wants an account.
         for file in ["/etc/subuid", "/etc/subgid"] {
             fs::write(file, "containers:1000000:1000000\n").unwrap();
+        }
+        let mut accounts = fs::read_to_string("/etc/passwd").unwrap();
+        if !accounts.contains("\ncontainers:") {
+            accounts += "containers:x:990:990::/:/usr/sbin/nologin\n";
+            fs::write("/etc/passwd", accounts).unwrap();
         }
         Self {
             image: busybox_image(),
@@ -296,9 +301,9 @@ fn fresh_places() {
     tmpfs("/var/lib/containers", "mode=755");
     // The file of its locks is there: two databases must not share it.
     tmpfs("/dev/shm", "mode=1777");
-    for name in ["subuid", "subgid"] {
+    for name in ["subuid", "subgid", "passwd"] {
         let (own, file) = (Path::new("/run").join(name), Path::new("/etc").join(name));
-        fs::write(&own, "").unwrap();
+        fs::copy(&file, &own).unwrap();
         mount(Some(&own), &file, none, MsFlags::MS_BIND, none).unwrap();
     }
     // crun takes cgroup2 alone, no mixture with the first version.
