@@ -346,6 +346,9 @@ fn killed(host: &mut Host) {
             &host.ended(&before),
             verdict,
         );
+        // What another life of ours found unsettled, it would settle once more, and show that as the last.
+        let tags = || run("lvs", ["--noheadings", "--options=lv_tags"]);
+        wait_until(|| !tags().contains("friend:lease:"));
     }
 
     // dockerd's next life ends its containers, and starts what is always to be started; it does not unmount what the life
