@@ -656,8 +656,10 @@ fn absolute_if_any<'de, D: Deserializer<'de>>(
 
 fn socket_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     let path = PathBuf::deserialize(deserializer)?;
-    if path.as_os_str().is_empty() || path.is_absolute() {
-        Ok(Some(path).filter(|path| !path.as_os_str().is_empty()))
+    if path.as_os_str().is_empty() {
+        Ok(None)
+    } else if path.is_absolute() {
+        Ok(Some(path))
     } else {
         Err(de::Error::custom(format_args!(
             "{path:?} is not an absolute path, nor empty: it must begin with /"

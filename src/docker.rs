@@ -6,7 +6,7 @@
 //! container comes in this order (dockerd 26.1): `mount` of each volume, `start`, our Unmount, `unmount` of each, `die`; with
 //! `--rm` then `destroy`, after which nobody knows it any more. One that cannot be started has neither `start` nor `die`.
 //!
-//! What never happens here: a container's own word is taken. Its labels, which whoever builds an image sets, are
+//! A container's own word is never taken. Its labels, which the image's author sets, are
 //! among its events' attributes, in place of dockerd's own of the same name (moby, daemon/events.go): of one with a label
 //! `exitCode`, `die` says whatever that says.
 
@@ -51,7 +51,7 @@ const MAX_ANSWER: usize = 16 << 20;
 /// How long after the end of a lease Docker is asked, where its events have not told by then.
 const ASK_AFTER: Duration = Duration::from_secs(1);
 
-/// How often a Docker that went away is looked for, at first and at last; whoever asks has it looked for at once.
+/// How often a Docker that went away is looked for, at first and at last; a question has it looked for at once.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// How many containers are remembered, and how many of one volume are asked about. More than a host runs at once.

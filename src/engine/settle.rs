@@ -254,7 +254,7 @@ impl Engine {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
             return;
         };
-        // Whoever held on to it may have ended only now.
+        // A container that held on to it may have ended only now.
         end.verdict = heard.verdict();
         story.verdict = end.verdict;
         reach("publish", 2);

@@ -20,12 +20,12 @@ const PATIENCE: Duration = Duration::from_secs(8);
 /// The id that Podman mounts with, whatever the container (libpod/volume_internal_common.go).
 const PODMAN: &str = "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b165915918ec2";
 
-/// What whoever listens to Docker is told of leases.
+/// What the listener to Docker is told of leases.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DockerAsk {
     /// From this moment on, in nanoseconds since 1970, what Docker does may matter: a volume is mounted for it.
     Mounted(u64),
-    /// From this moment on it may: a lease goes on, or has ended, of which nobody knows whether it is Docker's.
+    /// From this moment on it may: a lease goes on, or has ended, that may be Docker's.
     Perhaps(u64),
     /// A lease of this volume has ended, and waits to be told how its containers did.
     Ended(VolumeName),
@@ -58,7 +58,7 @@ struct Now {
     /// When each container that used it was last heard of, and how it ended; `None` as long as it runs. Restarted,
     /// its last end counts.
     ends: BTreeMap<String, (u64, Option<Verdict>)>,
-    /// How the work in it ended, as whoever had it done says.
+    /// How the work in it ended, as the supervisor says.
     judged: Option<Verdict>,
     /// Docker is a client of it.
     by_docker: bool,
@@ -140,7 +140,7 @@ impl Told {
         self.changed.notify_all();
     }
 
-    /// What whoever had its work done says of that.
+    /// How its work ended, as the supervisor says.
     pub fn judged(&self) -> Option<Verdict> {
         lock(&self.now).judged
     }

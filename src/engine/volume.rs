@@ -257,7 +257,7 @@ pub(super) struct Heard {
 }
 
 impl Heard {
-    /// The verdict, as far as it is known now: as the job says, but that whoever had it done knows better of a
+    /// The verdict, as far as it is known now: as the job says, but that the supervisor knows better of a
     /// success; else as its containers ended.
     pub fn verdict(&self) -> Verdict {
         match (self.by_job, self.told.judged()) {
@@ -268,12 +268,11 @@ impl Heard {
         }
     }
 
-    /// The same, once all is known that will be told. Takes seconds where Docker does not answer.
-    pub fn wait(&self) -> Verdict {
+    /// Returns once all is known that will be told. Takes seconds where Docker does not answer.
+    pub fn wait(&self) {
         if self.by_job == Verdict::Unknown {
             self.told.wait();
         }
-        self.verdict()
     }
 }
 
