@@ -446,6 +446,11 @@ impl Pool {
         let known = matches!(self.url.owner, Owner::Repository(..));
         let set = matches!(self.size, Size::ScaleSet(_));
         for (option, template) in &volume.options {
+            if let Some(other) = template.other_than(&["slot", "repository", "ref"]) {
+                return Err(format!(
+                    "option {option}: {{{other}}} is for [[supervise.pool.scope]]; here are {{slot}}, {{repository}} and {{ref}}"
+                ));
+            }
             if is_late(option, template) && set {
                 continue;
             }
@@ -460,12 +465,28 @@ impl Pool {
                 ));
             }
         }
+        // As the daemon reads them: options may be in any case, and within `o`.
         let spec = Spec::parse(&self.options(volume, 0)).map_err(|e| e.to_string())?;
+        let late = spec.admit == Admit::Later;
         if !set {
-            return Ok(());
+            return if late {
+                Err("admit=later is for a scale set's jobs: nobody says whose job another runner has".into())
+            } else {
+                Ok(())
+            };
         }
-        if spec.kind != VolumeKind::Job && spec.publish != Publish::Never {
-            return Err("a scale set's job is not known when its volumes are made, so they have type=job, or publish=never".into());
+        if spec.kind == VolumeKind::Job && !late {
+            return Err("a scale set's job is not known when its volumes are made, so a job volume there has admit=later, which is what it has if nothing is said".into());
+        }
+        if spec.scope.is_some() {
+            return Err("option scope: whose a scale set's job is, and so its scope, GitHub says; [[supervise.pool.scope]] has the mapping".into());
+        }
+        if spec.kind != VolumeKind::Job {
+            return if spec.publish == Publish::Never {
+                Ok(())
+            } else {
+                Err("a scale set's job is not known when its volumes are made, so they have type=job, or publish=never".into())
+            };
         }
         let late = self.late_options(volume, "a/b", "branch/c");
         spec.admitted(&late).map(drop).map_err(|e| e.to_string())
@@ -474,24 +495,12 @@ impl Pool {
     /// The options that a runner's volume is created with.
     #[must_use]
     pub fn options(&self, volume: &Volume, slot: usize) -> BTreeMap<String, String> {
-        let repository = self.url.owner.repository();
-        let slot = self.slot_name(slot);
-        let values = Values {
-            slot: &slot,
-            repository: repository.as_deref(),
-            reference: None,
-        };
-        let set = matches!(self.size, Size::ScaleSet(_));
-        let options = volume.options.iter();
-        let mut options: BTreeMap<String, String> = options
-            .filter(|(option, template)| !(set && is_late(option, template)))
-            .map(|(option, template)| (option.clone(), template.fill(&values)))
-            .collect();
+        let mut options = self.filled(volume, slot);
         // What a failed job wrote is never taken for what a good one did, whatever becomes of us.
         options
             .entry("publish".into())
             .or_insert_with(|| "on-success".into());
-        if set && self.is_job(volume) {
+        if matches!(self.size, Size::ScaleSet(_)) && self.is_job(volume) {
             options
                 .entry("admit".into())
                 .or_insert_with(|| Admit::Later.to_string());
@@ -499,17 +508,25 @@ impl Pool {
         options
     }
 
-    /// Whether a volume is a job volume.
+    /// The options that are known before the job is, as the configuration has them.
+    fn filled(&self, volume: &Volume, slot: usize) -> BTreeMap<String, String> {
+        let repository = self.url.owner.repository();
+        let values = Values::from([
+            ("slot", self.slot_name(slot)),
+            ("repository", repository.unwrap_or_default()),
+        ]);
+        let set = matches!(self.size, Size::ScaleSet(_));
+        let options = volume.options.iter();
+        options
+            .filter(|(option, template)| !(set && is_late(option, template)))
+            .map(|(option, template)| (option.clone(), template.fill(&values)))
+            .collect()
+    }
+
+    /// Whether a volume is a job volume, by what the daemon makes of its options.
     #[must_use]
     pub fn is_job(&self, volume: &Volume) -> bool {
-        let kind = volume.options.get("type");
-        kind.is_some_and(|kind| {
-            kind.fill(&Values {
-                slot: "",
-                repository: None,
-                reference: None,
-            }) == "job"
-        })
+        Spec::parse(&self.filled(volume, 0)).is_ok_and(|spec| spec.kind == VolumeKind::Job)
     }
 
     /// The options that depend on the job, without its scopes.
@@ -520,15 +537,11 @@ impl Pool {
         repository: &str,
         reference: &str,
     ) -> BTreeMap<String, String> {
-        let (repository, reference) = (
-            crate::cache::names::escape(repository),
-            crate::cache::names::escape(reference),
-        );
-        let values = Values {
-            slot: "",
-            repository: Some(&repository),
-            reference: Some(&reference),
-        };
+        let escape = crate::cache::names::escape;
+        let values = Values::from([
+            ("repository", escape(repository)),
+            ("ref", escape(reference)),
+        ]);
         let options = volume.options.iter();
         options
             .filter(|(option, template)| is_late(option, template))
@@ -585,6 +598,24 @@ mod tests {
     }
 
     #[test]
+    fn job_volumes_in_any_spelling() {
+        for options in [
+            "type = 'job'",
+            "Type = 'job'",
+            "o = 'type=job'",
+            "o = 'size=1G,TYPE=job'",
+        ] {
+            let text = pool(&format!(
+                "scale-set = {{name = 's', max = 4}}\nvolume = [{{name = 'j', target = '/j', options = {{{options}}}}}]"
+            ));
+            let supervise = Supervise::parse(&text).unwrap();
+            let pool = &supervise.pools[0];
+            assert!(pool.is_job(&pool.volumes[0]), "{options}");
+            assert_eq!(pool.options(&pool.volumes[0], 0)["admit"], "later");
+        }
+    }
+
+    #[test]
     fn accepted() {
         let text = pool(
             "count = 2\nlabels = ['linux']\nvolume = [{name = 'c', target = '/c', options = {save = '{slot}', scope = '{repository}'}}]",
@@ -613,6 +644,11 @@ mod tests {
     #[test]
     fn refused() {
         let set = "scale-set = {name = 's', max = 4}\n";
+        let volume = |options: &str| {
+            pool(&format!(
+                "{set}volume = [{{name = 'c', target = '/c', options = {{{options}}}}}]"
+            ))
+        };
         for (text, words) in [
             (String::new(), &["[[supervise.pool]]"][..]),
             (
@@ -706,6 +742,50 @@ mod tests {
             (
                 format!("{0}{0}", pool("count = 1\nlabels = ['a']")),
                 &["line", "two pools"],
+            ),
+            // What a scale set's job is given before it is known whose it is, in any spelling.
+            (
+                volume("type = 'job', admit = 'at-once'"),
+                &["volume c", "admit=later"],
+            ),
+            (
+                volume("o = 'type=job,admit=at-once'"),
+                &["volume c", "admit"],
+            ),
+            (
+                volume("TYPE = 'job', o = 'Admit=at-once'"),
+                &["volume c", "admit"],
+            ),
+            (
+                volume("type = 'job', admit = 'at-once', scope = 'x'"),
+                &["volume c", "admit=later"],
+            ),
+            (
+                volume("type = 'job', read-scopes = 'x'"),
+                &["volume c", "read-scopes"],
+            ),
+            (volume("o = 'type=job,scope=x'"), &["volume c", "scope"]),
+            (
+                volume("publish = 'never', scope = 'x'"),
+                &["volume c", "scope"],
+            ),
+            (
+                volume("publish = 'never', o = 'SCOPE=x'"),
+                &["volume c", "scope"],
+            ),
+            (
+                volume("type = 'job', save = '{event}'"),
+                &["volume c", "{event}"],
+            ),
+            (
+                pool(
+                    "count = 1\nlabels = ['a']\nvolume = [{name = 'c', target = '/c', options = {type = 'job', admit = 'later'}}]",
+                ),
+                &["volume c", "admit=later"],
+            ),
+            (
+                pool(&format!("{set}scope = [{{write = '{{repository}}'}}]")),
+                &["line 6", "{repository-id}"],
             ),
         ] {
             let problem = Supervise::parse(&text).expect_err(&text);

@@ -13,7 +13,6 @@ use super::github::scaleset::{Event, Job, Message, ScaleSets, Session};
 use super::pool::{JobView, Orders, StepError, Trouble, Worker, unix_now};
 use super::scope::{self, Run, Scopes};
 use super::slot;
-use crate::cache::names::escape;
 use crate::plugin::wire::printable;
 
 /// How long GitHub is asked whose job it is. Jobs wait two minutes for that.
@@ -207,17 +206,10 @@ async fn started(worker: &Worker, job: &Job) {
         .rsplit_once('-')
         .map_or("", |(slot, _)| slot);
     let of = whose(worker, job).await;
-    let own = Scopes {
-        write: escape(&format!(
-            "{}/{}:run/{}",
-            job.owner_name, job.repository_name, job.workflow_run_id
-        )),
-        read: Vec::new(),
-    };
     let scopes = of
         .as_ref()
         .and_then(|run| scope::scopes(&worker.pool.rules, run, slot));
-    let scopes = scopes.unwrap_or(own);
+    let scopes = scopes.unwrap_or_else(|| Scopes::unknown(&worker.github.host(), &job.runner_name));
     let (repository, reference) = match &of {
         Some(run) => (run.repository.clone(), run.reference()),
         None => (
@@ -243,29 +235,40 @@ async fn started(worker: &Worker, job: &Job) {
         options.insert("scope".into(), scopes.write.clone());
         options.insert("read-scopes".into(), scopes.read.join(" "));
         let name = format!("{}-{}", job.runner_name, volume.name);
-        admit(worker, &json!({"Name": name, "Opts": options})).await;
-    }
-}
-
-async fn admit(worker: &Worker, body: &serde_json::Value) {
-    let mut trouble = Trouble::new(format!("volume {}", body["Name"]));
-    for _ in 0..10 {
-        match worker.friend("Friend.Admit", body.clone()).await {
-            Ok(_) => return,
-            // Its runner is gone already, or was admitted by an earlier life, differently.
-            Err(crate::plugin::client::ClientError::Refused { status, message })
-                if status < 500 =>
-            {
-                error!(volume = %body["Name"], message, "its job gets no caches");
-                return;
-            }
-            Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,
+        let admitted = admit(worker, &json!({"Name": name, "Opts": options})).await;
+        if !admitted {
+            worker.board().refused.insert(job.runner_name.clone());
+            worker.poke();
         }
     }
 }
 
+/// Says to the daemon whose a volume's job is; `false` where that is refused: then the job may have
+/// scopes that are not its own, and must not go on.
+async fn admit(worker: &Worker, body: &serde_json::Value) -> bool {
+    let mut trouble = Trouble::new(format!("volume {}", body["Name"]));
+    for _ in 0..10 {
+        match worker.friend("Friend.Admit", body.clone()).await {
+            Ok(_) => return true,
+            Err(crate::plugin::client::ClientError::Refused { status, message })
+                if status < 500 =>
+            {
+                error!(volume = %body["Name"], message, "its job is ended: the daemon refused its scopes");
+                return false;
+            }
+            Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,
+        }
+    }
+    // As long as nobody has said whose it is, the daemon gives it nothing.
+    true
+}
+
 /// The run that a job belongs to; `None` where GitHub does not say: such a job shares nothing.
 async fn whose(worker: &Worker, job: &Job) -> Option<Run> {
+    // No run has that number: the message did not say.
+    if job.workflow_run_id == 0 {
+        return None;
+    }
     let mut trouble = Trouble::new(format!("job {}", job.runner_request_id));
     let ask = async {
         loop {

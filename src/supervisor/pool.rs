@@ -132,6 +132,8 @@ pub(super) struct Board {
     live: BTreeSet<usize>,
     /// What a scale set's messages said, by runner.
     pub jobs: BTreeMap<String, JobView>,
+    /// Runners of whose jobs the daemon refused the scopes.
+    pub refused: BTreeSet<String>,
     /// Runners that are registered under this pool's names, read at the start.
     found: BTreeSet<String>,
     /// The scale set's number.
@@ -534,7 +536,9 @@ impl Task<'_> {
                 let container = find(&id);
                 self.worker.podman.remove(&id).await?;
                 self.slot.removed(&container, now);
-                self.worker.board().jobs.remove(&container.runner);
+                let mut board = self.worker.board();
+                board.jobs.remove(&container.runner);
+                board.refused.remove(&container.runner);
             }
             Action::Clear(runner) => {
                 let volumes = self.volumes.get(&runner).cloned().unwrap_or_default();
@@ -623,6 +627,7 @@ impl Task<'_> {
         });
         let job = match &mut self.slot.runner {
             Some(runner) => {
+                runner.refused = board.refused.contains(&runner.name);
                 let told = board.jobs.get(&runner.name);
                 if let Some(told) = told {
                     runner.job = told.state;

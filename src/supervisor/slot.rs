@@ -132,6 +132,8 @@ pub struct Runner {
     pub killed: bool,
     /// Its registration was removed by us.
     pub withdrawn: bool,
+    /// The daemon refused the scopes of its job.
+    pub refused: bool,
     /// Its registration.
     pub registration: Registration,
     /// It was connected once.
@@ -305,7 +307,7 @@ fn of_container(slot: &Slot, container: &Container, now: u64) -> Action {
 fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) -> Action {
     let registration = &runner.registration;
     let look = || Action::Look(runner.name.clone());
-    if slot.mode == Mode::Stop || runner.withdrawn {
+    if slot.mode == Mode::Stop || runner.withdrawn || runner.refused {
         return Action::Kill(id);
     }
     let end = match runner.job {
@@ -392,6 +394,7 @@ impl Slot {
             created: false,
             killed: false,
             withdrawn: false,
+            refused: false,
             registration: Registration {
                 again: now + FRESH,
                 ..Registration::default()

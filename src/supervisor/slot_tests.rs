@@ -102,6 +102,7 @@ fn steps() {
         ("never registered", slot(On, read(Presence::Gone, 1)), with(State::Running(NOW - 300)), Kill(id())),
         ("busy", slot(On, read(there(true, true), 1)), running(), Rest(Some(NOW - 1 + 3600))),
         ("busy too long", slot(On, is(Job::Running(NOW - 3600))), running(), Kill(id())),
+        ("its scopes were refused", slot(On, |s| { is(Job::Running(NOW))(s); s.runner.as_mut().unwrap().refused = true; }), running(), Kill(id())),
         ("done, and ends", slot(On, is(Job::Done(Verdict::Success, NOW - 1))), running(), Rest(Some(NOW - 1 + LOOK))),
         ("done, and hangs", slot(On, is(Job::Done(Verdict::Success, NOW - LOOK))), running(), Kill(id())),
         ("two run", slot(On, is(Job::Running(NOW))),

@@ -388,6 +388,14 @@ impl GitHub {
         &self.url
     }
 
+    /// The host of its API, which its numbers are of.
+    #[must_use]
+    pub fn host(&self) -> String {
+        let (_, rest) = self.api.split_once("://").unwrap_or(("", &self.api));
+        let host = rest.split('/').next().unwrap_or_default();
+        host.to_ascii_lowercase()
+    }
+
     /// How many requests were not answered, failed there, or were refused because of who asks or how often.
     #[must_use]
     pub fn faults(&self) -> u64 {

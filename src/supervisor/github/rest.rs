@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Registrations, and the runs that jobs belong to, by the REST API.
 
+use std::fmt::Write as _;
+
 use axum::http::{Method, StatusCode};
 use octocrab::models::actions::{SelfHostedRunner, SelfHostedRunnerJitConfig};
 use secrecy::SecretString;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{GitHub, GitHubError};
-use crate::supervisor::scope::Run;
+use crate::supervisor::scope::{Head, Run};
 use crate::supervisor::slot::Presence;
 
 /// Most pages that are read, of 100 runners each.
@@ -116,7 +119,8 @@ impl GitHub {
     }
 
     /// Reads the run that a job belongs to, and its repository's default branch:
-    /// `GET /repos/OWNER/NAME/actions/runs/ID`, `GET /repos/OWNER/NAME`.
+    /// `GET /repos/OWNER/NAME/actions/runs/ID`, `GET /repos/OWNER/NAME`; and where these do not say whether
+    /// it is of a branch or of a tag, the repository's references.
     ///
     /// # Errors
     /// See [`GitHubError`].
@@ -129,33 +133,157 @@ impl GitHub {
     ) -> Result<Run, GitHubError> {
         #[derive(Deserialize)]
         struct Repository {
+            id: u64,
             full_name: String,
+        }
+        #[derive(Deserialize)]
+        struct HeadRepository {
+            id: u64,
         }
         #[derive(Deserialize)]
         struct OfRun {
             event: String,
+            path: Option<String>,
             head_branch: Option<String>,
+            head_sha: String,
             repository: Repository,
-            head_repository: Option<Repository>,
+            head_repository: Option<HeadRepository>,
+            referenced_workflows: Option<Vec<serde::de::IgnoredAny>>,
         }
         #[derive(Deserialize)]
         struct Defaults {
+            id: u64,
             default_branch: String,
         }
         let path = format!("/repos/{owner}/{name}");
         let answer = self.ask(Method::GET, &path, NO_BODY).await?;
         let defaults: Defaults = answer.json(StatusCode::OK)?;
-        let path = format!("{path}/actions/runs/{id}");
-        let answer = self.ask(Method::GET, &path, NO_BODY).await?;
+        let answer = self
+            .ask(Method::GET, &format!("{path}/actions/runs/{id}"), NO_BODY)
+            .await?;
         let run: OfRun = answer.json(StatusCode::OK)?;
+        if defaults.id != run.repository.id {
+            return Err(GitHubError::Odd {
+                what: answer.what,
+                problem: "its repository is another, of the same name".to_owned(),
+            });
+        }
+        let own = run.head_repository.as_ref().map(|head| head.id) == Some(run.repository.id);
+        let head = match (&run.head_branch, Head::of_event(&run.event)) {
+            (_, Some(head)) => head,
+            // A fork's scope has its number, and no kind of reference.
+            (Some(_), None) if !own => Head::Unknown,
+            (None, None) => Head::Unknown,
+            (Some(branch), None) => {
+                let of_workflow = Head::of_workflow(
+                    workflow_ref,
+                    &run.repository.full_name,
+                    run.path.as_deref().unwrap_or_default(),
+                    run.referenced_workflows.as_ref().map(Vec::len),
+                    branch,
+                );
+                match of_workflow {
+                    Some(head) => head,
+                    None => self.head(&path, branch, &run.head_sha).await?,
+                }
+            }
+        };
         Ok(Run {
+            host: self.host(),
+            repository_id: run.repository.id,
             repository: run.repository.full_name,
-            head_repository: run.head_repository.map(|head| head.full_name),
+            head_repository: run.head_repository.map(|head| head.id),
             head_branch: run.head_branch,
+            head,
+            commit: run.head_sha,
             event: run.event,
             default_branch: defaults.default_branch,
             id,
-            workflow_ref: workflow_ref.to_owned(),
         })
+    }
+
+    /// Whether a name is a branch's and no tag's, and a commit is in that branch: a tag may have been
+    /// called so when the run began, and be gone.
+    async fn head(&self, path: &str, name: &str, commit: &str) -> Result<Head, GitHubError> {
+        #[derive(Deserialize)]
+        struct Reference {
+            object: Object,
+        }
+        #[derive(Deserialize)]
+        struct Object {
+            sha: String,
+        }
+        #[derive(Deserialize)]
+        struct Comparison {
+            status: String,
+        }
+        let reference = |kind: &str| format!("{path}/git/ref/{kind}/{}", in_path(name));
+        // Refused, it is as unknown as what is not there.
+        let none = [StatusCode::NOT_FOUND, StatusCode::FORBIDDEN];
+        let heads = reference("heads");
+        let Some(branch) = self.found::<Reference>(&heads, &none).await? else {
+            return Ok(Head::Unknown);
+        };
+        let none = [StatusCode::NOT_FOUND];
+        let tags = reference("tags");
+        if self.found::<Reference>(&tags, &none).await?.is_some() {
+            return Ok(Head::Unknown);
+        }
+        let tip = branch.object.sha;
+        if tip == commit {
+            return Ok(Head::Branch);
+        }
+        // By commits, which are no names. The second page has no list of files, which may be long.
+        let compared = format!("{path}/compare/{tip}...{commit}?per_page=1&page=2");
+        let compared = self.found::<Comparison>(&compared, &none).await?;
+        let within = compared.is_some_and(|c| matches!(c.status.as_str(), "behind" | "identical"));
+        Ok(if within { Head::Branch } else { Head::Unknown })
+    }
+
+    /// What is at a path, `None` where a refusal of one of these statuses says that nothing is.
+    async fn found<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        none: &[StatusCode],
+    ) -> Result<Option<T>, GitHubError> {
+        let answer = self.ask(Method::GET, path, NO_BODY).await?;
+        match answer.json(StatusCode::OK) {
+            Err(error)
+                if error.status().is_some_and(|status| none.contains(&status))
+                    && error.retry().is_none() =>
+            {
+                Ok(None)
+            }
+            found => found.map(Some),
+        }
+    }
+}
+
+/// A name as a part of a path, in which `/` is as it is.
+fn in_path(name: &str) -> String {
+    let mut out = String::new();
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'/') {
+            out.push(char::from(byte));
+        } else {
+            let _ = write!(out, "%{byte:02X}");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_path;
+
+    #[test]
+    fn names_in_paths() {
+        for (name, path) in [
+            ("feature/a-b_c.1~", "feature/a-b_c.1~"),
+            ("a b?c#d%e", "a%20b%3Fc%23d%25e"),
+            ("\u{e9}", "%C3%A9"),
+        ] {
+            assert_eq!(in_path(name), path);
+        }
     }
 }

@@ -14,7 +14,7 @@ use lvm_cache_friend::supervisor::secret::Source;
 use lvm_cache_friend::supervisor::slot::Presence;
 use secrecy::ExposeSecret as _;
 
-use super::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY};
+use super::fake::{APP, FORK, Fake, FaultKind, MAIN, Origin, REPOSITORY, TIP, id_of};
 use crate::harness::{Test, Tier, test};
 
 pub fn tests() -> Vec<Test> {
@@ -147,18 +147,141 @@ async fn app(fake: Fake) {
 
 async fn runs(fake: Fake) {
     let github = with_token(&fake);
-    for (origin, default, fork) in [(&MAIN, true, false), (&FORK, false, true)] {
+    let evil = "bad0bad0bad0bad0bad0bad0bad0bad0bad0bad0";
+    let tag = "octo/project/.github/workflows/ci.yml@refs/tags/main";
+    let called = |commit| Origin {
+        workflow_ref: "octo/project/.github/workflows/called.yml@refs/heads/main",
+        referenced: Some(1),
+        commit,
+        ..MAIN
+    };
+    let tagged = Origin {
+        workflow_ref: tag,
+        commit: evil,
+        ..MAIN
+    };
+    let gone = Origin {
+        head_repository: "",
+        ..FORK
+    };
+    let silent = Origin {
+        referenced: None,
+        ..MAIN
+    };
+    let topic = Origin {
+        head_branch: "topic",
+        ..called(TIP)
+    };
+    let earlier = "600d600d600d600d600d600d600d600d600d600d";
+    fake.state().earlier.insert(earlier.to_owned());
+    for (what, origin, tags, default, fork, reference) in [
+        (
+            "the default branch",
+            &MAIN,
+            false,
+            true,
+            false,
+            "branch/main",
+        ),
+        (
+            "with a tag called as it",
+            &MAIN,
+            true,
+            true,
+            false,
+            "branch/main",
+        ),
+        ("that tag", &tagged, true, false, false, "tag/main"),
+        (
+            "that tag, which is gone",
+            &tagged,
+            false,
+            false,
+            false,
+            "tag/main",
+        ),
+        (
+            "with a reusable workflow",
+            &called(TIP),
+            false,
+            true,
+            false,
+            "branch/main",
+        ),
+        (
+            "an earlier commit",
+            &called(earlier),
+            false,
+            true,
+            false,
+            "branch/main",
+        ),
+        // The tag's, or the branch's.
+        (
+            "and a tag called as it",
+            &called(TIP),
+            true,
+            false,
+            false,
+            "run/",
+        ),
+        (
+            "of that tag, which is gone",
+            &called(evil),
+            false,
+            false,
+            false,
+            "run/",
+        ),
+        ("an old server", &silent, false, true, false, "branch/main"),
+        ("a branch that is gone", &topic, false, false, false, "run/"),
+        (
+            "a fork's",
+            &FORK,
+            false,
+            false,
+            true,
+            &format!("fork/{}/main", id_of(FORK.head_repository)),
+        ),
+        ("a deleted fork's", &gone, false, false, true, "run/"),
+    ] {
+        if tags {
+            fake.state().refs.insert("tags/main".into(), evil.into());
+        } else {
+            fake.state().refs.remove("tags/main");
+        }
         let job = fake.queue(origin, "true");
         let run = github
             .run("octo", "project", job * 10, origin.workflow_ref)
             .await
             .unwrap();
+        let reference = match reference {
+            "run/" => format!("run/{}", job * 10),
+            known => known.to_owned(),
+        };
         assert_eq!(
-            (run.is_default(), run.is_fork()),
-            (default, fork),
-            "{run:?}"
+            (run.is_default(), run.is_fork(), run.reference()),
+            (default, fork, reference),
+            "{what}: {run:?}"
         );
+        assert_eq!(format!("{}/{}", run.host, run.repository_id), fake.scope());
     }
+    // A credential that may not read the contents: it may be a tag.
+    let refuse = |path, status| {
+        fake.inject(
+            path,
+            FaultKind::Status(status, Vec::new(), "Resource not accessible by integration"),
+            1,
+        )
+    };
+    let job = fake.queue(&called(TIP), "true");
+    refuse("/git/ref/heads", 403);
+    let run = github.run("octo", "project", job * 10, called(TIP).workflow_ref);
+    assert!(!run.await.unwrap().is_default());
+    // That nobody says whether there is a tag does not mean that there is none.
+    refuse("/git/ref/tags", 403);
+    let run = github.run("octo", "project", job * 10, called(TIP).workflow_ref);
+    assert_eq!(run.await.unwrap_err().status().unwrap().as_u16(), 403);
     let missing = github.run("octo", "project", 5, "").await.unwrap_err();
     assert_eq!(missing.status().unwrap().as_u16(), 404);
 }

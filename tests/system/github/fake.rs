@@ -106,9 +106,24 @@ impl Runner {
 #[derive(Debug, Clone)]
 pub struct Origin {
     pub event: &'static str,
+    /// Empty: it is gone.
     pub head_repository: &'static str,
     pub head_branch: &'static str,
     pub workflow_ref: &'static str,
+    pub commit: &'static str,
+    /// How many reusable workflows its run calls; `None`: a server that does not say.
+    pub referenced: Option<usize>,
+}
+
+/// The commit that the default branch is at.
+pub const TIP: &str = "7fd1a60b01f91b314f59955a4e4d4e80d8edf11d";
+
+/// A repository's number.
+pub fn id_of(repository: &str) -> u64 {
+    match repository {
+        REPOSITORY => 1_296_269,
+        _ => 2_000_000 + repository.bytes().map(u64::from).sum::<u64>(),
+    }
 }
 
 /// A push to the default branch.
@@ -117,6 +132,8 @@ pub const MAIN: Origin = Origin {
     head_repository: REPOSITORY,
     head_branch: "main",
     workflow_ref: "octo/project/.github/workflows/ci.yml@refs/heads/main",
+    commit: TIP,
+    referenced: Some(0),
 };
 
 /// A pull request from a fork, from a branch that is called as the default branch is.
@@ -125,6 +142,15 @@ pub const FORK: Origin = Origin {
     head_repository: "mallory/project",
     head_branch: "main",
     workflow_ref: "octo/project/.github/workflows/ci.yml@refs/pull/7/merge",
+    commit: "bad0bad0bad0bad0bad0bad0bad0bad0bad0bad0",
+    referenced: Some(0),
+};
+
+/// The same pull request's other event, which has the base's code and secrets.
+pub const TARGET: Origin = Origin {
+    event: "pull_request_target",
+    workflow_ref: "octo/project/.github/workflows/ci.yml@refs/heads/main",
+    ..FORK
 };
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +225,10 @@ pub struct State {
     /// Seconds that a session's token is good for.
     pub session_life: u64,
     public_key: Vec<u8>,
+    /// The repository's branches and tags (`heads/main`), and the commit of each.
+    pub refs: BTreeMap<String, String>,
+    /// Commits that the default branch has had, but for its last.
+    pub earlier: BTreeSet<String>,
     /// Its own address, as its runners see it.
     pub base: String,
 }
@@ -239,6 +269,7 @@ impl Fake {
             public_key: public.stdout,
             base: url.clone(),
             serial: 100,
+            refs: BTreeMap::from([("heads/main".to_owned(), TIP.to_owned())]),
             ..State::default()
         }));
         let router = Router::new()
@@ -287,6 +318,12 @@ impl Fake {
     /// Takes all installation tokens back.
     pub fn forget_tokens(&self) {
         self.state().tokens.clear();
+    }
+
+    /// What the scopes of the repository's jobs begin with: API host and number.
+    pub fn scope(&self) -> String {
+        let host = self.url.strip_prefix("http://").unwrap();
+        format!("{host}/{}", id_of(REPOSITORY))
     }
 
     /// Ends all sessions and all tokens of the service of scale sets.
@@ -727,8 +764,29 @@ impl State {
         match (method.as_str(), rest) {
             ("GET", []) => Ok((
                 StatusCode::OK,
-                json!({"full_name": REPOSITORY, "default_branch": "main", "private": false}),
+                json!({"id": id_of(REPOSITORY), "full_name": REPOSITORY, "default_branch": "main", "private": false}),
             )),
+            ("GET", ["git", "ref", kind, name @ ..]) => {
+                let name = format!("{kind}/{}", name.join("/"));
+                let sha = self
+                    .refs
+                    .get(&name)
+                    .ok_or_else(|| refused(404, "Not Found"))?;
+                let body = json!({"ref": format!("refs/{name}"), "object": {"type": "commit", "sha": sha}});
+                Ok((StatusCode::OK, body))
+            }
+            ("GET", ["compare", commits]) => {
+                query(uri, &["per_page", "page"])?;
+                let (base, head) = commits
+                    .split_once("...")
+                    .ok_or_else(|| violation("BASE...HEAD"))?;
+                let status = match base == head {
+                    true => "identical",
+                    false if self.earlier.contains(head) => "behind",
+                    false => "diverged",
+                };
+                Ok((StatusCode::OK, json!({"status": status, "commits": []})))
+            }
             ("GET", ["actions", "runs", id]) => {
                 let id: u64 = id.parse().map_err(|_| violation("a run's number"))?;
                 let job = self
@@ -739,8 +797,11 @@ impl State {
                 Ok((
                     StatusCode::OK,
                     json!({"id": id, "event": origin.event, "head_branch": origin.head_branch,
-                    "head_sha": "0".repeat(40), "repository": {"full_name": REPOSITORY},
-                    "head_repository": {"full_name": origin.head_repository}}),
+                    "head_sha": origin.commit, "path": ".github/workflows/ci.yml",
+                    "repository": {"id": id_of(REPOSITORY), "full_name": REPOSITORY},
+                    "referenced_workflows": origin.referenced.map(|n| vec![json!({"path": "octo/project/.github/workflows/called.yml@main", "sha": TIP}); n]),
+                    "head_repository": (!origin.head_repository.is_empty())
+                        .then(|| json!({"id": id_of(origin.head_repository), "full_name": origin.head_repository}))}),
                 ))
             }
             ("POST", ["actions", "runners", "registration-token"]) => {

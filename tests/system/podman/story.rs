@@ -7,15 +7,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::docs::block;
-use crate::github::fake::{FORK, Fake, MAIN, Origin, REPOSITORY, Stage};
+use crate::github::fake::{FORK, Fake, MAIN, Origin, REPOSITORY, Stage, id_of};
 use crate::support::wait_until;
 
 /// What the jobs run: the demo's.
 const JOB: &str = include_str!("../../../demo/project/ci-job");
-
-/// The scope of the default branch, and that of the fork's.
-const OWN: &str = "octo/project";
-const FORKS: &str = "octo/project:fork/mallory/project/main";
 
 /// The pool in README's commands from a fresh host to a first job.
 pub fn pool() -> String {
@@ -162,7 +158,10 @@ pub fn tell(fake: &Fake, entries: &dyn Fn() -> Vec<Value>) {
         };
         assert_eq!(job.restored["restored"], expected, "{}", job.log);
         assert_eq!(job.cached(), cached, "{}", job.log);
-        let scope = if job.version == "evil" { FORKS } else { OWN };
+        let mut scope = fake.scope();
+        if job.version == "evil" {
+            scope += &format!(":pull_request:fork/{}/main", id_of(FORK.head_repository));
+        }
         if job.version == "broken" {
             continue;
         }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::hooks::Hooks;
 use super::{Body, Host, story};
-use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
+use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN, id_of};
 use crate::support::command::{run, sh};
 use crate::support::podman::Service;
 use crate::support::site::{Kind, MOUNT_DIR};
@@ -397,14 +397,13 @@ fn jobs(kind: Kind) {
 fn scale_set(kind: Kind) {
     let mut place = Place::new(kind, "token", SET, JOB);
     let ask = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; cd /run/lvm-cache-friend/x\n";
-    let main = |script: &str| (&MAIN, format!("{ask}{script}"), "octo/project");
-    let fork = |script: &str| {
-        (
-            &FORK,
-            format!("{ask}{script}"),
-            "octo/project:fork/mallory/project/main",
-        )
-    };
+    let own = place.fake.scope();
+    let forks = format!(
+        "{own}:pull_request:fork/{}/main",
+        id_of(FORK.head_repository)
+    );
+    let main = |script: &str| (&MAIN, format!("{ask}{script}"), &own);
+    let fork = |script: &str| (&FORK, format!("{ask}{script}"), &forks);
     // Each sees what the ones before it may have left for it.
     let mut expected = 0;
     for ((origin, script, scope), result) in [
@@ -423,7 +422,10 @@ fn scale_set(kind: Kind) {
             expected += 1;
             place.published(expected);
             let rows = place.entries();
-            assert!(rows.iter().any(|row| row["scope"] == scope), "{rows:?}");
+            assert!(
+                rows.iter().any(|row| row["scope"] == scope.as_str()),
+                "{rows:?}"
+            );
         }
     }
     // None waits where none is wanted.
@@ -861,7 +863,9 @@ fn set_faults(kind: Kind) {
         shared += usize::from(!matches!(fault, FaultKind::Status(404, ..)));
         place.until("an entry for all", |place| {
             let entries = place.entries();
-            let for_all = entries.iter().filter(|row| row["scope"] == REPOSITORY);
+            let for_all = entries
+                .iter()
+                .filter(|row| row["scope"] == place.fake.scope());
             for_all.count() == shared
         });
         assert_eq!(place.fake.state().faults_left(), 0);
