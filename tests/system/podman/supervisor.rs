@@ -2,6 +2,7 @@
 //! The supervisor with real Podman, a stand-in for GitHub (`crate::github::fake`), and one for its
 //! runner (`tests/vm/runner-image`).
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +17,9 @@ use serde_json::{Value, json};
 
 use super::hooks::Hooks;
 use super::{Body, Host, story};
-use crate::github::fake::{APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN, id_of};
+use crate::github::fake::{
+    APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TARGET, TOKEN, id_of,
+};
 use crate::support::command::{run, sh};
 use crate::support::podman::Service;
 use crate::support::site::{Kind, MOUNT_DIR};
@@ -27,6 +30,8 @@ use crate::views;
 pub const BODIES: &[Body] = &[
     ("supervised_jobs", jobs),
     ("supervised_scale_set", scale_set),
+    ("supervised_strangers", strangers),
+    ("supervised_job_of_refused_scopes", refused_scopes),
     ("supervisor_over_kills", kills),
     ("supervisor_killed_at_each_step", each_step),
     ("supervisor_starts_again", starts_again),
@@ -221,6 +226,10 @@ impl Place {
         let runs = self.fake.state().jobs[&job].runs;
         assert_eq!(runs, 1, "a job runs once");
         result.unwrap()
+    }
+
+    fn log(&self, job: u64) -> String {
+        self.fake.state().jobs[&job].log.clone()
     }
 
     /// Waits until the supervisor has died at a failpoint.
@@ -432,6 +441,150 @@ fn scale_set(kind: Kind) {
     place.until("no runner", |place| {
         place.rows().iter().all(|row| row["state"] == "empty")
     });
+    place.finish();
+}
+
+/// A pull request of a fork, and its `pull_request_target`, which has secrets: neither reaches what the other left, by its
+/// name, tags or key, before or while it is there.
+fn strangers(kind: Kind) {
+    /// Takes all that can be had, by all that one could know of the other's; nothing of it may be `$1`'s.
+    const TAKE: &str = r#"
+PATH=$PATH:/run/lvm-cache-friend/bin; cd /run/lvm-cache-friend
+own=$1 other=$2 round=0
+take() {
+    round=$((round + 1))
+    lvm-cache-friend restore "$1-$round" --key "$2" --restore-keys "$3" --save ""
+    if grep -q "^$other" "$1-$round/who"; then echo "REACHED $other by $*"; exit 1; fi
+}
+all() {
+    take x linux 'linux;lin*'
+    take x "of=$ref" 'of=*'
+    take y 'key:cargo-1 path:0123456789ab' 'key:cargo* path:0123456789ab;key:*'
+    take z "friend:scope:$scope" "scope=$scope;$scope;friend:*"
+    take z "$secret" 'secret*'
+}
+leave() {
+    lvm-cache-friend restore "left-$1" --key linux --save ""
+    echo "$own $1" >"left-$1/who"
+    lvm-cache-friend save "left-$1" linux "of=$ref" key:cargo-1 path:0123456789ab "friend:scope:$scope" "$secret"
+}
+"#;
+    let mut place = Place::new(kind, "token", SET, JOB);
+    let fork = id_of(FORK.head_repository);
+    let own = place.fake.scope();
+    let script = |who: &str, other: &str, aim: &str, rest: &str| {
+        format!(
+            "set {who} {other}; ref='fork/{fork}/main' scope='{aim}' secret='secret-{fork}'\n{TAKE}\n{rest}"
+        )
+    };
+    let forks = format!("{own}:pull_request:fork/{fork}/main");
+    let targets = |job: u64| format!("{own}:pull_request_target:run/{}", job * 10);
+
+    let main = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; echo main >/run/lvm-cache-friend/x/who";
+    assert_eq!(place.job(main), "succeeded");
+    place.published(1);
+    let left = |place: &Place, scope: &str| {
+        let tag = "friend:cache:key:cargo-1";
+        let rows = place.entries();
+        let mut own = rows.iter().filter(|row| row["scope"] == scope);
+        own.any(|row| row["tags"].to_string().contains(tag))
+    };
+    // One after the other, each with the other's before it.
+    let mut last = 0;
+    for _ in 0..2 {
+        last = place.fake.queue(
+            &TARGET,
+            &script("target", "fork", &forks, "all; leave a; leave b"),
+        );
+        assert_eq!(place.ended(last), "succeeded", "{}", place.log(last));
+        assert!(left(&place, &targets(last)), "{:?}", place.entries());
+        let stranger = place.fake.queue(
+            &FORK,
+            &script("fork", "target", &targets(last), "all; leave a; leave b"),
+        );
+        assert_eq!(
+            place.ended(stranger),
+            "succeeded",
+            "{}",
+            place.log(stranger)
+        );
+        assert!(left(&place, &forks), "{:?}", place.entries());
+    }
+    // At once; and what GitHub says of one of them comes late, when the other's is there.
+    let fault = FaultKind::Status(502, Vec::new(), "<html>");
+    place.fake.inject("/actions/runs/", fault, 3);
+    let race = "for n in 1 2 3 4; do all; leave $n; done";
+    let jobs = [
+        place
+            .fake
+            .queue(&TARGET, &script("target", "fork", &forks, race)),
+        place
+            .fake
+            .queue(&FORK, &script("fork", "target", &targets(last), race)),
+    ];
+    for job in jobs {
+        assert_eq!(place.ended(job), "succeeded", "{}", place.log(job));
+    }
+    // Nothing of it is anywhere but where its table says, and the default branch's is as it was.
+    let scopes: BTreeSet<_> = place
+        .entries()
+        .iter()
+        .map(|row| row["scope"].as_str().unwrap().to_owned())
+        .collect();
+    let runs = scopes
+        .iter()
+        .filter(|scope| scope.contains(":pull_request_target:run/"));
+    assert_eq!(runs.count(), 3, "{scopes:?}");
+    assert_eq!(scopes.len(), 5, "{scopes:?}");
+    assert!(
+        scopes.contains(&own) && scopes.contains(&forks),
+        "{scopes:?}"
+    );
+    let look = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux --save ''; grep -qx main /run/lvm-cache-friend/x/who";
+    assert_eq!(place.job(look), "succeeded");
+    place.finish();
+}
+
+/// A job whose scopes the daemon refuses, as somebody said others before, does not go on with those.
+fn refused_scopes(kind: Kind) {
+    let set = SET.replace("max", "min = 1, max");
+    let mut place = Place::new(kind, "token", &set, JOB);
+    let mut runner = String::new();
+    place.until("a runner waits", |place| {
+        let rows = place.rows();
+        let idle = rows.iter().find(|row| row["state"] == "idle");
+        runner = idle.map_or(String::new(), |row| {
+            row["runner"].as_str().unwrap().to_owned()
+        });
+        !runner.is_empty()
+    });
+    let body = json!({"Name": format!("{runner}-job"), "Opts": {"scope": "wider"}});
+    let plugin = place.host.daemon.as_ref().unwrap().plugin();
+    assert_eq!(plugin.call("Friend.Admit", &body).0, 200);
+    let job = place.fake.queue(
+        &FORK,
+        "cd /run/lvm-cache-friend; bin/lvm-cache-friend restore x --key linux; echo evil >x/who; exec sleep 3600",
+    );
+    place.until("its runner is gone", |place| {
+        let begun = place.fake.state().jobs[&job].stage != Stage::Queued;
+        begun
+            && !place
+                .host
+                .podman
+                .done(&["ps", "--all", "--format", "{{.Names}}"])
+                .contains(&runner)
+    });
+    assert!(place.supervisor().log().contains("refused its scopes"));
+    assert_eq!(place.entries().len(), 0);
+    place.until("its job has failed", |place| {
+        place.fake.result(job).is_some()
+    });
+    assert_ne!(place.fake.result(job), Some("succeeded"));
+    // Its slot goes on.
+    let good =
+        "cd /run/lvm-cache-friend; bin/lvm-cache-friend restore x --key linux; echo good >x/who";
+    assert_eq!(place.job(good), "succeeded");
+    place.published(1);
     place.finish();
 }
 
