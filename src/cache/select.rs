@@ -272,6 +272,17 @@ impl Index {
         None
     }
 
+    /// The newest entry that `spec` reads and that has all of its save tags; `None` where there are none.
+    #[must_use]
+    pub fn saved(&self, spec: &Spec) -> Option<&Entry> {
+        let tags = spec.save.iter().cloned().map(Term::Exact).collect();
+        let wanted = Spec {
+            restore: Criteria(vec![Criterion::new(tags)?]),
+            ..spec.clone()
+        };
+        self.choose(&wanted).map(|choice| choice.entry)
+    }
+
     /// The entries, of any scope, that have all of the criterion's terms.
     fn matching(&self, criterion: &Criterion) -> Set {
         let mut terms = criterion.0.iter().map(|term| match term {

@@ -73,6 +73,8 @@ pub enum Publish {
     OnSuccess,
     /// Whatever the verdict, if the file system is whole.
     Always,
+    /// As [`Publish::UnlessFailed`], and only while nothing that the volume reads has all of its save tags.
+    IfMissing,
     /// Never.
     Never,
 }
@@ -82,6 +84,7 @@ words! {
         UnlessFailed = "unless-failed",
         OnSuccess = "on-success",
         Always = "always",
+        IfMissing = "if-missing",
         Never = "never",
     }
 }
@@ -857,7 +860,7 @@ pub(super) mod tests {
             (
                 "publish=yes".to_owned(),
                 "publish",
-                "unless-failed, on-success, always, never",
+                "unless-failed, on-success, always, if-missing, never",
             ),
             ("publish=".to_owned(), "publish", "\"\""),
             ("publish=Never".to_owned(), "publish", "\"Never\""),

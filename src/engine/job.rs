@@ -628,6 +628,13 @@ impl Engine {
         }
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
+        if let Some(there) = self.there(&spec) {
+            return Ok(Saved {
+                lv: there,
+                tags: spec.save,
+                took: began.elapsed(),
+            });
+        }
         let written = device.and_then(crate::fs::sectors_written).ok();
         let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));

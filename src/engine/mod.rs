@@ -192,6 +192,8 @@ pub struct Engine {
     unmapped: AtomicBool,
     tally: Tally,
     telling: Telling,
+    /// Held at a lease's end from looking whether an entry is missing until it is there.
+    missing: Mutex<()>,
 }
 
 /// What is known of the store, in memory. Never locked over I/O.
@@ -294,6 +296,7 @@ impl Engine {
             premounted: Arc::default(),
             unmapped: AtomicBool::default(),
             tally: Tally::default(),
+            missing: Mutex::new(()),
         });
         engine.take_up()?;
         engine.upkeep.tidy();

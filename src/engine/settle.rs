@@ -112,7 +112,7 @@ fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
     }
     let by_verdict = match (spec.publish, end.verdict) {
         (Publish::Never, _) => Some("publish=never"),
-        (Publish::UnlessFailed, Verdict::Failure) => Some("the work failed"),
+        (Publish::UnlessFailed | Publish::IfMissing, Verdict::Failure) => Some("the work failed"),
         (Publish::OnSuccess, Verdict::Failure | Verdict::Unknown) => Some("no success verdict"),
         _ => None,
     };
@@ -128,6 +128,29 @@ fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
 }
 
 impl Engine {
+    /// With `publish=if-missing`, the entry that is there already.
+    pub(super) fn there(&self, spec: &Spec) -> Option<LvName> {
+        let index = Arc::clone(&lock(&self.state).index);
+        let found = (spec.publish == Publish::IfMissing).then(|| index.saved(spec));
+        found.flatten().map(|entry| entry.lv.clone())
+    }
+
+    /// Publishes a lease that ended so, unless that is refused.
+    fn publish_unless(
+        &self,
+        spec: &Spec,
+        refused: Option<&'static str>,
+        publish: impl FnOnce() -> Result<LvName, NotPublished>,
+    ) -> Result<LvName, NotPublished> {
+        // Of several that end at once the first publishes what is missing: the others wait, behind everybody.
+        let _turn = (spec.publish == Publish::IfMissing).then(|| lock(&self.missing));
+        let there = || self.there(spec).map(|_| "an entry has its tags already");
+        match refused.or_else(there) {
+            Some(why) => Err(NotPublished::Refused(why)),
+            None => publish(),
+        }
+    }
+
     /// Ends a lease, whose volume's `op` the caller holds: out of sight at once,
     /// settled behind it. Gives what the volume's next use starts from.
     pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, mut lease: Lease) -> Phase {
@@ -258,12 +281,10 @@ impl Engine {
         end.verdict = heard.verdict();
         story.verdict = end.verdict;
         reach("publish", 2);
-        let published = match refusal(&volume.spec, end) {
-            Some(why) => Err(NotPublished::Refused(why)),
-            None => self
-                .publish(volume, &lv, &story.source)
-                .map_err(NotPublished::Failed),
-        };
+        let published = self.publish_unless(&volume.spec, refusal(&volume.spec, end), || {
+            self.publish(volume, &lv, &story.source)
+                .map_err(NotPublished::Failed)
+        });
         reach("publish", 3);
         // Damage that only shows in use would meet every job after this one, too.
         if !end.clean
@@ -429,15 +450,12 @@ impl Engine {
         };
         let _op = lock(&volume.op);
         let idle = matches!(lock(&volume.now).phase, Phase::Ready(_));
-        let published = match refusal(&volume.spec, end) {
-            Some(why) => Err(NotPublished::Refused(why)),
-            None if !idle => Err(NotPublished::Refused(
-                "the volume is in use again, or removed",
-            )),
-            None => self
-                .publish_mounted(&volume.spec, &lv, &story.source)
-                .map_err(|e| NotPublished::Failed(e.to_string())),
-        };
+        let refused = refusal(&volume.spec, end)
+            .or_else(|| (!idle).then_some("the volume is in use again, or removed"));
+        let published = self.publish_unless(&volume.spec, refused, || {
+            self.publish_mounted(&volume.spec, &lv, &story.source)
+                .map_err(|e| NotPublished::Failed(e.to_string()))
+        });
         // In use again, the mark is the next lease's.
         if may_publish(&volume.spec)
             && idle
@@ -647,6 +665,16 @@ mod tests {
             ),
             ("a", "on-success", Success, true, true, false, None),
             ("a", "on-success", Success, false, true, false, Some(CLEAN)),
+            ("a", "if-missing", Unknown, true, true, false, None),
+            (
+                "a",
+                "if-missing",
+                Failure,
+                true,
+                true,
+                false,
+                Some("the work failed"),
+            ),
             ("a", "always", Unknown, true, true, false, None),
             ("a", "always", Failure, true, true, false, None),
             ("a", "always", Success, false, true, false, Some(CLEAN)),

@@ -53,7 +53,7 @@ pub const RESTORED: [&str; 7] = [
 const FAILED: &str = "it failed";
 
 /// Why no entry is made of a lease: what is counted.
-pub const UNPUBLISHED: [&str; 9] = [
+pub const UNPUBLISHED: [&str; 10] = [
     "no save tags",
     "the job discarded it",
     "publish=never",
@@ -61,6 +61,7 @@ pub const UNPUBLISHED: [&str; 9] = [
     "no success verdict",
     "it did not end cleanly",
     "nothing changed",
+    "an entry has its tags already",
     "the volume is in use again, or removed",
     FAILED,
 ];

@@ -51,6 +51,7 @@ const REFLINK_BODIES: &[Body] = &[
     ("limits", limits),
     ("slow_and_hostile_clients", clients),
     ("only_what_may_be_published_is", verdicts),
+    ("published_if_missing", if_missing),
 ];
 
 pub fn tests() -> Vec<Test> {
@@ -260,6 +261,99 @@ fn apart(kind: Kind) {
             assert!(last[path]["published"].is_string(), "{last}");
         }
     }
+}
+
+/// `publish=if-missing`: an entry that has the save tags, where the volume reads, is enough.
+fn if_missing(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let entries = || {
+        let rows = jobs.site.list();
+        rows.iter().filter(|row| row["kind"] == "entry").count()
+    };
+    // The entry's own content, with how it ended, in a volume with these options more.
+    let end = |options: &[(&str, &str)], said: &str| {
+        let mut all = json!({"publish": "if-missing"});
+        for (option, value) in options {
+            all[*option] = (*value).into();
+        }
+        let at = jobs.job("job", &all);
+        assert_ok(&ask(&at, "mount x\n> linux\n"));
+        fs::write(at.join("x/y"), "y").unwrap();
+        let answer = ask(&at, said);
+        assert_ok(&answer);
+        let last = jobs.end("job", 1)["x"].clone();
+        jobs.daemon().plugin().remove("job");
+        (last, answer)
+    };
+    let why = "an entry has its tags already";
+    for (options, said, published) in [
+        (
+            &[("save", "linux one"), ("scope", "a")][..],
+            "verdict failure\n",
+            "the work failed",
+        ),
+        (&[("save", "linux one"), ("scope", "a")], "status\n", ""),
+        (&[("save", "linux one"), ("scope", "a")], "status\n", why),
+        // Restored by another criterion, or from elsewhere: that counts where it would be published.
+        (&[("save", "linux"), ("scope", "a")], "status\n", why),
+        (&[("save", "linux two"), ("scope", "a")], "status\n", ""),
+        (&[("save", "linux one two"), ("scope", "a")], "status\n", ""),
+        (
+            &[("save", "linux one"), ("scope", "b"), ("read-scopes", "a")],
+            "status\n",
+            why,
+        ),
+        (&[("save", "linux one"), ("scope", "b")], "status\n", ""),
+        (
+            &[
+                ("save", "linux one"),
+                ("scope", "b"),
+                ("publish", "unless-failed"),
+            ],
+            "status\n",
+            "",
+        ),
+    ] {
+        let before = entries();
+        let (last, _) = end(options, said);
+        assert_eq!(
+            last["why"].as_str().unwrap_or_default(),
+            published,
+            "{options:?} {last}"
+        );
+        assert_eq!(entries() - before, usize::from(published.is_empty()));
+    }
+    // A checkpoint is what is there; a new one is enough for the lease's end.
+    let before = entries();
+    let (last, answer) = end(&[("save", "linux one"), ("scope", "a")], "save x\n");
+    assert_eq!(last["why"], why);
+    let there = jobs.site.list();
+    assert!(
+        there
+            .iter()
+            .any(|row| row["kind"] == "entry" && answer.contains(row["name"].as_str().unwrap())),
+        "{answer}"
+    );
+    assert_eq!(entries(), before);
+    let (last, _) = end(&[("save", "linux three"), ("scope", "a")], "save x\n");
+    assert_eq!(
+        (last["why"].as_str().unwrap(), entries()),
+        (why, before + 1)
+    );
+    // Of many that end at once, one.
+    let options = json!({"publish": "if-missing", "save": "all", "scope": "a"});
+    let names: Vec<_> = (0..6).map(|n| format!("job{n}")).collect();
+    for name in &names {
+        let at = jobs.job(name, &options);
+        assert_ok(&ask(&at, "mount x\n"));
+        fs::write(at.join("x/y"), "y").unwrap();
+    }
+    thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| jobs.end(name, 1));
+        }
+    });
+    assert_eq!(entries(), before + 2);
 }
 
 fn verdicts(kind: Kind) {

@@ -218,7 +218,13 @@ fn afresh_or_kept(kind: Kind) {
 /// One container with a volume for each value of `publish`.
 fn what_is_published(kind: Kind) {
     let host = Host::new(kind);
-    let values = ["never", "always", "on-success", "unless-failed"];
+    let values = [
+        "never",
+        "always",
+        "on-success",
+        "unless-failed",
+        "if-missing",
+    ];
     {
         let service = Service::start();
         for value in values {

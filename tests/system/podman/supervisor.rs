@@ -454,6 +454,7 @@ own=$1 other=$2 round=0
 take() {
     round=$((round + 1))
     lvm-cache-friend restore "$1-$round" --key "$2" --restore-keys "$3" --save ""
+    if grep -q "^$own" "$1-$round/who"; then echo "own by $2"; fi
     if grep -q "^$other" "$1-$round/who"; then echo "REACHED $other by $*"; exit 1; fi
 }
 all() {
@@ -491,7 +492,7 @@ leave() {
     };
     // One after the other, each with the other's before it.
     let mut last = 0;
-    for _ in 0..2 {
+    for turn in 0..2 {
         last = place.fake.queue(
             &TARGET,
             &script("target", "fork", &forks, "all; leave a; leave b"),
@@ -509,6 +510,15 @@ leave() {
             place.log(stranger)
         );
         assert!(left(&place, &forks), "{:?}", place.entries());
+        // What they try does find what the same one left before.
+        let log = place.log(stranger);
+        for by in ["linux", "of=", "key:", "friend:scope:", "secret-"] {
+            assert_eq!(
+                log.contains(&format!("own by {by}")),
+                turn == 1,
+                "{by}: {log}"
+            );
+        }
     }
     // At once; and what GitHub says of one of them comes late, when the other's is there.
     let fault = FaultKind::Status(502, Vec::new(), "<html>");
