@@ -11,6 +11,9 @@ const path = require("node:path");
 /** Longest term or tag that the daemon takes, in bytes (src/cache/select.rs). */
 const MAX_TAG = 512;
 
+/** Most restore keys: with the key, and the key as a beginning, as many criteria as the daemon takes of a request. */
+const MAX_RESTORE_KEYS = 10;
+
 /** What the cache's key is in its tags: so no beginning of a key matches a tag that is something else. */
 const KEY = "key:";
 
@@ -97,9 +100,23 @@ function resolve(place) {
   return path.resolve(process.env.GITHUB_WORKSPACE || ".", home);
 }
 
+function restoreKeys() {
+  const keys = lines("restore-keys").map(checkKey);
+  if (keys.length > MAX_RESTORE_KEYS) throw new Error(`restore-keys: there are ${keys.length}, and at most ${MAX_RESTORE_KEYS} are taken`);
+  return keys;
+}
+
+/** When the post step saves. An action without the input, and a workflow that does not say, save as actions/cache does. */
+function saving() {
+  const [word, words] = [input("save") || "if-missing", ["always", "on-success", "if-missing", "never"]];
+  if (!words.includes(word)) throw new Error(`save: ${word} is none of ${words.join(", ")}`);
+  return word;
+}
+
 /** What the inputs `key` and `path` mean. */
 function cache() {
-  const [key, given] = [checkKey(input("key")), lines("path")];
+  const given = lines("path").filter((line) => !line.startsWith("#"));
+  const key = checkKey(input("key"));
   if (key === "" || given.length === 0) throw new Error("Both key and path must be given");
   // As in actions/cache, caches of the same key and other paths have nothing to do with each other.
   const hash = sha256(given.join("\n")).slice(0, 12);
@@ -141,4 +158,4 @@ function mount({ name, paths }, criteria) {
   return found;
 }
 
-module.exports = { annotate, cache, checkKey, flag, friend, info, input, keyTag, lines, matchedKey, mount, mounted, prefixTerm, tell };
+module.exports = { annotate, cache, flag, friend, info, input, keyTag, matchedKey, mount, mounted, prefixTerm, restoreKeys, saving, tell };

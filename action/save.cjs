@@ -9,17 +9,24 @@ function save() {
   // Only the action with a post step has this input.
   const post = process.env["INPUT_JOB-STATUS"] !== undefined;
   if (post && process.env.STATE_cache === undefined) {
-    lib.info("Nothing is saved, as the restoring failed");
+    lib.info("Nothing is saved, as the inputs are not right");
     return;
   }
-  if (post && !lib.flag("save-always") && lib.input("job-status") !== "success") {
+  const saving = lib.saving();
+  if (saving === "never") {
+    lib.info("Nothing is saved, as save is never");
+    return;
+  }
+  const always = saving === "always" || lib.flag("save-always");
+  if (post && !always && lib.input("job-status") !== "success") {
     lib.info("Nothing is saved, as the job did not succeed");
     return;
   }
   // The post step goes by what the main step understood: files that a key is a hash of may have changed since.
   const cache = post ? JSON.parse(process.env.STATE_cache) : lib.cache();
-  const { key, matched, name, paths, pathTag } = cache;
-  if (matched === key) {
+  const { absent, key, matched, name, paths, pathTag } = cache;
+  const ifMissing = saving === "if-missing";
+  if (ifMissing && matched === key) {
     lib.info(`Cache was restored from the key ${key}: not saved again`);
     return;
   }
@@ -27,10 +34,11 @@ function save() {
   const criteria = ["--key", tags.join(" ")];
   const there = lib.friend("restore", name, ...criteria, "--lookup-only");
   if (there === undefined) {
-    if (!post) lib.annotate("warning", "There is no job volume of lvm-cache-friend here: nothing is saved");
+    // The main step said so.
+    if (!absent) lib.annotate("warning", "There is no job volume of lvm-cache-friend here, or nobody answers in it: nothing is saved");
     return;
   }
-  if (lib.matchedKey(there.tags, key) === key) {
+  if (ifMissing && lib.matchedKey(there.tags, key) === key) {
     lib.info(`A cache with the key ${key} is there already: not saved again`);
     return;
   }

@@ -220,7 +220,8 @@ impl Default for JobLimits {
     fn default() -> Self {
         Self {
             line: 4096,
-            criteria: 10,
+            // The action's: a key, the same as a beginning, and 10 restore keys.
+            criteria: 12,
             terms: 64,
             mounts: 32,
             saves: 16,

@@ -15,22 +15,27 @@ use tempfile::TempDir;
 
 use crate::harness::{Test, Tier, test};
 use crate::support::command::{Outcome, outcome_of};
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, Plugin};
 use crate::support::site::{Kind, Site};
 use crate::support::{PROGRAM, temp_dir, wait_until};
 
 pub fn tests() -> Vec<Test> {
-    let host: [(&str, fn()); 3] = [
+    let host: [(&str, fn()); 5] = [
         ("as_actions_cache_has_them", interface),
         ("without_a_job_volume", without),
         ("what_is_refused", refused),
+        ("a_client_that_fails", broken),
+        ("compared_as_documented", compared),
     ];
-    let reflink: [(&str, fn()); 5] = [
+    let reflink: [(&str, fn()); 8] = [
         ("hits_and_misses", || story(&mut Native::new())),
         ("keys", keys),
         ("paths", paths),
         ("saved_by_its_own_step", saves),
         ("saved_although_the_job_failed", save_always),
+        ("when_it_saves", when),
+        ("one_seeds_and_the_others_read", seeds),
+        ("a_daemon_that_is_restarted", restarted),
     ];
     let host = host.map(|(name, body)| test(Tier::Host, format!("action::{name}"), body));
     let reflink = reflink.map(|(name, body)| test(Tier::Reflink, format!("action::{name}"), body));
@@ -307,7 +312,7 @@ pub fn make_home(home: &Path) {
 
 /// Jobs on this machine, where a job volume is as it is in a container.
 struct Native {
-    daemon: Daemon,
+    daemon: Option<Daemon>,
     site: Site,
     home: Option<TempDir>,
     volume: PathBuf,
@@ -317,11 +322,15 @@ impl Native {
     fn new() -> Self {
         let site = Site::new(Kind::Reflink);
         Self {
-            daemon: site.serve(),
+            daemon: Some(site.serve()),
             site,
             home: None,
             volume: PathBuf::new(),
         }
+    }
+
+    fn plugin(&self) -> &Plugin {
+        self.daemon.as_ref().unwrap().plugin()
     }
 
     /// A job that does one step and succeeds.
@@ -343,13 +352,13 @@ impl Runner for Native {
         let home = temp_dir();
         make_home(home.path());
         self.home = Some(home);
-        self.daemon.plugin().create("job", &json!({"type": "job"}));
-        self.volume = self.daemon.plugin().mount("job", "test");
+        self.plugin().create("job", &json!({"type": "job"}));
+        self.volume = self.plugin().mount("job", "test");
     }
 
     fn end(&mut self, _: i32) {
-        self.daemon.plugin().unmount("job", "test");
-        self.daemon.plugin().remove("job");
+        self.plugin().unmount("job", "test");
+        self.plugin().remove("job");
         wait_until(|| self.site.list().iter().all(|row| row["kind"] != "volume"));
     }
 
@@ -485,7 +494,7 @@ fn interface() {
                 &paths[..],
                 &restoring,
                 &saving,
-                &["save-always", "job-status"],
+                &["save", "save-always", "job-status"],
             ]
             .concat(),
             &outputs[..],
@@ -581,6 +590,7 @@ fn refused() {
         ("a", "one,two", "comma"),
         ("a", " ", "must be given"),
         ("\n \n", "k", "must be given"),
+        ("# a\n#b", "k", "must be given"),
         ("**/node_modules", "k", "pattern"),
         ("a\n!a/b", "k", "pattern"),
     ] {
@@ -588,10 +598,17 @@ fn refused() {
         uses("restore", path, key).run(&runner).failed(words);
         uses("save", path, key).run(&runner).warns(words);
     }
-    uses("", "a", "k")
-        .with("restore-keys", "k-\nx,y")
-        .run(&runner)
-        .failed("comma");
+    for (input, value, words) in [
+        ("restore-keys", "k-\nx,y", "comma"),
+        ("restore-keys", &"k\n".repeat(11), "at most 10"),
+        ("save", "sometimes", "on-success"),
+    ] {
+        let step = uses("", "a", "k").with(input, value);
+        let main = step.run(&runner);
+        main.failed(words);
+        step.post(&runner, &main, "success")
+            .says("Nothing is saved");
+    }
     // Whatever is in a key, it is no command to the runner.
     let main = uses("", "a", "k\n::notice::x\n##[group]y").run(&runner);
     main.has("", "");
@@ -661,25 +678,25 @@ fn keys() {
         "{:?}",
         step.outputs
     );
-    // As many as the daemon's limit has room for; of more, it says what the limit is.
-    let many = |n: usize| (0..n).map(|n| format!("none-{n}\n")).collect::<String>() + "a-";
-    runner
-        .job(
-            &uses("restore", "dir", "none").with("restore-keys", &many(7)),
-            "",
-        )
-        .has("false", "a-b-1");
+    // As many as there may be, and a daemon that takes fewer.
+    let many = (0..9).map(|n| format!("none-{n}\n")).collect::<String>() + "a-";
+    let step = uses("restore", "dir", "none").with("restore-keys", &many);
+    runner.job(&step, "").has("false", "a-b-1");
+    let daemon = runner.daemon.take().unwrap();
+    daemon.kill();
+    runner.site.configure("job.criteria = 10\n");
+    runner.daemon = Some(runner.site.serve());
     runner.begin();
-    uses("restore", "dir", "none")
-        .with("restore-keys", &many(8))
-        .run(&runner)
-        .failed("criteria");
+    let main = step.run(&runner);
+    main.has("", "");
+    main.warns("criteria");
     runner.end(0);
 }
 
 fn paths() {
     let mut runner = Native::new();
-    let list = "~/.cargo/registry\n  ~/.cargo/git\n\nnode modules\n./target";
+    let list =
+        "# Of cargo\n~/.cargo/registry\n  ~/.cargo/git\n\n  #and more\nnode modules\n./target";
     let made = "for dir in ~/.cargo/registry ~/.cargo/git 'node modules' target; do echo \"$dir\" > \"$dir/name\"; done";
     runner.job(&uses("", list, "k"), made).has("", "");
     runner.begin();
@@ -695,7 +712,9 @@ fn paths() {
         "{names}"
     );
     assert_eq!(names.lines().count(), 4);
-    // Restored again in the same job, it is there already.
+    // A comment makes no other list of it. Restored again in the same job, it is there already.
+    let list = list.replace("# Of cargo", "#");
+    let list = list.as_str();
     uses("restore", list, "k").run(&runner).has("true", "k");
     // Other paths are another cache, whatever the key.
     uses("restore", "~/.cargo/registry2", "k")
@@ -709,7 +728,9 @@ fn paths() {
 
     // What is in the way.
     runner.sh("echo > file");
-    uses("restore", "file", "k").run(&runner).failed("file");
+    let main = uses("restore", "file", "k").run(&runner);
+    main.has("", "");
+    main.warns("file");
     runner.sh("[ -f file ]");
     runner.end(0);
     runner
@@ -776,16 +797,231 @@ fn saves() {
     runner.end(0);
     assert_eq!(runner.entries().len(), 3);
 
-    // A main step that failed, and was allowed to.
-    runner.begin();
-    symlink("elsewhere", runner.home().join("work/out")).unwrap();
+    // A main step that could not make its link: the post step tries all the same.
     let step = uses("", "out", "k6");
+    for mended in [false, true] {
+        runner.begin();
+        let out = runner.home().join("work/out");
+        symlink("elsewhere", &out).unwrap();
+        let main = step.run(&runner);
+        main.has("", "");
+        main.warns("out");
+        if mended {
+            fs::remove_file(&out).unwrap();
+            fs::create_dir(&out).unwrap();
+        }
+        let post = step.post(&runner, &main, "success");
+        if mended {
+            post.says("saved with the key: k6");
+        } else {
+            post.warns("Cache not saved");
+        }
+        runner.end(0);
+        assert_eq!(runner.entries().len(), 3 + usize::from(mended));
+    }
+}
+
+/// Each value of `save`, after jobs that went well or not, with a cache of the key that is there or not.
+fn when() {
+    let mut runner = Native::new();
+    for (save, always, [new, again, new_failed, again_failed]) in [
+        ("", "", [true, false, false, false]),
+        ("", "true", [true, false, true, false]),
+        ("if-missing", "", [true, false, false, false]),
+        ("on-success", "", [true, true, false, false]),
+        ("on-success", "true", [true, true, true, true]),
+        ("always", "", [true, true, true, true]),
+        ("never", "", [false; 4]),
+        ("never", "true", [false; 4]),
+    ] {
+        for (there, status, saved) in [
+            (false, "success", new),
+            (true, "success", again),
+            (false, "failure", new_failed),
+            (true, "failure", again_failed),
+        ] {
+            let what = format!("save: {save:?}, save-always: {always:?}, there: {there}, {status}");
+            let key = what.replace(',', "");
+            if there {
+                runner.job(&uses("", "dir", &key), "echo old > dir/file");
+            }
+            let before = runner.entries().len();
+            runner.begin();
+            let mut step = uses("", "dir", &key).with("save-always", always);
+            if !save.is_empty() {
+                step = step.with("save", save);
+            }
+            let main = step.run(&runner);
+            main.has(
+                if there { "true" } else { "" },
+                if there { &key } else { "" },
+            );
+            runner.sh("echo new > dir/file");
+            let post = step.post(&runner, &main, status);
+            assert_eq!(post.done.status, 0, "{what}: {:?}", post.done);
+            runner.end(0);
+            assert_eq!(
+                runner.entries().len() - before,
+                usize::from(saved),
+                "{what}: {:?}",
+                post.done
+            );
+            let look = uses("restore", "dir", &key);
+            let told = if saved { "new" } else { "old" };
+            if there || saved {
+                runner
+                    .job(&look, &format!("[ $(cat dir/file) = {told} ]"))
+                    .has("true", &key);
+            }
+        }
+    }
+}
+
+/// As README has it: a job that saves where there is nothing, and jobs that only read.
+fn seeds() {
+    let mut runner = Native::new();
+    let seed = |key| uses("", "dir", key).with("save", "if-missing");
+    let read = |key| {
+        uses("", "dir", key)
+            .with("restore-keys", "linux-")
+            .with("save", "never")
+    };
+    let mut jobs = |step: &Uses<'_>, script: &str| {
+        let step = runner.job(step, script);
+        (step, runner.entries().len())
+    };
+    let (step, entries) = jobs(&read("linux-1"), "echo grown > dir/file");
+    step.has("", "");
+    assert_eq!(entries, 0);
+    assert_eq!(jobs(&seed("linux-1"), "echo 1 > dir/file").1, 1);
+    for _ in 0..2 {
+        let (step, entries) = jobs(
+            &read("linux-1"),
+            "[ $(cat dir/file) = 1 ]; echo grown > dir/file",
+        );
+        step.has("true", "linux-1");
+        assert_eq!(entries, 1);
+        let (step, entries) = jobs(
+            &seed("linux-1"),
+            "[ $(cat dir/file) = 1 ]; echo grown > dir/file",
+        );
+        step.has("true", "linux-1");
+        assert_eq!(entries, 1);
+    }
+    let (step, entries) = jobs(
+        &read("linux-2"),
+        "[ $(cat dir/file) = 1 ]; echo grown > dir/file",
+    );
+    step.has("false", "linux-1");
+    assert_eq!(entries, 1);
+    assert_eq!(jobs(&seed("linux-2"), "echo 2 > dir/file").1, 2);
+}
+
+/// A daemon that is killed and started again in a job, or is away, fails no step.
+fn restarted() {
+    let mut runner = Native::new();
+    let kill = |runner: &mut Native| runner.daemon.take().unwrap().kill();
+    let step = uses("", "dir", "k").with("restore-keys", "k");
+    // Away when it is to restore; back when it is to save.
+    runner.begin();
+    kill(&mut runner);
     let main = step.run(&runner);
-    main.failed("out");
+    main.has("", "");
+    main.warns("nobody answers");
+    runner.sh("mkdir dir; echo 1 > dir/file");
+    runner.daemon = Some(runner.site.serve());
     step.post(&runner, &main, "success")
-        .says("restoring failed");
+        .says("saved with the key: k");
     runner.end(0);
-    assert_eq!(runner.entries().len(), 3);
+    assert_eq!(runner.entries().len(), 1);
+
+    // Restarted between the steps: what is mounted stays.
+    let next = uses("", "dir", "k2").with("restore-keys", "k");
+    runner.begin();
+    let main = next.run(&runner);
+    main.has("false", "k");
+    runner.sh("[ $(cat dir/file) = 1 ]; echo 2 > dir/file");
+    kill(&mut runner);
+    runner.daemon = Some(runner.site.serve());
+    next.post(&runner, &main, "success")
+        .says("saved with the key: k2");
+    runner.end(0);
+    assert_eq!(runner.entries().len(), 2);
+
+    // Away from then on.
+    runner.begin();
+    let main = uses("", "dir", "k3").run(&runner);
+    runner.sh("echo 3 > dir/file");
+    kill(&mut runner);
+    let post = uses("", "dir", "k3").post(&runner, &main, "success");
+    post.warns("nothing is saved");
+    for action in ["restore", "save"] {
+        uses(action, "dir", "k4")
+            .run(&runner)
+            .warns("nobody answers");
+    }
+    let misses = uses("", "dir", "k4").with("fail-on-cache-miss", "true");
+    misses.run(&runner).failed("fail-on-cache-miss");
+    runner.daemon = Some(runner.site.serve());
+    runner.end(0);
+    assert_eq!(runner.entries().len(), 2);
+}
+
+/// Whatever is wrong with the client, or with its answers, is a miss.
+fn broken() {
+    let runner = Elsewhere::new();
+    let bin = runner.volume().join("bin");
+    fs::create_dir_all(&bin).unwrap();
+    let client = bin.join("lvm-cache-friend");
+    for script in [
+        "exit 7",
+        "echo no JSON",
+        "echo '{\"ok\":false,\"error\":\"the store is full\"}'; exit 1",
+        "kill -9 $$",
+        "exec /nowhere",
+    ] {
+        fs::write(&client, format!("#!/bin/sh\n{script}\n")).unwrap();
+        crate::support::command::run("chmod", ["+x".as_ref(), client.as_os_str()]);
+        let step = uses("", "dir", "k");
+        let main = step.run(&runner);
+        main.has("", "");
+        main.warns("Nothing is restored");
+        step.post(&runner, &main, "success")
+            .warns("Cache not saved");
+        uses("save", "dir", "k")
+            .run(&runner)
+            .warns("Cache not saved");
+        let misses = uses("restore", "dir", "k").with("fail-on-cache-miss", "true");
+        misses.run(&runner).failed("fail-on-cache-miss");
+    }
+}
+
+/// Each line of README's table names the test that shows it.
+fn compared() {
+    let text = fs::read_to_string(Path::new(ACTION).join("README.md")).unwrap();
+    let table = text
+        .split("| | actions/cache | here | test |\n")
+        .nth(1)
+        .unwrap();
+    let rows: Vec<_> = table
+        .lines()
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    assert!(rows.len() > 10);
+    let tests: Vec<_> = tests().iter().map(|test| test.name.clone()).collect();
+    for row in rows {
+        let named = row.trim_end_matches('|').rsplit('|').next().unwrap();
+        for name in named.split(',') {
+            let name = name.trim().trim_matches('`');
+            assert!(
+                tests
+                    .iter()
+                    .any(|test| test.ends_with(&format!("action::{name}"))),
+                "{name}: {row}"
+            );
+        }
+    }
 }
 
 fn save_always() {

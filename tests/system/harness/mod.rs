@@ -117,7 +117,7 @@ const SYSTEMS: [System; 3] = [System::Own, System::Tree("trixie"), System::Tree(
 /// One row of a table. Its body panics when it fails.
 #[derive(Clone)]
 pub struct Test {
-    name: String,
+    pub name: String,
     tier: Tier,
     system: System,
     only: Option<System>,
