@@ -446,9 +446,9 @@ mod tests {
                         cell.replace(word, value)
                     })
                 };
-                assert_eq!(given.write, meant(&rows[row][3]), "{event}, {whose}, {on}");
+                assert_eq!(given.write, meant(rows[row][3]), "{event}, {whose}, {on}");
                 let read = given.read.join(", ");
-                assert_eq!(read, meant(&rows[row][4]), "{event}, {whose}, {on}");
+                assert_eq!(read, meant(rows[row][4]), "{event}, {whose}, {on}");
             }
         }
         assert!(used.iter().all(|&n| n > 0), "{used:?} {rows:?}");

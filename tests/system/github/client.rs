@@ -272,7 +272,7 @@ async fn runs(fake: Fake) {
             path,
             FaultKind::Status(status, Vec::new(), "Resource not accessible by integration"),
             1,
-        )
+        );
     };
     let job = fake.queue(&called(TIP), "true");
     refuse("/git/ref/heads", 403);
