@@ -2,6 +2,7 @@
 "use strict";
 // The action's post step, and all of action/save.
 
+const crypto = require("node:crypto");
 const fs = require("node:fs");
 const lib = require("./lib.cjs");
 
@@ -46,8 +47,8 @@ function save() {
   if (mount === undefined) {
     const missing = paths.find((place) => !fs.existsSync(place));
     if (missing) throw new Error(`${missing} does not exist`);
-    // Moves in what is at the paths.
-    mount = lib.mount(cache, criteria);
+    // Moves in what is at the paths, into a cache that has nothing yet.
+    mount = lib.mount(cache, ["--key", `none:${crypto.randomUUID()}`]);
   }
   const inside = fs.realpathSync(mount.path);
   for (const place of paths) {

@@ -225,7 +225,8 @@ pub fn scopes(rules: &[Rule], run: &Run, slot: &str) -> Option<Scopes> {
         ("repository", run.repository.clone()),
         (
             "repository-id",
-            format!("{}/{}", run.host, run.repository_id),
+            // With what no name has: nobody's repository is called as another's scope is.
+            format!("{}:{}", run.host, run.repository_id),
         ),
         ("event", run.event.clone()),
         ("ref", run.reference()),
@@ -434,7 +435,7 @@ mod tests {
                 let given = scopes(&default_rules(), &run(event, whose, on), "s-1").unwrap();
                 let meant = |cell: &str| {
                     [
-                        ("HOST/ID", format!("{HOST}/{OWN}")),
+                        ("HOST:ID", format!("{HOST}:{OWN}")),
                         ("OWNER/NAME", "o/r".to_owned()),
                         ("EVENT", event.to_owned()),
                         ("FORK", FORK.to_string()),
@@ -506,7 +507,17 @@ mod tests {
             host: "github.example:8443".into(),
             ..own.clone()
         };
-        assert_eq!(all(&elsewhere).write, "github.example:8443/1001");
+        assert_eq!(all(&elsewhere).write, "github.example:8443:1001");
+        // A host without a dot may be somebody's name, and a number a repository's.
+        let odd = Run {
+            host: "ghes".into(),
+            ..own.clone()
+        };
+        let namesake = Run {
+            repository: format!("ghes/{OWN}"),
+            ..another.clone()
+        };
+        assert!(!all(&namesake).read.contains(&all(&odd).write));
         // What is in the merge queue is read by the push of the same commit.
         let queued = Run {
             event: "merge_group".into(),
@@ -541,7 +552,7 @@ mod tests {
         ] {
             let given = scopes(&default_rules(), &unknown, "s-1").unwrap();
             assert_eq!(
-                given.write, "api.github.com/1001:push:run/42",
+                given.write, "api.github.com:1001:push:run/42",
                 "{unknown:?}"
             );
         }
@@ -552,7 +563,7 @@ mod tests {
         let given = scopes(&default_rules(), &odd, "s-1").unwrap();
         assert_eq!(
             given.write,
-            "api.github.com/1001:push:branch/a&7bslot&7db&20c&2cd"
+            "api.github.com:1001:push:branch/a&7bslot&7db&20c&2cd"
         );
         let none = Scopes::unknown(HOST, "linux-0-1");
         assert_eq!(none.write, "api.github.com/runner/linux-0-1");
@@ -628,7 +639,7 @@ mod tests {
         assert_eq!(of("push", "own", ON[2]), None);
         assert_eq!(
             of("push", "own", ON[1]).unwrap().write,
-            "api.github.com/1001!"
+            "api.github.com:1001!"
         );
         // A pull request of the default branch runs what it is merged into as well.
         assert_eq!(of("pull_request", "own", ON[1]), None);

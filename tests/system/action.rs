@@ -935,18 +935,31 @@ fn restarted() {
     runner.end(0);
     assert_eq!(runner.entries().len(), 1);
 
+    // Saved anew is what the job has, and nothing of what it could not restore.
+    let anew = uses("", "dir", "k").with("save", "on-success");
+    runner.begin();
+    kill(&mut runner);
+    let main = anew.run(&runner);
+    main.has("", "");
+    runner.sh("mkdir dir; echo anew > dir/file");
+    runner.daemon = Some(runner.site.serve());
+    anew.post(&runner, &main, "success")
+        .says("saved with the key: k");
+    runner.end(0);
+    assert_eq!(runner.entries().len(), 2);
+
     // Restarted between the steps: what is mounted stays.
     let next = uses("", "dir", "k2").with("restore-keys", "k");
     runner.begin();
     let main = next.run(&runner);
     main.has("false", "k");
-    runner.sh("[ $(cat dir/file) = 1 ]; echo 2 > dir/file");
+    runner.sh("[ $(cat dir/file) = anew ]; echo 2 > dir/file");
     kill(&mut runner);
     runner.daemon = Some(runner.site.serve());
     next.post(&runner, &main, "success")
         .says("saved with the key: k2");
     runner.end(0);
-    assert_eq!(runner.entries().len(), 2);
+    assert_eq!(runner.entries().len(), 3);
 
     // Away from then on.
     runner.begin();
@@ -964,7 +977,7 @@ fn restarted() {
     misses.run(&runner).failed("fail-on-cache-miss");
     runner.daemon = Some(runner.site.serve());
     runner.end(0);
-    assert_eq!(runner.entries().len(), 2);
+    assert_eq!(runner.entries().len(), 3);
 }
 
 /// Whatever is wrong with the client, or with its answers, is a miss.

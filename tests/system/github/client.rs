@@ -264,7 +264,7 @@ async fn runs(fake: Fake) {
             (default, fork, reference),
             "{what}: {run:?}"
         );
-        assert_eq!(format!("{}/{}", run.host, run.repository_id), fake.scope());
+        assert_eq!(format!("{}:{}", run.host, run.repository_id), fake.scope());
     }
     // A credential that may not read the contents: it may be a tag.
     let refuse = |path, status| {

@@ -323,7 +323,7 @@ impl Fake {
     /// What the scopes of the repository's jobs begin with: API host and number.
     pub fn scope(&self) -> String {
         let host = self.url.strip_prefix("http://").unwrap();
-        format!("{host}/{}", id_of(REPOSITORY))
+        format!("{host}:{}", id_of(REPOSITORY))
     }
 
     /// Ends all sessions and all tokens of the service of scale sets.

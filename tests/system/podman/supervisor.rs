@@ -456,6 +456,7 @@ take() {
     lvm-cache-friend restore "$1-$round" --key "$2" --restore-keys "$3" --save ""
     if grep -q "^$own" "$1-$round/who"; then echo "own by $2"; fi
     if grep -q "^$other" "$1-$round/who"; then echo "REACHED $other by $*"; exit 1; fi
+    lvm-cache-friend discard "$1-$round"
 }
 all() {
     take x linux 'linux;lin*'
