@@ -90,6 +90,16 @@ fn table(rows: &[Row]) -> String {
             row.slot, row.state, row.runner, row.job
         );
     }
+    // Slots of a pool have the same as a rule.
+    let mut last = None;
+    for row in rows {
+        if let Some(problem) = &row.problem
+            && last != Some(problem)
+        {
+            let _ = writeln!(text, "{}: {problem}", row.slot);
+            last = Some(problem);
+        }
+    }
     text
 }
 

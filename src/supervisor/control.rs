@@ -49,6 +49,9 @@ pub struct Row {
     pub caches: usize,
     /// How its last job ended.
     pub last: Option<String>,
+    /// Why it has no runner, or what keeps it from going on.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// What the daemon is told for its metrics and its page, with `Friend.Slots`. Numbers are since the
@@ -198,6 +201,7 @@ fn row(worker: &Worker, slot: usize, view: &SlotView) -> Row {
         hits: 0,
         caches: 0,
         last: view.last.as_ref().map(Verdict::to_string),
+        problem: view.problem.clone(),
     }
 }
 
@@ -206,7 +210,11 @@ async fn pause(State(app): State<Arc<App>>, body: Bytes) -> Answer {
 }
 
 async fn resume(State(app): State<Arc<App>>, body: Bytes) -> Answer {
-    app.order(&parse(&body)?, Orders::Run)
+    let asked = parse(&body)?;
+    for worker in app.pools(asked.pool.as_deref())? {
+        worker.board().backoff.forgive();
+    }
+    app.order(&asked, Orders::Run)
 }
 
 async fn drain(State(app): State<Arc<App>>, body: Bytes) -> Answer {

@@ -11,8 +11,40 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::Value;
+
+/// A runner's configuration with what keeps it from downloading anything, and from writing to its own directory.
+///
+/// It does not update itself, which REST cannot say. And it does not take itself for ephemeral, so that it leaves its three files alone at the end: a read-only
+/// root would make that fail, and the runner end with a code that hides its job's result. GitHub knows that it is ephemeral all the same, and
+/// [`super::pool`] has it take one job by its environment. What is not understood is left as it is.
+#[must_use]
+pub fn settled(configuration: SecretString) -> SecretString {
+    let changed = changed(configuration.expose_secret());
+    changed.map_or(configuration, Into::into)
+}
+
+/// Each member of a JSON object in base64 is a file in base64 (actions/runner, Runner.cs); names in `.runner` are the same in any case.
+fn changed(configuration: &str) -> Option<String> {
+    let object = |text: &str| -> Option<serde_json::Map<String, Value>> {
+        let text = STANDARD.decode(text.trim()).ok()?;
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text);
+        serde_json::from_slice(text).ok()
+    };
+    let mut files = object(configuration)?;
+    let mut settings = object(files.get(".runner")?.as_str()?)?;
+    let set = [("DisableUpdate", true), ("Ephemeral", false)];
+    settings.retain(|name, _| !set.iter().any(|(own, _)| name.eq_ignore_ascii_case(own)));
+    settings.extend(set.map(|(name, value)| (name.to_owned(), value.into())));
+    let settings = Value::Object(settings).to_string();
+    files.insert(".runner".into(), STANDARD.encode(settings).into());
+    Some(STANDARD.encode(Value::Object(files).to_string()))
+}
 
 /// A FIFO for a runner, with what it was told in it. It is gone when this is dropped.
 #[derive(Debug)]
@@ -104,6 +136,27 @@ mod tests {
             .read_line(&mut line)
             .unwrap();
         line
+    }
+
+    #[test]
+    fn nothing_is_left_to_write_or_download() {
+        let file = |text: &str| Value::from(STANDARD.encode(text));
+        let given = serde_json::json!({
+            ".runner": file("\u{feff}{\"AgentId\":\"7\",\"ephemeral\":\"True\",\"DisableUpdate\":\"False\"}"),
+            ".credentials": file("\u{feff}{}"),
+        });
+        let given = STANDARD.encode(format!("\u{feff}{given}"));
+        let text = settled(given.into());
+        let text = STANDARD.decode(text.expose_secret()).unwrap();
+        let files: Value = serde_json::from_slice(&text).unwrap();
+        let read = |name: &str| STANDARD.decode(files[name].as_str().unwrap()).unwrap();
+        let settings: Value = serde_json::from_slice(&read(".runner")).unwrap();
+        let want = serde_json::json!({"AgentId": "7", "DisableUpdate": true, "Ephemeral": false});
+        assert_eq!(settings, want);
+        assert_eq!(read(".credentials"), "\u{feff}{}".as_bytes());
+        for odd in ["", "e30=", "%", "bnVsbA=="] {
+            assert_eq!(settled(odd.to_owned().into()).expose_secret(), odd);
+        }
     }
 
     #[test]

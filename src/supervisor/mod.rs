@@ -2,6 +2,7 @@
 //! The supervisor: ephemeral GitHub runners, each a container for one job with caches of its own.
 //!
 //! - [`slot`]: what is done next, decided without I/O
+//! - [`backoff`]: when the next runner may be started, where the last ones had no job
 //! - [`scope`]: which caches a job may read and write
 //! - [`github`]: the client of GitHub; [`secret`]: what it says who we are with
 //! - [`podman`]: the client of Podman; [`handover`]: how a runner's configuration gets into its container
@@ -15,6 +16,7 @@
 //!
 //! No file holds state: Podman's labels and GitHub's names are all that a start needs.
 
+pub mod backoff;
 pub mod config;
 pub mod control;
 pub mod github;

@@ -204,6 +204,8 @@ impl Podman {
         struct Listed {
             id: String,
             state: String,
+            #[serde(default, rename = "ImageID")]
+            image: String,
             #[serde(default)]
             exit_code: i32,
             #[serde(default)]
@@ -225,6 +227,7 @@ impl Podman {
                     _ => State::Changing,
                 },
                 runner: c.labels.get(RUNNER).cloned().unwrap_or_default(),
+                image: c.image,
                 id: c.id,
             })
             .collect())
@@ -340,13 +343,13 @@ impl Podman {
         answer.expect(&[204, 304])
     }
 
-    /// Kills a container; no error where it does not run.
+    /// Sends a container's first process a signal, `INT` or `KILL`; no error where it does not run.
     ///
     /// # Errors
     /// See [`PodmanError`].
-    pub async fn kill(&self, id: &str) -> Result<(), PodmanError> {
-        let path = format!("containers/{id}/kill?signal=KILL");
-        let answer = self.post("killing a container", &path, None).await?;
+    pub async fn signal(&self, id: &str, signal: &str) -> Result<(), PodmanError> {
+        let path = format!("containers/{id}/kill?signal={signal}");
+        let answer = self.post("ending a container", &path, None).await?;
         answer.expect(&[204, 404, 409])
     }
 

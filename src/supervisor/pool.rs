@@ -12,13 +12,16 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::backoff::Backoff;
 use super::config::{Pool, Size, Userns};
 use super::github::rest::{NewRunner, Removed};
 use super::github::scaleset::ScaleSets;
 use super::github::{GitHub, GitHubError};
-use super::handover::Handover;
+use super::handover::{Handover, settled};
 use super::podman::{Podman, PodmanError, RUNNER, SLOT};
-use super::slot::{Action, Container, Job, Mode, Presence, Runner, Seen, Slot, State, decide};
+use super::slot::{
+    Action, Container, Job, Mode, Presence, Runner, Seen, Slot, State, decide, is_result,
+};
 use crate::engine::Verdict;
 use crate::failpoint::reach;
 use crate::plugin::client::{self, ClientError};
@@ -30,8 +33,19 @@ const HANDED_AT: &str = "lvm-cache-friend.jit-config";
 /// CommandSettings.cs): where the image has no such label.
 const JIT: &str = "ACTIONS_RUNNER_INPUT_JITCONFIG";
 
-/// Has the runner end with its job's result (actions/runner, Runner.cs).
-const RETURN_RESULT: &str = "ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED";
+/// Has the runner take one job and end with that job's result, end with [`TOO_OLD`] where it is, and show its log (actions/runner,
+/// Runner.cs, Program.cs, HostContext.cs). What the configuration says otherwise counts.
+const VARIABLES: [(&str, &str); 3] = [
+    ("ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED", "true"),
+    ("ACTIONS_RUNNER_RETURN_VERSION_DEPRECATED_EXIT_CODE", "1"),
+    ("ACTIONS_RUNNER_PRINT_LOG_TO_STDOUT", "1"),
+];
+
+/// The exit code of a runner whose version gets no jobs any more.
+const TOO_OLD: i32 = 7;
+
+/// Lines of a runner's log that are shown where it ended without having had a job.
+const LAST_LINES: u32 = 5;
 
 /// Where jobs work, below the runner's own directory.
 const WORK_FOLDER: &str = "_work";
@@ -108,6 +122,8 @@ pub struct SlotView {
     pub volumes: Vec<String>,
     /// How the last job ended.
     pub last: Option<Verdict>,
+    /// Why it has no runner, or what keeps it from going on.
+    pub problem: Option<String>,
 }
 
 /// What a pool is told to do.
@@ -145,6 +161,8 @@ pub(super) struct Board {
     empty: BTreeSet<usize>,
     /// Jobs that ended, by verdict.
     pub ended: BTreeMap<String, u64>,
+    /// When runners may be started.
+    pub backoff: Backoff,
 }
 
 /// A pool.
@@ -362,6 +380,7 @@ impl Worker {
                 }
                 Err(error) => {
                     task.unsure = true;
+                    task.complain(error.to_string());
                     let rest = trouble.with(&error);
                     // Of what changes meanwhile, only the end cannot wait.
                     tokio::select! {
@@ -429,7 +448,11 @@ const fn stage(action: &Action) -> Option<&'static str> {
         Action::Remove(_) => Some("end"),
         Action::Clear(_) => Some("clear"),
         Action::Look(_) => Some("look"),
-        Action::Rest(_) | Action::Kill(_) | Action::Deregister(..) | Action::Forget => None,
+        Action::Rest(_)
+        | Action::Interrupt(_)
+        | Action::Kill(_)
+        | Action::Deregister(..)
+        | Action::Forget => None,
     }
 }
 
@@ -474,7 +497,7 @@ impl Task<'_> {
                 info!(slot = self.name, runner, "adopted");
             }
         }
-        self.share(&seen, now);
+        let again = self.share(&seen, now);
         let action = decide(&self.slot, &seen, now);
         debug!(slot = self.name, ?action, "next");
         if let Action::Rest(at) = action {
@@ -483,6 +506,7 @@ impl Task<'_> {
             if let Some(container) = container {
                 self.hold(&container.runner).await?;
             }
+            let at = at.into_iter().chain(again).min();
             let seconds = at.map_or(LOOK_AGAIN, |at| at.saturating_sub(now));
             return Ok(Some(Rest {
                 time: Duration::from_secs(seconds.clamp(1, LOOK_AGAIN)),
@@ -498,6 +522,7 @@ impl Task<'_> {
             Ok(()) if asks => self.trouble.over(),
             Ok(()) => {}
             Err(error @ (StepError::GitHub(_) | StepError::NoSet)) => {
+                self.complain(error.to_string());
                 let rest = self.trouble.with(&error);
                 self.slot.ask_again = unix_now() + rest.as_secs() + 1;
                 return Ok(None);
@@ -522,6 +547,18 @@ impl Task<'_> {
             Action::Prepare => self.prepare().await?,
             Action::Create => self.create().await?,
             Action::Start(id) => self.start(&find(&id)).await?,
+            Action::Interrupt(id) => {
+                let container = find(&id);
+                warn!(
+                    slot = self.name,
+                    runner = container.runner,
+                    "told to end, with its job"
+                );
+                self.worker.podman.signal(&id, "INT").await?;
+                if let Some(runner) = self.slot.runner_mut(&container.runner) {
+                    runner.interrupted = Some(unix_now());
+                }
+            }
             Action::Kill(id) => {
                 let container = find(&id);
                 // Before it is: what ends it otherwise meanwhile is no success either.
@@ -529,7 +566,7 @@ impl Task<'_> {
                     runner.killed = true;
                 }
                 warn!(slot = self.name, runner = container.runner, "killed");
-                self.worker.podman.kill(&id).await?;
+                self.worker.podman.signal(&id, "KILL").await?;
             }
             Action::Judge(id, verdict) => self.judge(&find(&id), verdict).await?,
             Action::Remove(id) => {
@@ -612,8 +649,14 @@ impl Task<'_> {
         })
     }
 
-    /// Takes what the pool has for the slot, and gives what the slot has for the pool.
-    fn share(&mut self, seen: &Seen, now: u64) {
+    /// Shows what keeps the slot from going on, until the next look.
+    fn complain(&self, problem: String) {
+        let mut board = self.worker.board();
+        board.views.entry(self.number).or_default().problem = Some(problem);
+    }
+
+    /// Takes what the pool has for the slot, and gives what the slot has for the pool. When that is to be done again, if that is known.
+    fn share(&mut self, seen: &Seen, now: u64) -> Option<u64> {
         let orders = *self.worker.orders.borrow();
         let mut board = self.worker.board();
         let board = &mut *board;
@@ -637,6 +680,13 @@ impl Task<'_> {
             }
             None => None,
         };
+        if let Some(runner) = &self.slot.runner
+            && runner.met
+            && board.backoff.connected(runner.since)
+        {
+            self.worker.poke();
+        }
+        let mut again = None;
         let is_more = self.number >= self.worker.pool.slots();
         if self.slot.runner.is_none() && seen.containers.is_empty() {
             board.live.remove(&self.number);
@@ -649,8 +699,16 @@ impl Task<'_> {
             Orders::Run if is_more => Mode::Drain,
             Orders::Run if board.live.contains(&self.number) => Mode::Start,
             Orders::Run if board.live.len() < board.target => {
-                board.live.insert(self.number);
-                Mode::Start
+                match board.backoff.start(board.live.len(), now) {
+                    Ok(()) => {
+                        board.live.insert(self.number);
+                        Mode::Start
+                    }
+                    Err(at) => {
+                        again = at;
+                        Mode::Keep
+                    }
+                }
             }
             Orders::Run => Mode::Keep,
         };
@@ -659,7 +717,12 @@ impl Task<'_> {
         } else {
             board.empty.remove(&self.number);
         }
-        board.views.insert(self.number, self.view(seen, job, now));
+        let mut view = self.view(seen, job, now);
+        if view.state == "empty" {
+            view.problem = board.backoff.problem(now);
+        }
+        board.views.insert(self.number, view);
+        again
     }
 
     fn view(&self, seen: &Seen, job: Option<String>, now: u64) -> SlotView {
@@ -694,6 +757,7 @@ impl Task<'_> {
                 .cloned()
                 .collect(),
             last: self.last,
+            problem: None,
         }
     }
 
@@ -721,7 +785,7 @@ impl Task<'_> {
         };
         match asked {
             Ok(jit) => {
-                self.jit = Some(jit);
+                self.jit = Some(settled(jit));
                 self.slot.registered(&name, unix_now());
                 Ok(())
             }
@@ -839,20 +903,58 @@ impl Task<'_> {
             let body = json!({"Name": volume, "ID": HOLDER});
             self.worker.friend("VolumeDriver.Unmount", body).await?;
         }
-        self.last = Some(verdict);
-        let job = {
-            let mut board = self.worker.board();
-            // Not one that was sent away before it had a job.
-            let runner = self.slot.runner_mut(&container.runner);
-            if !runner.is_some_and(|runner| runner.killed && runner.job == Job::None) {
-                *board.ended.entry(verdict.to_string()).or_default() += 1;
-            }
-            let job = board.jobs.get(&container.runner);
-            job.map(|job| job.what.clone())
+        let code = match container.state {
+            State::Exited(code, _) => code,
+            _ => unreachable!("what has ended is judged"),
         };
-        info!(slot = self.name, runner = container.runner, job = job.unwrap_or_default(), %verdict, "ended");
+        let runner = self.slot.runner_mut(&container.runner).cloned();
+        if is_result(code)
+            || runner
+                .as_ref()
+                .is_some_and(|runner| runner.job != Job::None)
+        {
+            self.last = Some(verdict);
+            let mut board = self.worker.board();
+            board.backoff.worked();
+            *board.ended.entry(verdict.to_string()).or_default() += 1;
+            let job = board.jobs.get(&container.runner);
+            let job = job.map(|job| job.what.clone()).unwrap_or_default();
+            info!(slot = self.name, runner = container.runner, job, %verdict, code, "ended");
+        } else if let Some(runner) = runner
+            && !(runner.killed || runner.withdrawn || runner.interrupted.is_some())
+        {
+            self.had_none(container, code, runner.since).await;
+        } else {
+            info!(
+                slot = self.name,
+                runner = container.runner,
+                "ended, without a job"
+            );
+        }
         self.slot.judged.insert(container.id.clone());
         Ok(())
+    }
+
+    /// A runner ended by itself and had no job: nothing is known of any, and it may be so with the next.
+    async fn had_none(&self, container: &Container, code: i32, since: u64) {
+        let lines = self.worker.podman.logs(&container.id, LAST_LINES).await;
+        let lines = lines.unwrap_or_else(|error| error.to_string());
+        let means = match code {
+            TOO_OLD => ", as its version gets no jobs any more: build the image anew, or pull it",
+            _ => "",
+        };
+        let said = format!(
+            "a runner ended with exit code {code} and had no job{means}. Its last lines: {}",
+            lines.trim()
+        );
+        warn!(slot = self.name, runner = container.runner, "{said}");
+        let mut board = self.worker.board();
+        let now = unix_now();
+        if code == TOO_OLD {
+            board.backoff.refuse(container.image.clone(), now, said);
+        } else {
+            board.backoff.ended(since, now, said);
+        }
     }
 }
 
@@ -873,7 +975,9 @@ fn container_spec(
 ) -> Value {
     let text = &pool.container;
     let mut env = text.env.clone();
-    env.insert(RETURN_RESULT.into(), "true".into());
+    for (name, value) in VARIABLES {
+        env.entry(name.into()).or_insert_with(|| value.into());
+    }
     let tmpfs = text.tmpfs.iter();
     let mut mounts: Vec<_> = tmpfs
         .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}))

@@ -19,12 +19,13 @@ use super::github::{GitHub, GitHubError};
 use super::listener::listen;
 use super::podman::Podman;
 use super::pool::{Orders, Worker};
+use super::slot::GENTLE;
 use crate::config::Settings;
 use crate::plugin::server;
 use crate::plugin::socket::{Listening, SocketError};
 
 /// How long stopping at once may take: what is left then, the next start removes.
-const STOP: Duration = Duration::from_secs(60);
+const STOP: Duration = Duration::from_secs(GENTLE + 30);
 
 /// The supervisor could not be brought up.
 #[derive(Debug, thiserror::Error)]

@@ -20,6 +20,9 @@ pub const LOOK: u64 = 60;
 /// Seconds after which a runner without a registration has had the time to end.
 const GONE: u64 = 30;
 
+/// Seconds from SIGINT, upon which a runner has its job end and tells GitHub (for which it needs 30), to SIGKILL.
+pub const GENTLE: u64 = 60;
+
 /// Seconds that a scale set has to say how a job ended whose container has.
 pub const RESULT: u64 = 15;
 
@@ -45,6 +48,8 @@ pub struct Container {
     pub runner: String,
     /// Its state.
     pub state: State,
+    /// The id of the image that it was made of.
+    pub image: String,
 }
 
 /// A container's state.
@@ -128,6 +133,8 @@ pub struct Runner {
     pub prepared: bool,
     /// Its container is there, or was.
     pub created: bool,
+    /// When it was told to end.
+    pub interrupted: Option<u64>,
     /// It was ended by us.
     pub killed: bool,
     /// Its registration was removed by us.
@@ -185,6 +192,8 @@ pub enum Action {
     Create,
     /// Start this container.
     Start(String),
+    /// Tell this container to end.
+    Interrupt(String),
     /// End this container now.
     Kill(String),
     /// Tell the daemon how the work in this container ended.
@@ -201,14 +210,20 @@ pub enum Action {
     Forget,
 }
 
-/// What the exit code of the runner's listener says (100 and its TaskResult, where
-/// ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED is set: actions/runner, TaskResultUtil.cs).
+/// Whether the exit code of the runner's listener speaks of a job: 100 and its TaskResult, where
+/// ACTIONS_RUNNER_RETURN_JOB_RESULT_FOR_HOSTED is set (actions/runner, TaskResultUtil.cs). Others speak of the runner.
+#[must_use]
+pub const fn is_result(code: i32) -> bool {
+    matches!(code, 100..=105)
+}
+
+/// What it says of the job.
 #[must_use]
 pub const fn verdict_of(code: i32) -> Verdict {
     match code {
         100 | 101 => Verdict::Success,
-        0 => Verdict::Unknown,
-        _ => Verdict::Failure,
+        _ if is_result(code) => Verdict::Failure,
+        _ => Verdict::Unknown,
     }
 }
 
@@ -299,6 +314,9 @@ fn of_container(slot: &Slot, container: &Container, now: u64) -> Action {
             {
                 Action::Rest(Some(at + RESULT))
             }
+            Some(runner) if runner.interrupted.is_some() && !is_result(code) => {
+                Action::Judge(id(), Verdict::Failure)
+            }
             _ => Action::Judge(id(), verdict_of(code)),
         },
     }
@@ -307,8 +325,16 @@ fn of_container(slot: &Slot, container: &Container, now: u64) -> Action {
 fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) -> Action {
     let registration = &runner.registration;
     let look = || Action::Look(runner.name.clone());
-    if slot.mode == Mode::Stop || runner.withdrawn || runner.refused {
+    if runner.withdrawn || runner.refused {
         return Action::Kill(id);
+    }
+    let gently = |id| match runner.interrupted {
+        None => Action::Interrupt(id),
+        Some(at) if now < at + GENTLE => Action::Rest(Some(at + GENTLE)),
+        Some(_) => Action::Kill(id),
+    };
+    if slot.mode == Mode::Stop {
+        return gently(id);
     }
     let end = match runner.job {
         Job::Running(since) => since + slot.bounds.job,
@@ -320,7 +346,10 @@ fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) ->
     let idle = runner.job == Job::None;
     let overdue = now >= end;
     if overdue && !idle {
-        return Action::Kill(id);
+        return match runner.job {
+            Job::Done(..) => Action::Kill(id),
+            _ => gently(id),
+        };
     }
     if idle && (overdue || slot.mode == Mode::Drain) {
         if !registration.fresh(now) {
@@ -392,6 +421,7 @@ impl Slot {
             since: now,
             prepared: false,
             created: false,
+            interrupted: None,
             killed: false,
             withdrawn: false,
             refused: false,

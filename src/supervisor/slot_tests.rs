@@ -15,6 +15,7 @@ fn container(runner: &str, state: State) -> Container {
         id: format!("c-{runner}"),
         runner: runner.into(),
         state,
+        image: String::new(),
     }
 }
 
@@ -53,6 +54,10 @@ fn empty(mode: Mode) -> Slot {
 
 fn is(job: Job) -> impl Fn(&mut Slot) {
     move |slot| slot.runner.as_mut().unwrap().job = job
+}
+
+fn interrupted(ago: u64) -> impl Fn(&mut Slot) {
+    move |slot| slot.runner.as_mut().unwrap().interrupted = Some(NOW - ago)
 }
 
 fn read(presence: Presence, ago: u64) -> impl Fn(&mut Slot) {
@@ -101,7 +106,9 @@ fn steps() {
         ("not connected in time, withdrawn", slot(On, |s| s.deregistered("a")), with(State::Running(NOW - 300)), Kill(id())),
         ("never registered", slot(On, read(Presence::Gone, 1)), with(State::Running(NOW - 300)), Kill(id())),
         ("busy", slot(On, read(there(true, true), 1)), running(), Rest(Some(NOW - 1 + 3600))),
-        ("busy too long", slot(On, is(Job::Running(NOW - 3600))), running(), Kill(id())),
+        ("busy too long", slot(On, is(Job::Running(NOW - 3600))), running(), Interrupt(id())),
+        ("busy too long, told so", slot(On, |s| { is(Job::Running(NOW - 3600))(s); interrupted(1)(s); }), running(), Rest(Some(NOW - 1 + GENTLE))),
+        ("busy too long, told in vain", slot(On, |s| { is(Job::Running(NOW - 3700))(s); interrupted(GENTLE)(s); }), running(), Kill(id())),
         ("its scopes were refused", slot(On, |s| { is(Job::Running(NOW))(s); s.runner.as_mut().unwrap().refused = true; }), running(), Kill(id())),
         ("done, and ends", slot(On, is(Job::Done(Verdict::Success, NOW - 1))), running(), Rest(Some(NOW - 1 + LOOK))),
         ("done, and hangs", slot(On, is(Job::Done(Verdict::Success, NOW - LOOK))), running(), Kill(id())),
@@ -113,12 +120,21 @@ fn steps() {
         ("drain: withdrawn", slot(Drain, |s| s.deregistered("a")), running(), Kill(id())),
         ("drain: busy", slot(Drain, read(there(true, true), 1)), running(), Rest(Some(NOW - 1 + 3600))),
         ("drain: busy, reads as offline", slot(Drain, |s| { read(there(true, true), 70)(s); read(there(false, false), 1)(s); }), running(), Rest(Some(NOW - 70 + 3600))),
-        ("stop: busy", slot(Stop, read(there(true, true), 1)), running(), Kill(id())),
+        ("stop: busy", slot(Stop, read(there(true, true), 1)), running(), Interrupt(id())),
+        ("stop: told so", slot(Stop, |s| { read(there(true, true), 1)(s); interrupted(1)(s); }), running(), Rest(Some(NOW - 1 + GENTLE))),
+        ("stop: told in vain", slot(Stop, |s| { read(there(true, true), 1)(s); interrupted(GENTLE)(s); }), running(), Kill(id())),
+        ("stop: nobody has read whether it is busy", slot(Stop, |_| {}), running(), Interrupt(id())),
+        ("stop: withdrawn", slot(Stop, |s| s.deregistered("a")), running(), Kill(id())),
 
         ("succeeded", slot(On, |_| {}), exited(100, 0), Judge(id(), Verdict::Success)),
         ("failed", slot(On, |_| {}), exited(102, 0), Judge(id(), Verdict::Failure)),
-        ("killed from outside", slot(On, |_| {}), exited(137, 0), Judge(id(), Verdict::Failure)),
+        ("cancelled", slot(On, |_| {}), exited(103, 0), Judge(id(), Verdict::Failure)),
+        ("killed from outside", slot(On, |_| {}), exited(137, 0), Judge(id(), Verdict::Unknown)),
         ("nobody knows", slot(On, |_| {}), exited(0, 0), Judge(id(), Verdict::Unknown)),
+        ("to be tried again", slot(On, |_| {}), exited(2, 0), Judge(id(), Verdict::Unknown)),
+        ("it crashed", slot(On, |_| {}), exited(134, 0), Judge(id(), Verdict::Unknown)),
+        ("told to end", slot(On, interrupted(1)), exited(0, 0), Judge(id(), Verdict::Failure)),
+        ("told to end just as it succeeded", slot(On, interrupted(1)), exited(100, 0), Judge(id(), Verdict::Success)),
         ("killed by us", slot(On, |s| s.runner.as_mut().unwrap().killed = true), exited(100, 0), Judge(id(), Verdict::Failure)),
         ("ended before a crash", empty(On), exited(100, 900), Judge(id(), Verdict::Success)),
         ("the scale set has not said yet", slot(On, told(Job::Running(NOW - 50))), exited(100, 1), Rest(Some(NOW - 1 + RESULT))),
@@ -134,7 +150,7 @@ fn steps() {
         ("it is offline and busy", slot(Keep, |s| { s.runner = None; s.found("o"); s.looked("o", there(false, true), NOW - 1); }), none(), Rest(Some(NOW - 1 + LOOK))),
         ("GitHub is left alone", slot(On, |s| { s.ask_again = NOW + 9; s.runner = None; s.found("o"); }), none(), Rest(Some(NOW + 9))),
         ("a job ends meanwhile", slot(On, |s| { s.ask_again = NOW + 9; s.found("o"); }), exited(100, 1), Judge(id(), Verdict::Success)),
-        ("one is ended meanwhile", slot(Stop, |s| { s.ask_again = NOW + 9; read(there(true, true), 1)(s); }), running(), Kill(id())),
+        ("one is ended meanwhile", slot(Stop, |s| { s.ask_again = NOW + 9; read(there(true, true), 1)(s); }), running(), Interrupt(id())),
         ("one idles meanwhile", slot(Drain, |s| { s.ask_again = NOW + 9; read(there(true, false), 70)(s); }), running(), Rest(Some(NOW + 9))),
         ("one is prepared meanwhile", slot(On, |s| { s.ask_again = NOW + 9; s.found("o"); s.registered("a", NOW); }), none(), Prepare),
         ("it does not keep another from starting", slot(On, |s| { s.runner = None; s.found("o"); s.looked("o", there(true, true), NOW - 1); }), none(), Register),
@@ -281,6 +297,11 @@ impl World {
                 !busy || overdue || slot.mode == Mode::Stop,
                 "a job is killed: {slot:?}"
             );
+            let told = |r: &Runner| r.interrupted.is_some_and(|at| now >= at + GENTLE);
+            assert!(
+                !busy || own.is_none_or(told),
+                "a job is killed outright: {slot:?}"
+            );
         }
         if fails {
             if action.asks() {
@@ -314,6 +335,7 @@ impl World {
                 runner.created = true;
             }
             Action::Start(id) => self.containers[find(&id)].state = State::Running(now),
+            Action::Interrupt(_) => slot.runner.as_mut().unwrap().interrupted = Some(now),
             Action::Kill(id) => {
                 let c = &mut self.containers[find(&id)];
                 c.state = State::Exited(137, now);

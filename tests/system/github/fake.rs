@@ -224,6 +224,8 @@ pub struct State {
     pub token_life: u64,
     /// Seconds that a session's token is good for.
     pub session_life: u64,
+    /// There is a release without which no runner gets a job.
+    pub too_old: bool,
     public_key: Vec<u8>,
     /// The repository's branches and tags (`heads/main`), and the commit of each.
     pub refs: BTreeMap<String, String>,
@@ -918,10 +920,25 @@ impl State {
             job: None,
         };
         self.runners.insert(id, runner.clone());
-        // The real one has `.runner`, `.credentials` and `.credentials_rsaparams`, each in base64.
+        // Of the real ones' names and sizes. What was registered over REST may update itself; a scale set says.
+        let filler = |length: usize| STANDARD.encode("k".repeat(length));
+        let settings = json!({
+            "AgentId": id.to_string(), "AgentName": name, "PoolId": "1", "PoolName": "Default",
+            "DisableUpdate": if set.is_some() { "True" } else { "False" }, "Ephemeral": "True", "UseV2Flow": "True",
+            "ServerUrl": self.base, "ServerUrlV2": self.base, "GitHubUrl": format!("{}/{REPOSITORY}", self.base), "WorkFolder": "_work",
+        });
+        let credentials = json!({"Scheme": "OAuth", "Data": {
+            "ClientId": filler(27), "AuthorizationUrl": format!("{}/_apis/oauth2/token/{}", self.base, filler(200)),
+            "AuthorizationUrlV2": self.base, "RequireFipsCryptography": "True",
+        }});
+        let parameters = json!({
+            "d": secret, "dp": filler(128), "dq": filler(128), "exponent": "AQAB", "inverseQ": filler(128),
+            "modulus": filler(256), "p": filler(128), "q": filler(128),
+        });
         let files = json!({
-            ".runner": STANDARD.encode(json!({"agentName": name, "serverUrl": self.base}).to_string()),
-            ".credentials": STANDARD.encode(secret),
+            ".runner": STANDARD.encode(format!("\u{feff}{settings}")),
+            ".credentials": STANDARD.encode(format!("\u{feff}{credentials}")),
+            ".credentials_rsaparams": STANDARD.encode(parameters.to_string()),
         });
         let encoded = STANDARD.encode(files.to_string());
         self.configurations.push(encoded.clone());
@@ -1248,6 +1265,9 @@ impl State {
         let (id, name, set) = (runner.id, runner.name.clone(), runner.set);
         match rest {
             ["alive"] => Ok((StatusCode::OK, Value::Null)),
+            // It would be downloaded, and not installed.
+            ["release"] => Err(violation(format!("{name} wants to update itself"))),
+            ["next"] if self.too_old => Err(refused(403, "AccessDenied")),
             ["next"] => {
                 if runner.job.is_some() {
                     return Err(refused(409, "it has a job"));
@@ -1274,7 +1294,11 @@ impl State {
                 if let Some(job) = runner.job.and_then(|job| self.jobs.get_mut(&job)) {
                     job.log = String::from_utf8_lossy(body).into_owned();
                 }
-                let result = if *code == "0" { "succeeded" } else { "failed" };
+                let result = match *code {
+                    "0" => "succeeded",
+                    "3" => "canceled",
+                    _ => "failed",
+                };
                 self.finish(id, result);
                 Ok((StatusCode::OK, Value::Null))
             }

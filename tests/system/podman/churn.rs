@@ -184,7 +184,7 @@ fn run(place: &Place, name: &str, volume: &str, plan: &Plan) {
     });
     thread::sleep(plan.after);
     match plan.end {
-        End::Exit(_) | End::Kill => place.runtime.block_on(api.kill(name)).unwrap(),
+        End::Exit(_) | End::Kill => place.runtime.block_on(api.signal(name, "KILL")).unwrap(),
         End::Stop => drop(podman.done(&["stop", "--time", "0", name])),
         End::Remove | End::RemoveVolume => {
             podman.done(&["rm", "--force", "--time", "0", name]);

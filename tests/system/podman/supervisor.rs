@@ -10,9 +10,11 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use lvm_cache_friend::config::RUN_DIR;
+use lvm_cache_friend::supervisor::handover::settled;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 
 use super::hooks::Hooks;
@@ -300,10 +302,14 @@ fn without_secrets(place: &Place, what: &str, text: &str) {
         assert!(!text.contains(secret), "{what} has a secret: {secret}");
     }
     for configuration in &state.configurations {
-        assert!(
-            !text.contains(configuration),
-            "{what} has a runner's configuration"
-        );
+        let given = settled(configuration.clone().into());
+        assert_ne!(configuration, given.expose_secret());
+        for configuration in [configuration, given.expose_secret()] {
+            assert!(
+                !text.contains(configuration),
+                "{what} has a runner's configuration"
+            );
+        }
     }
 }
 
@@ -329,9 +335,9 @@ fn jobs(kind: Kind) {
     assert_eq!(place.job("echo broken > /cache/n; exit 1"), "failed");
     // What a job can see of its own: all processes' environments and arguments, its files, its mounts.
     let look = "for p in /proc/[0-9]*; do cat $p/environ $p/cmdline 2>/dev/null | tr '\\0' '\\n'; done\n\
-                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/run/runner/.c*' ! -path /run/runner/log -exec cat {} + 2>/dev/null || true\n\
+                env; cat /proc/self/mountinfo; find / -xdev -type f -size -64k ! -path '/proc/*' ! -path '/run/runner/.c*' ! -path '/opt/runner/_work/_temp/*' -exec cat {} + 2>/dev/null || true\n\
                 timeout 2 cat /run/jit-config || true\n\
-                echo has-look''ed; until [ -e /run/runner/go ]; do sleep 0.2; done";
+                echo has-look''ed; until [ -e /opt/runner/_work/go ]; do sleep 0.2; done";
     let job = place.fake.queue(&MAIN, look);
     let mut logs = String::new();
     place.until("the job has looked", |place| {
@@ -371,7 +377,7 @@ fn jobs(kind: Kind) {
                 place
                     .host
                     .podman
-                    .done(&["exec", &runner, "touch", "/run/runner/go"]);
+                    .done(&["exec", &runner, "touch", "/opt/runner/_work/go"]);
             }
         }
         !logs.is_empty()
@@ -404,7 +410,15 @@ fn jobs(kind: Kind) {
 }
 
 fn scale_set(kind: Kind) {
-    let mut place = Place::new(kind, "token", SET, JOB);
+    // As README has it: nothing but these can be written to.
+    let work = "[[supervise.pool.volume]]\nname = 'work'\ntarget = '/opt/runner/_work'\noptions = { publish = 'never' }\n";
+    let volumes = format!("{JOB}{work}");
+    let container = "read-only = true, tmpfs = ['/tmp', '/var/tmp', '/run/runner'], ";
+    let mut place = Place::with(kind, "token", SET, &volumes, container);
+    assert_eq!(
+        place.job("! touch /opt/runner/x; touch ~/x /opt/runner/_work/_home/x"),
+        "succeeded"
+    );
     let ask = "/run/lvm-cache-friend/bin/lvm-cache-friend restore x --key linux; cd /run/lvm-cache-friend/x\n";
     let own = place.fake.scope();
     let forks = format!(
@@ -777,8 +791,11 @@ fn starts_again(kind: Kind) {
     place.until("another waits", |place| {
         let rows = place.rows();
         let mut rows = rows.iter();
-        rows.any(|row| row["last"] == "failure" && row["state"] == "idle")
+        rows.any(|row| row["state"] == "idle")
     });
+    let log = place.supervisor().log();
+    let said = "a runner ended with exit code 1 and had no job. Its last lines: entrypoint: no configuration any more";
+    assert!(log.contains(said), "{log}");
     assert_eq!(place.job("true"), "succeeded");
     for name in [&other, &pool] {
         assert!(registered(&place).contains(name), "{name} is another's");
