@@ -22,8 +22,8 @@ pub struct Backoff {
     proven: bool,
     /// What is known of the last end.
     said: String,
-    /// The image with which none is to be started any more.
-    refused: Option<String>,
+    /// None is to be started any more.
+    refused: bool,
 }
 
 impl Backoff {
@@ -41,10 +41,10 @@ impl Backoff {
         self.again = now + self.pause();
     }
 
-    /// The same, and with this image it will be so for ever.
-    pub fn refuse(&mut self, image: String, now: u64, said: String) {
+    /// The same, and it will be so with the next.
+    pub fn refuse(&mut self, now: u64, said: String) {
         self.ended(now, now, said);
-        self.refused = Some(image);
+        self.refused = true;
     }
 
     fn pause(&self) -> u64 {
@@ -52,7 +52,7 @@ impl Backoff {
         (PAUSE << (2 * steps)).min(LONGEST)
     }
 
-    /// A runner that was registered at `since` is connected. `true` where that changes anything.
+    /// One that was registered at `since` is connected. `true` where that changes anything.
     pub fn connected(&mut self, since: u64) -> bool {
         let news = !self.proven && since >= self.last;
         self.proven |= news;
@@ -72,19 +72,13 @@ impl Backoff {
         *self = Self::default();
     }
 
-    /// The image with which none is to be started any more.
-    #[must_use]
-    pub fn refused(&self) -> Option<&str> {
-        self.refused.as_deref()
-    }
-
     /// Whether a runner may be started beside `live` ones; it is taken for started then. Otherwise when to ask again; `None` where
     /// something else must happen first.
     ///
     /// # Errors
     /// When none may.
     pub fn start(&mut self, live: usize, now: u64) -> Result<(), Option<u64>> {
-        if self.refused.is_some() {
+        if self.refused {
             Err(None)
         } else if self.proven {
             Ok(())
@@ -101,7 +95,7 @@ impl Backoff {
     /// What is to be said of a pool that starts no runners now.
     #[must_use]
     pub fn problem(&self, now: u64) -> Option<String> {
-        if self.refused.is_some() {
+        if self.refused {
             Some(format!("stopped: {}", self.said))
         } else if self.ends > 0 && !self.proven {
             let rest = self.again.saturating_sub(now);
@@ -176,10 +170,9 @@ mod tests {
     #[test]
     fn none_with_an_image_that_is_too_old() {
         let mut backoff = Backoff::default();
-        backoff.refuse("old".into(), NOW, "too old".into());
+        backoff.refuse(NOW, "too old".into());
         assert_eq!(backoff.start(0, NOW + 100_000), Err(None));
         assert_eq!(backoff.problem(NOW).unwrap(), "stopped: too old");
-        assert_eq!(backoff.refused(), Some("old"));
         backoff.forgive();
         assert_eq!(backoff.start(0, NOW), Ok(()));
     }

@@ -110,6 +110,9 @@ pub struct ContainerText {
     /// Its image.
     #[serde(deserialize_with = "some_text")]
     pub image: String,
+    /// When its image is pulled.
+    #[serde(default)]
+    pub pull: Pull,
     /// Its command, if not the image's.
     #[serde(default)]
     pub command: Vec<String>,
@@ -146,6 +149,19 @@ pub struct ContainerText {
     /// SELinux's options, such as `disable`.
     #[serde(default)]
     pub selinux: Vec<String>,
+}
+
+/// When an image is pulled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pull {
+    /// When it is not there.
+    #[default]
+    Missing,
+    /// And when the registry has another one.
+    Newer,
+    /// By somebody else.
+    Never,
 }
 
 /// A container's network, by Podman's names.
@@ -684,6 +700,10 @@ mod tests {
             (
                 pool("count = 1\nlabels = ['a']\ncontainer.userns = 'auto:size=many'"),
                 &["line 7", "many", "auto:size=131072"],
+            ),
+            (
+                pool("count = 1\nlabels = ['a']\ncontainer.pull = 'often'"),
+                &["line 7", "often", "newer"],
             ),
             (
                 pool("count = 1\nlabels = ['a']\ncontainer.cpus = 0.0"),

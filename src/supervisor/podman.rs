@@ -27,6 +27,9 @@ const VERSION: &str = "v4.0.0";
 /// For an answer. Starting a container may wait for its volumes.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// For an image to be pulled.
+const PULL_TIMEOUT: Duration = Duration::from_secs(3600);
+
 /// Longest answer, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
@@ -295,6 +298,46 @@ impl Podman {
     pub async fn remove_volume(&self, name: &str) -> Result<(), PodmanError> {
         self.delete("removing a volume", &format!("volumes/{name}"))
             .await
+    }
+
+    /// The id of an image; `None` where it is not there.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn image_id(&self, image: &str) -> Result<Option<String>, PodmanError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Image {
+            id: String,
+        }
+        let path = format!("images/{image}/json");
+        let answer = self.get("looking at the image", &path).await?;
+        if answer.status == StatusCode::NOT_FOUND {
+            return Ok(None);
+        }
+        Ok(Some(answer.json::<Image>()?.id))
+    }
+
+    /// Pulls an image by one of Podman's policies, such as `missing` or `newer`.
+    ///
+    /// # Errors
+    /// See [`PodmanError`].
+    pub async fn pull(&self, image: &str, policy: &str) -> Result<(), PodmanError> {
+        #[derive(Deserialize)]
+        struct Told {
+            error: Option<String>,
+        }
+        let path = format!("images/pull?reference={image}&policy={policy}&quiet=true");
+        let what = "pulling the image";
+        let answer = self.ask(what, Method::POST, &path, None, PULL_TIMEOUT);
+        let answer = answer.await?;
+        answer.expect(&[200])?;
+        // One object after another; that it failed is said in one.
+        let told = serde_json::Deserializer::from_slice(&answer.body).into_iter::<Told>();
+        match told.flatten().find_map(|told| told.error) {
+            Some(error) => Err(answer.refused(&error)),
+            None => Ok(()),
+        }
     }
 
     /// What a label of an image says; `None` where it has none, or an empty one.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
-use super::config::{Pool, Size, Userns};
+use super::config::{Pool, Pull, Size, Userns};
 use super::github::rest::{NewRunner, Removed};
 use super::github::scaleset::ScaleSets;
 use super::github::{GitHub, GitHubError};
@@ -62,6 +62,12 @@ const FRIEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Between two looks whether all is done.
 const LOOK_FOR_END: Duration = Duration::from_millis(200);
+
+/// Between two looks at the image.
+const LOOK_AT_IMAGE: Duration = Duration::from_secs(20);
+
+/// Between two questions to its registry.
+const PULL_AGAIN: Duration = Duration::from_secs(900);
 
 /// Between two looks at a slot at most: somebody may have removed its container by hand.
 const LOOK_AGAIN: u64 = 30;
@@ -163,6 +169,10 @@ pub(super) struct Board {
     pub ended: BTreeMap<String, u64>,
     /// When runners may be started.
     pub backoff: Backoff,
+    /// The image's id; empty where it is not there.
+    image: String,
+    /// Why it is not.
+    image_problem: Option<String>,
 }
 
 /// A pool.
@@ -341,6 +351,64 @@ impl Worker {
             }
         }
         self.poke();
+    }
+
+    /// Has the image be there, and notes which one it is, for ever: what another one was made of is replaced.
+    pub(super) async fn watch_image(self: Arc<Self>) {
+        let mut trouble = Trouble::new(format!("pool {}", self.pool.name));
+        let image = &self.pool.container.image;
+        let pull = self.pool.container.pull;
+        let mut asked: Option<Instant> = None;
+        loop {
+            let look = async {
+                let there = self.podman.image_id(image).await?;
+                let due = asked.is_none_or(|asked| asked.elapsed() >= PULL_AGAIN);
+                let policy = match pull {
+                    Pull::Newer if due || there.is_none() => "newer",
+                    Pull::Missing if there.is_none() => "missing",
+                    _ => return Ok(there),
+                };
+                asked = Some(Instant::now());
+                let pulled = self.podman.pull(image, policy).await;
+                match self.podman.image_id(image).await? {
+                    None => pulled.and(Ok(None)),
+                    // The registry may be away, or know nothing of it.
+                    there => {
+                        if let Err(error) = pulled {
+                            warn!("pool {}: {error}", self.pool.name);
+                        }
+                        Ok(there)
+                    }
+                }
+            };
+            let looked: Result<Option<String>, PodmanError> = look.await;
+            let (problem, rest, changed) = match looked {
+                Ok(there) => {
+                    trouble.over();
+                    let none = there.is_none();
+                    let problem = none.then(|| format!("there is no image {image}"));
+                    let there = there.unwrap_or_default();
+                    let mut board = self.board();
+                    let changed = board.image != there;
+                    // With another one it may be another story.
+                    if changed && !there.is_empty() {
+                        board.backoff.forgive();
+                    }
+                    board.image = there;
+                    (problem, LOOK_AT_IMAGE, changed)
+                }
+                Err(error) => {
+                    let problem = error.to_string();
+                    let rest = trouble.with(&StepError::Podman(error));
+                    (Some(problem), rest, false)
+                }
+            };
+            self.board().image_problem = problem;
+            if changed {
+                self.poke();
+            }
+            tokio::time::sleep(rest).await;
+        }
     }
 
     /// The number of a slot of this pool, by its name.
@@ -697,9 +765,21 @@ impl Task<'_> {
             Orders::Stop => Mode::Stop,
             Orders::Drain | Orders::Pause => Mode::Drain,
             Orders::Run if is_more => Mode::Drain,
+            // Of an image that is another one now.
+            Orders::Run
+                if !board.image.is_empty()
+                    && seen.containers.iter().any(|c| c.image != board.image) =>
+            {
+                Mode::Drain
+            }
             Orders::Run if board.live.contains(&self.number) => Mode::Start,
             Orders::Run if board.live.len() < board.target => {
-                match board.backoff.start(board.live.len(), now) {
+                let may = if board.image.is_empty() {
+                    Err(None)
+                } else {
+                    board.backoff.start(board.live.len(), now)
+                };
+                match may {
                     Ok(()) => {
                         board.live.insert(self.number);
                         Mode::Start
@@ -719,7 +799,8 @@ impl Task<'_> {
         }
         let mut view = self.view(seen, job, now);
         if view.state == "empty" {
-            view.problem = board.backoff.problem(now);
+            let problem = board.image_problem.clone();
+            view.problem = problem.or_else(|| board.backoff.problem(now));
         }
         board.views.insert(self.number, view);
         again
@@ -951,7 +1032,7 @@ impl Task<'_> {
         let mut board = self.worker.board();
         let now = unix_now();
         if code == TOO_OLD {
-            board.backoff.refuse(container.image.clone(), now, said);
+            board.backoff.refuse(now, said);
         } else {
             board.backoff.ended(since, now, said);
         }

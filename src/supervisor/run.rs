@@ -127,6 +127,7 @@ async fn live(
     let workers = workers(settings, supervise)?;
     for worker in &workers {
         tokio::spawn(Arc::clone(worker).find());
+        tokio::spawn(Arc::clone(worker).watch_image());
         for slot in 0..worker.pool.slots() {
             let worker = Arc::clone(worker);
             tokio::spawn(async move { worker.work(slot).await });

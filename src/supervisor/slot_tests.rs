@@ -2,6 +2,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::supervisor::backoff::Backoff;
 
 const BOUNDS: Bounds = Bounds {
     registration: 300,
@@ -407,6 +408,50 @@ proptest! {
         prop_assert!(world.runners.is_empty(), "{:?}", world);
         prop_assert!(slot.is_empty(&world.seen()), "{:?}", slot);
         prop_assert!(world.jobs.values().all(|runs| *runs == 1));
+    }
+}
+
+/// What an image costs GitHub whose runner dies at once: in ten minutes less than 20 requests, of any number of slots.
+#[test]
+fn dying_runners_are_cheap() {
+    for slots in [1, 2, 3, 100] {
+        let mut backoff = Backoff::default();
+        let mut worlds: Vec<_> = (0..slots)
+            .map(|_| (World::default(), empty(Mode::Keep)))
+            .collect();
+        let (mut asked, mut died) = (0, 0);
+        for now in NOW..NOW + 600 {
+            for n in 0..worlds.len() {
+                let is_live = |(world, slot): &(World, Slot)| {
+                    slot.runner.is_some() || !world.containers.is_empty()
+                };
+                let live = worlds.iter().filter(|place| is_live(place)).count();
+                let is_own = is_live(&worlds[n]);
+                let (world, slot) = &mut worlds[n];
+                world.now = now;
+                slot.mode = if is_own || backoff.start(live, now).is_ok() {
+                    Mode::Start
+                } else {
+                    Mode::Keep
+                };
+                loop {
+                    let action = decide(slot, &world.seen(), now);
+                    asked += u32::from(action.asks());
+                    if let Action::Judge(..) = action {
+                        died += 1;
+                        let since = slot.runner.as_ref().unwrap().since;
+                        backoff.ended(since, now, String::new());
+                        slot.mode = Mode::Keep;
+                    }
+                    if !world.step(slot, false) {
+                        break;
+                    }
+                    world.happen(Event::Die);
+                }
+            }
+        }
+        assert!(died > 3, "{died}");
+        assert!(asked < 20, "{slots} slots: {asked} requests");
     }
 }
 

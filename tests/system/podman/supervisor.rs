@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::hooks::Hooks;
 use super::{Body, Host, story};
+use crate::docs::block;
 use crate::github::fake::{
     APP, FORK, Fake, FaultKind, MAIN, REPOSITORY, Stage, TARGET, TOKEN, id_of,
 };
@@ -42,6 +43,8 @@ pub const BODIES: &[Body] = &[
     ("supervisor_meets_faults", faults),
     ("supervised_scale_set_meets_faults", set_faults),
     ("supervisor_drains", drains),
+    ("supervised_runners_without_jobs", without_jobs),
+    ("supervised_image_of_github", github_image),
 ];
 
 /// In a guest: what needs cgroups.
@@ -804,6 +807,101 @@ fn starts_again(kind: Kind) {
     place.finish();
 }
 
+/// An image whose runner dies at once, one whose runner is too old, one that works, and another one.
+fn without_jobs(kind: Kind) {
+    let base = image("runner-image");
+    let make = |line: &str| {
+        sh(&format!(
+            "printf '%s\\n' 'FROM {base}' '{line}' | podman build --quiet --tag localhost/changing -"
+        ));
+    };
+    make(r#"ENTRYPOINT ["sh", "-c", "echo no such luck; exit 134"]"#);
+    let begin = Instant::now();
+    let mut place = Place::configured(kind, |fake| {
+        let token = fake.file("token");
+        format!(
+            "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\ntoken = {token:?}\n\
+             labels = ['linux']\ncount = 2\ncontainer = {{ image = 'localhost/changing', network = 'host', pull = 'never' }}\n",
+            fake.url
+        )
+    });
+    let problem = |place: &Place, words: &[&str]| {
+        let said = place.host.site.outcome(&["runners", "list"]).stdout;
+        words.iter().all(|word| said.contains(word))
+    };
+    let dies = ["exit code 134", "no such luck", "the next try is in"];
+    place.until("it is said why", |place| problem(place, &dies));
+    std::thread::sleep(Duration::from_secs(5));
+    let asked = place.fake.count("", begin);
+    assert!(asked <= 7, "{asked} requests");
+
+    place.fake.state().too_old = true;
+    make("LABEL n=1");
+    let old = ["stopped: ", "exit code 7", "build the image anew"];
+    place.until("it is too old", |place| problem(place, &old));
+    place.until("no registration is left", |place| {
+        place.fake.state().runners.is_empty()
+    });
+    let asked = place.fake.count("", begin);
+    std::thread::sleep(Duration::from_secs(12));
+    assert_eq!(place.fake.count("", begin), asked, "it is left alone");
+
+    place.fake.state().too_old = false;
+    make("LABEL n=2");
+    assert_eq!(place.job("true"), "succeeded");
+    let idle = |place: &Place| -> Vec<String> {
+        let rows = place.rows();
+        let rows = rows.iter().filter(|row| row["state"] == "idle");
+        rows.map(|row| row["runner"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    place.until("both wait", |place| idle(place).len() == 2);
+    assert!(!problem(&place, &["exit code"]));
+    let before = idle(&place);
+    make("LABEL n=3");
+    place.until("they are replaced", |place| {
+        let now = idle(place);
+        now.len() == 2 && now.iter().all(|runner| !before.contains(runner))
+    });
+    // None of those that had no job is a job that failed.
+    place.until("a report", |_| {
+        given("runner_jobs_total{verdict=\"success\"}") == Some(1.0)
+    });
+    for verdict in ["failure", "unknown"] {
+        let series = format!("runner_jobs_total{{verdict={verdict:?}}}");
+        assert_eq!(given(&series).unwrap_or(0.0), 0.0);
+    }
+    place.finish();
+}
+
+/// An image of the shape of GitHub's own, with the lines that docs/supervisor.md gives for it.
+fn github_image(kind: Kind) {
+    let mut place = Place::configured(kind, |fake| {
+        let own = image("runner-image github");
+        let (own, token) = (format!("{own:?}"), fake.file("token"));
+        let container = story::replaced(
+            &block("github-image"),
+            &[
+                ("\"ghcr.io/actions/actions-runner:latest\"", &own),
+                ("newer", "missing"),
+            ],
+        );
+        format!(
+            "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\ntoken = {token:?}\n\
+             labels = ['linux']\ncount = 1\njob-timeout = '12s'\n{container}network = 'host'\n",
+            fake.url
+        )
+    });
+    assert_eq!(place.job("touch /home/runner/_work/x"), "succeeded");
+    assert_eq!(place.job("exit 1"), "failed");
+    place.until("the report has them", |_| {
+        given("runner_jobs_total{verdict=\"success\"}") == Some(1.0)
+            && given("runner_jobs_total{verdict=\"failure\"}") == Some(1.0)
+    });
+    assert_eq!(place.job("sleep 3600"), "canceled");
+    place.finish();
+}
+
 /// Jobs that take what they can get, all at once. Their slots are other jobs' soon after, and the slot beside them
 /// never notices.
 fn hostile(kind: Kind) {
@@ -1129,6 +1227,8 @@ fn drains(kind: Kind) {
         );
         std::thread::sleep(Duration::from_millis(100));
     }
+    // It was told, and could tell GitHub.
+    assert_eq!(place.fake.result(job), Some("canceled"));
     assert_eq!(place.host.podman.done(&["ps", "--all", "--quiet"]), "");
     let plugin = place.host.daemon().plugin();
     plugin.create("probe", &json!({"restore": "layers"}));
