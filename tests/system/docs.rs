@@ -93,7 +93,7 @@ fn blocks() -> Result<BTreeMap<String, String>, String> {
                     (!text.is_empty()).then_some(text)
                 };
                 let run = match (language, mark("<!-- run: "), mark("<!-- not run: ")) {
-                    ("sh", Some(id), None) => Some(id),
+                    ("sh" | "toml", Some(id), None) => Some(id),
                     ("sh", None, Some(_)) => None,
                     ("sh", _, _) => {
                         return Err(format!(

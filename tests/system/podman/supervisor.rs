@@ -809,15 +809,15 @@ fn starts_again(kind: Kind) {
 
 /// An image whose runner dies at once, one whose runner is too old, one that works, and another one.
 fn without_jobs(kind: Kind) {
-    let base = image("runner-image");
     let make = |line: &str| {
+        let base = image("runner-image");
         sh(&format!(
             "printf '%s\\n' 'FROM {base}' '{line}' | podman build --quiet --tag localhost/changing -"
         ));
     };
-    make(r#"ENTRYPOINT ["sh", "-c", "echo no such luck; exit 134"]"#);
     let begin = Instant::now();
     let mut place = Place::configured(kind, |fake| {
+        make(r#"ENTRYPOINT ["sh", "-c", "echo no such luck; exit 134"]"#);
         let token = fake.file("token");
         format!(
             "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\ntoken = {token:?}\n\
