@@ -14,6 +14,7 @@ mod job_client;
 mod jobs;
 mod nested;
 mod options;
+mod registry;
 mod selinux;
 pub mod story;
 mod supervisor;

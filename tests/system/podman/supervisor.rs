@@ -18,6 +18,7 @@ use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 
 use super::hooks::Hooks;
+use super::registry::Registry;
 use super::{Body, Host, story};
 use crate::docs::block;
 use crate::github::fake::{
@@ -45,6 +46,7 @@ pub const BODIES: &[Body] = &[
     ("supervisor_drains", drains),
     ("supervised_runners_without_jobs", without_jobs),
     ("supervised_image_of_github", github_image),
+    ("supervised_image_is_pulled", pulled),
 ];
 
 /// In a guest: what needs cgroups.
@@ -633,10 +635,9 @@ pub fn builds() {
         [ "$(sudo -n id -u)" = 0 ]; [ "$ImageOS" = debian12 ]; [ -z "${XDG_DATA_HOME-}" ]
         [ ~ = /opt/runner/_work/_home ]; touch ~/x
         ! grep "$(stat -c %m ~) tmpfs" /proc/self/mounts
-        store() { podman info --format '{{.Store.GraphRoot}}' | grep "^$1/"; }
-        store ~
+        podman images; [ -d ~/.local/share/containers/storage ]
         lvm-cache-friend restore containers --key other
-        store /run/lvm-cache-friend/containers"#;
+        podman images; [ -d /run/lvm-cache-friend/containers/containers/storage ]"#;
     let job = place.fake.queue(&MAIN, script);
     let result = place.ended(job);
     let log = place.fake.state().jobs[&job].log.clone();
@@ -887,6 +888,66 @@ fn without_jobs(kind: Kind) {
         let series = format!("runner_jobs_total{{verdict={verdict:?}}}");
         assert_eq!(given(&series).unwrap_or(0.0), 0.0);
     }
+    place.finish();
+}
+
+/// An image of a registry's: pulled where it is not there, and, when asked for, where there is another.
+fn pulled(kind: Kind) {
+    let mut registry = None;
+    let make = |registry: &Registry, n: u32| {
+        let base = image("runner-image");
+        sh(&format!(
+            "printf '%s\\n' 'FROM {base}' 'ENV NUMBER={n}' | podman build --quiet --tag localhost/made -"
+        ));
+        registry.push("localhost/made");
+        sh("podman rmi localhost/made");
+    };
+    let mut place = Place::configured(kind, |fake| {
+        let registry = registry.insert(Registry::start());
+        let (image, token) = (&registry.image, fake.file("token"));
+        format!(
+            "[[supervise.pool]]\nname = 'linux'\nurl = '{0}/{REPOSITORY}'\napi-url = '{0}'\ntoken = {token:?}\n\
+             labels = ['linux']\ncount = 1\ncontainer = {{ image = '{image}', network = 'host', pull = 'never' }}\n",
+            fake.url
+        )
+    });
+    let registry = registry.unwrap();
+    let said = |place: &Place, words: &str| {
+        let list = place.host.site.outcome(&["runners", "list"]);
+        list.stdout.contains(words)
+    };
+    let configured = |place: &mut Place, old: &str, new: &str| {
+        place.supervisor = None;
+        let config = place.host.site.config.clone();
+        let text = fs::read_to_string(&config).unwrap();
+        fs::write(&config, story::replaced(&text, &[(old, new)])).unwrap();
+        place.start(&[]);
+    };
+    place.until("it is not there", |place| {
+        said(place, "there is no image 127.")
+    });
+    configured(&mut place, "'never'", "'missing'");
+    place.until("nor at the registry", |place| {
+        said(place, "pulling the image")
+    });
+    // Nobody was asked for a runner that could not be started.
+    assert!(place.fake.state().runners.is_empty());
+    make(&registry, 1);
+    assert_eq!(place.job("[ $NUMBER = 1 ]"), "succeeded");
+    make(&registry, 2);
+    assert_eq!(place.job("[ $NUMBER = 1 ]"), "succeeded");
+    place.until("one waits", |place| {
+        let rows = place.rows();
+        rows.iter().any(|row| row["state"] == "idle")
+    });
+    let waits = place.rows()[0]["runner"].clone();
+    configured(&mut place, "'missing'", "'newer'");
+    place.until("it is replaced", |place| {
+        let rows = place.rows();
+        let mut rows = rows.iter();
+        rows.any(|row| row["state"] == "idle" && row["runner"] != waits)
+    });
+    assert_eq!(place.job("[ $NUMBER = 2 ]"), "succeeded");
     place.finish();
 }
 
