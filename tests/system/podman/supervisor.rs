@@ -762,9 +762,7 @@ fn starts_again(kind: Kind) {
         ));
         text.replace(&format!("'{image}'"), &format!("'{derived}'"))
     };
-    // Its first process knows the runner's variable and nothing else.
-    let plain = with("plain", "LABEL lvm-cache-friend.jit-config=");
-    fs::write(&config, plain).unwrap();
+    fs::write(&config, &text).unwrap();
     place.start(&[]);
     let registered = |place: &Place| {
         let state = place.fake.state();
@@ -779,6 +777,16 @@ fn starts_again(kind: Kind) {
         there.len() == 3 && own[0].starts_with("linux-0-") && names.contains(own[0])
     });
     place.until("one waits", |place| idle(place, &["linux-0"]));
+
+    // Its first process knows the runner's variable and nothing else.
+    let plain = with("plain", "LABEL lvm-cache-friend.jit-config=");
+    fs::write(&config, plain).unwrap();
+    place.supervisor = None;
+    place.start(&[]);
+    place.until("the one of another image is replaced", |place| {
+        let there = registered(place);
+        idle(place, &["linux-0"]) && there.len() == 3 && !names.iter().any(|n| there.contains(n))
+    });
 
     // What a power cut leaves of Podman, the daemon and the supervisor: their files, but for those below /run.
     let job = place
