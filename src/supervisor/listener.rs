@@ -105,13 +105,30 @@ impl Listener<'_> {
             Ok(message) => message,
             Err(error) => return self.recover(id, session, error).await,
         };
-        if let Some(message) = message
-            && let Err(error) = self.handle(id, &session, &message).await
-        {
-            self.session = Some(session);
-            return Err(error);
+        if let Some(message) = message {
+            let available = self.handle(&message).await;
+            if let Err(error) = self.settle(id, &session, &message, &available).await {
+                self.session = Some(session);
+                return Err(error);
+            }
         }
         self.session = Some(session);
+        Ok(())
+    }
+
+    /// Takes the jobs that can be had, and says that a message was worked on: what is lost by a crash before comes again.
+    async fn settle(
+        &mut self,
+        id: u64,
+        session: &Session,
+        message: &Message,
+        available: &[i64],
+    ) -> Result<(), StepError> {
+        if !available.is_empty() {
+            self.sets.acquire(id, session, available).await?;
+        }
+        self.sets.acknowledge(session, message.id).await?;
+        self.last = message.id;
         Ok(())
     }
 
@@ -141,31 +158,21 @@ impl Listener<'_> {
         Ok(())
     }
 
-    /// Does all that a message asks for, and then says so: what is lost by a crash before comes again.
-    async fn handle(
-        &mut self,
-        id: u64,
-        session: &Session,
-        message: &Message,
-    ) -> Result<(), StepError> {
+    /// Does what a message asks for, but for taking the jobs that can be had: gives their numbers.
+    async fn handle(&mut self, message: &Message) -> Vec<i64> {
         let mut available = Vec::new();
         for event in &message.events {
             match event {
                 Event::JobAvailable(job) => available.push(job.runner_request_id),
                 Event::JobStarted(job) => started(self.worker, job).await,
                 Event::JobCompleted(job) => completed(self.worker, job),
-                Event::JobAssigned(_) | Event::Other => {}
+                Event::JobAssigned(_) => {}
             }
-        }
-        if !available.is_empty() {
-            self.sets.acquire(id, session, &available).await?;
         }
         if let Some(statistics) = message.statistics {
             self.worker.demand(statistics.total_assigned_jobs);
         }
-        self.sets.acknowledge(session, message.id).await?;
-        self.last = message.id;
-        Ok(())
+        available
     }
 
     async fn close(&mut self) {

@@ -13,12 +13,11 @@ use axum::http::{HeaderName, Method, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use super::{Answer, GitHub, GitHubError, TIMEOUT};
 use crate::engine::Verdict;
-use crate::plugin::wire::printable;
 
 /// A poll is answered after some 50 seconds at the latest, with 202.
 const POLL: Duration = Duration::from_secs(90);
@@ -57,12 +56,32 @@ pub struct Session {
     pub statistics: Option<Statistics>,
 }
 
-/// How many jobs a scale set has.
+/// How many jobs and runners a scale set has, as GitHub counts them: it may be late, and it may be wrong for long. What it
+/// does not say is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub struct Statistics {
-    /// Assigned to it, those that run among them: as many runners are wanted.
+    /// Jobs that could be had.
+    #[serde(deserialize_with = "or_default")]
+    pub total_available_jobs: u32,
+    /// Jobs that were taken, and are not assigned yet.
+    #[serde(deserialize_with = "or_default")]
+    pub total_acquired_jobs: u32,
+    /// Jobs that are assigned to it, those that run among them: as many runners are wanted.
+    #[serde(deserialize_with = "or_default")]
     pub total_assigned_jobs: u32,
+    /// Jobs that run.
+    #[serde(deserialize_with = "or_default")]
+    pub total_running_jobs: u32,
+    /// Its runners.
+    #[serde(deserialize_with = "or_default")]
+    pub total_registered_runners: u32,
+    /// Those that have a job.
+    #[serde(deserialize_with = "or_default")]
+    pub total_busy_runners: u32,
+    /// Those that wait for one.
+    #[serde(deserialize_with = "or_default")]
+    pub total_idle_runners: u32,
 }
 
 /// What the queue had.
@@ -88,36 +107,67 @@ pub enum Event {
     JobStarted(Job),
     /// It has ended.
     JobCompleted(Job),
-    /// What later versions may tell.
-    #[serde(other)]
-    Other,
 }
 
-/// A job.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
+/// A job, as far as GitHub says: what it leaves out, or has as null, is empty or 0 (the official client reads it so too).
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Job {
-    /// Its number in the queue.
+    /// Its number in the queue; 0 at github.com, where jobs are assigned without being asked for.
+    #[serde(deserialize_with = "or_default")]
     pub runner_request_id: i64,
+    /// A UUID, by which jobs are told apart.
+    #[serde(deserialize_with = "or_default")]
+    pub job_id: String,
     /// Its repository's name.
+    #[serde(deserialize_with = "or_default")]
     pub repository_name: String,
     /// And owner.
+    #[serde(deserialize_with = "or_default")]
     pub owner_name: String,
     /// For people.
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub job_display_name: String,
     /// `OWNER/NAME/PATH@REF` of the workflow that it stands in. A reusable workflow's is that one's.
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub job_workflow_ref: String,
-    /// The run that it belongs to.
-    #[serde(default)]
+    /// The run that it belongs to; 0: it is not known.
+    #[serde(deserialize_with = "or_default")]
     pub workflow_run_id: u64,
+    /// The event that its run was begun by.
+    #[serde(deserialize_with = "or_default")]
+    pub event_name: String,
+    /// The labels that it wants.
+    #[serde(deserialize_with = "or_default")]
+    pub request_labels: Vec<String>,
     /// The runner that has it.
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub runner_name: String,
     /// How it ended.
-    #[serde(default)]
+    #[serde(deserialize_with = "or_default")]
     pub result: String,
+    /// When it was queued, RFC 3339.
+    #[serde(deserialize_with = "time")]
+    pub queue_time: Option<String>,
+    /// When it became the set's.
+    #[serde(deserialize_with = "time")]
+    pub scale_set_assign_time: Option<String>,
+    /// When a runner got it.
+    #[serde(deserialize_with = "time")]
+    pub runner_assign_time: Option<String>,
+}
+
+/// A value; null is what is left out.
+fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// A time. The service writes the first moment of the year 1 where there is none.
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let time = Option::<String>::deserialize(deserializer)?;
+    Ok(time.filter(|time| !time.is_empty() && !time.starts_with("0001-")))
 }
 
 impl Job {
@@ -290,13 +340,15 @@ impl ScaleSets {
             "" => Vec::new(),
             body => serde_json::from_str(body).map_err(|_| odd("its body is no list"))?,
         };
-        let events = events.into_iter().map(|event| {
-            serde_json::from_value(event).map_err(|e| odd(&printable(&e.to_string())))
-        });
+        // What later versions may tell, and what cannot be read, is passed over: a message that is never done with holds up all after it.
+        let events = events
+            .into_iter()
+            .filter_map(|event| serde_json::from_value(event).ok())
+            .collect();
         Ok(Some(Message {
             id: raw.message_id,
             statistics: raw.statistics,
-            events: events.collect::<Result<_, _>>()?,
+            events,
         }))
     }
 
