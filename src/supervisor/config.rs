@@ -9,7 +9,7 @@ use std::{fmt, fs};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::github::{Auth, Owner, Url};
+use super::github::{Auth, Owner, Url, check_api};
 use super::scope::{Rule, Template, Values, default_rules};
 use super::secret::Source;
 use super::slot::{Bounds, LOOK};
@@ -62,6 +62,45 @@ pub enum Size {
     ScaleSet(ScaleSet),
 }
 
+/// A runner group.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "GroupText")]
+pub enum Group {
+    /// By its number.
+    Number(u64),
+    /// By its name.
+    Name(String),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "a runner group: write its name or its number")]
+enum GroupText {
+    Number(u64),
+    Name(String),
+}
+
+impl Default for Group {
+    /// GitHub's own, which each owner has.
+    fn default() -> Self {
+        Self::Number(1)
+    }
+}
+
+impl TryFrom<GroupText> for Group {
+    type Error = String;
+
+    fn try_from(text: GroupText) -> Result<Self, String> {
+        match text {
+            GroupText::Number(0) => Err("group 0: numbers begin with 1".into()),
+            GroupText::Number(number) => Ok(Self::Number(number)),
+            GroupText::Name(name) if name.trim().is_empty() => {
+                Err("group: a name or a number is needed".into())
+            }
+            GroupText::Name(name) => Ok(Self::Name(name)),
+        }
+    }
+}
+
 /// A scale set.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -89,8 +128,8 @@ pub struct Pool {
     pub auth: Auth,
     /// How many there are.
     pub size: Size,
-    /// The runner group's number.
-    pub group: u64,
+    /// The runner group.
+    pub group: Group,
     /// The runners' labels.
     pub labels: Vec<String>,
     /// How long things may take.
@@ -235,8 +274,8 @@ struct PoolText {
     #[serde(default, deserialize_with = "count")]
     count: Option<usize>,
     scale_set: Option<ScaleSet>,
-    #[serde(default = "one")]
-    group: u64,
+    #[serde(default)]
+    group: Group,
     #[serde(default)]
     labels: Vec<String>,
     #[serde(default = "registration_timeout", deserialize_with = "duration")]
@@ -256,10 +295,6 @@ struct App {
     id: u64,
     installation: u64,
     key: Source,
-}
-
-const fn one() -> u64 {
-    1
 }
 
 const fn registration_timeout() -> Duration {
@@ -329,13 +364,9 @@ fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
 }
 
 fn api_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    let is_right = |url: &String| url.starts_with("https://") || url.starts_with("http://");
-    right(
-        deserializer,
-        is_right,
-        "no address: write https://HOST/api/v3",
-    )
-    .map(Some)
+    let url = String::deserialize(deserializer)?;
+    check_api(&url).map_err(D::Error::custom)?;
+    Ok(Some(url))
 }
 
 fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {

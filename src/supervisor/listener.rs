@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A scale set's messages: how many runners it wants, whose job a runner got, and how that ended.
 
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::config::ScaleSet;
 use super::github::GitHubError;
@@ -21,15 +26,22 @@ const ASK_WHOSE: Duration = Duration::from_secs(60);
 /// Seconds for which the end of a job is kept for its slot.
 const KEEP: u64 = 600;
 
-/// Listens for ever; the session ends with the orders to end, once nothing is left of any slot.
-pub(super) async fn listen(worker: &Worker, set: &ScaleSet) {
+/// After so many failures one after another, another session is tried.
+const FAILURES: u32 = 3;
+
+/// Listens for ever; the session ends with the orders to end, once nothing is left of any slot. Until then its id is in the
+/// file `kept`.
+pub(super) async fn listen(worker: &Worker, set: &ScaleSet, kept: PathBuf) {
     let mut listener = Listener {
         worker,
         set,
         sets: ScaleSets::new(Arc::clone(&worker.github)),
         id: None,
         session: None,
+        kept,
         last: 0,
+        failures: 0,
+        renewed: false,
     };
     let mut trouble = Trouble::new(format!("scale set {}", set.name));
     loop {
@@ -50,42 +62,25 @@ struct Listener<'a> {
     sets: ScaleSets,
     id: Option<u64>,
     session: Option<Session>,
+    /// Where the session's id is kept.
+    kept: PathBuf,
     /// The last message that was worked on.
     last: u64,
+    /// How often the session failed, one after another.
+    failures: u32,
+    /// Its token was renewed, and not accepted since.
+    renewed: bool,
 }
 
 impl Listener<'_> {
     async fn next(&mut self) -> Result<(), StepError> {
-        let pool = &self.worker.pool;
         let id = match self.id {
             Some(id) => id,
-            None => {
-                self.sets
-                    .find_or_create(&self.set.name, pool.group, &pool.labels)
-                    .await?
-            }
+            None => self.find().await?,
         };
-        self.id = Some(id);
-        self.worker.board().set = Some(id);
-        let session = match self.session.take() {
+        let mut session = match self.session.take() {
             Some(session) => session,
-            None => {
-                let host = nix::unistd::gethostname().unwrap_or_default();
-                let owner = format!("{} {}", host.to_string_lossy(), pool.name);
-                let opened = self.sets.open(id, &owner).await;
-                let session = opened.inspect_err(|error| {
-                    if error.status().is_some_and(|status| status == 404) {
-                        // Somebody removed the set.
-                        self.id = None;
-                    }
-                })?;
-                self.last = 0;
-                let jobs = session.statistics.map_or(0, |s| s.total_assigned_jobs);
-                self.worker.demand(jobs);
-                self.worker.poke();
-                info!(set = self.set.name, jobs, "listening");
-                session
-            }
+            None => self.open(id).await?,
         };
         let mut orders = self.worker.orders.subscribe();
         let capacity = if *orders.borrow_and_update() == Orders::Run {
@@ -97,65 +92,144 @@ impl Listener<'_> {
         // What is told meanwhile is told again: it was not acknowledged.
         let polled = tokio::select! {
             polled = self.sets.poll(&session, self.last, capacity) => polled,
-            _ = orders.changed() => Ok(None),
-            // The end does not wait for a message.
-            () = self.worker.emptied(), if self.worker.ends() => Ok(None),
-        };
-        let message = match polled {
-            Ok(message) => message,
-            Err(error) => return self.recover(id, session, error).await,
-        };
-        if let Some(message) = message {
-            let available = self.handle(&message).await;
-            if let Err(error) = self.settle(id, &session, &message, &available).await {
+            _ = orders.changed() => {
                 self.session = Some(session);
-                return Err(error);
+                return Ok(());
             }
+            // The end does not wait for a message.
+            () = self.worker.emptied(), if self.worker.ends() => {
+                self.session = Some(session);
+                return Ok(());
+            }
+        };
+        let done = match polled {
+            Ok(None) => Ok(()),
+            Ok(Some(message)) => {
+                let available = self.handle(&message).await;
+                self.settle(id, &mut session, &message, &available).await
+            }
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => {
+                (self.failures, self.renewed) = (0, false);
+                self.session = Some(session);
+                Ok(())
+            }
+            Err(error) => self.recover(id, session, error).await,
         }
-        self.session = Some(session);
-        Ok(())
     }
 
-    /// Takes the jobs that can be had, and says that a message was worked on: what is lost by a crash before comes again.
+    /// The scale set's number.
+    async fn find(&mut self) -> Result<u64, StepError> {
+        let pool = &self.worker.pool;
+        let group = self.sets.group(&pool.group).await?;
+        let id = self
+            .sets
+            .find_or_create(&self.set.name, group, &pool.labels)
+            .await?;
+        self.id = Some(id);
+        self.worker.board().set = Some(id);
+        Ok(id)
+    }
+
+    /// Begins a session. GitHub holds one that nobody ended for minutes, in its own successor's way too: it is ended first.
+    async fn open(&mut self, id: u64) -> Result<Session, StepError> {
+        let pool = &self.worker.pool;
+        let url = pool.url.to_string();
+        if let Some(left) = Kept::read(&self.kept).filter(|left| left.url == url && left.set == id)
+            && let Err(error) = self.sets.close(id, &left.session).await
+        {
+            debug!(set = self.set.name, %error, "the last session was not ended");
+        }
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        let owner = format!("{} {}", host.to_string_lossy(), pool.name);
+        let opened = self.sets.open(id, &owner).await;
+        let session = opened.inspect_err(|error| {
+            if error.status().is_some_and(|status| status == 404) {
+                // Somebody removed the set.
+                self.id = None;
+            }
+        })?;
+        let kept = Kept {
+            url,
+            set: id,
+            session: session.id().to_owned(),
+        };
+        if let Err(error) = kept.write(&self.kept) {
+            warn!(file = %self.kept.display(), %error, "the session's id is not kept: after a kill, GitHub lets the next one wait for minutes");
+        }
+        // What the last session was told and did not acknowledge is told to this one.
+        (self.last, self.failures, self.renewed) = (0, 0, false);
+        if let Some(statistics) = session.statistics {
+            self.worker.demand(statistics.total_assigned_jobs);
+        }
+        self.worker.poke();
+        let jobs = session.statistics.map_or(0, |s| s.total_assigned_jobs);
+        info!(set = self.set.name, jobs, "listening");
+        Ok(session)
+    }
+
+    /// Takes the jobs that can be had, and says that a message was worked on: what is lost by a crash before comes again, and
+    /// so does what failed for a while. What is refused is passed over: it would be refused again.
     async fn settle(
         &mut self,
         id: u64,
-        session: &Session,
+        session: &mut Session,
         message: &Message,
         available: &[i64],
-    ) -> Result<(), StepError> {
+    ) -> Result<(), GitHubError> {
         if !available.is_empty() {
-            self.sets.acquire(id, session, available).await?;
+            match self.sets.acquire(id, session, available).await {
+                Ok(_) => {}
+                Err(error) if is_final(&error) => {
+                    warn!(set = self.set.name, %error, "jobs that could be had were not got");
+                }
+                Err(error) => return Err(error),
+            }
         }
-        self.sets.acknowledge(session, message.id).await?;
         self.last = message.id;
+        let mut acknowledged = self.sets.acknowledge(session, message.id).await;
+        if has_ended(&acknowledged) && self.sets.refresh(id, session).await.is_ok() {
+            acknowledged = self.sets.acknowledge(session, message.id).await;
+        }
+        if let Err(error) = acknowledged {
+            // This session does not ask for it again.
+            debug!(set = self.set.name, message = message.id, %error, "a message was not acknowledged");
+        }
         Ok(())
     }
 
-    /// A session whose token has ended gets a new one; one that is gone is begun anew.
+    /// A session whose token has ended gets a new one; one that is refused, or fails again and again, is given up.
     async fn recover(
         &mut self,
         id: u64,
         mut session: Session,
         error: GitHubError,
     ) -> Result<(), StepError> {
-        match error.status().map(|status| status.as_u16()) {
-            Some(401) => match self.sets.refresh(id, &mut session).await {
-                Ok(()) => self.session = Some(session),
-                // Somebody else's session, or none: the next round opens one.
-                Err(error) if error.status().is_some_and(|s| s.is_client_error()) => {}
-                Err(error) => {
+        let mut error = error;
+        if error.status().is_some_and(|status| status == 401) && !self.renewed {
+            match self.sets.refresh(id, &mut session).await {
+                Ok(()) => {
+                    self.renewed = true;
                     self.session = Some(session);
-                    return Err(error.into());
+                    return Ok(());
                 }
-            },
-            Some(404 | 410) => {}
-            _ => {
-                self.session = Some(session);
-                return Err(error.into());
+                Err(refused) => error = refused,
             }
         }
-        Ok(())
+        let limited = error.retry().is_some();
+        self.failures += u32::from(!limited);
+        let lost = !limited
+            && error
+                .status()
+                .is_some_and(|status| status.is_client_error());
+        if lost || self.failures >= FAILURES {
+            info!(set = self.set.name, "another session is tried");
+        } else {
+            self.session = Some(session);
+        }
+        Err(error.into())
     }
 
     /// Does what a message asks for, but for taking the jobs that can be had: gives their numbers.
@@ -176,11 +250,51 @@ impl Listener<'_> {
     }
 
     async fn close(&mut self) {
-        if let (Some(id), Some(session)) = (self.id, &self.session)
-            && let Err(error) = self.sets.close(id, session).await
-        {
-            warn!(set = self.set.name, %error, "the session was not closed: it ends by itself");
+        let (Some(id), Some(session)) = (self.id, &self.session) else {
+            return;
+        };
+        match self.sets.close(id, session.id()).await {
+            Ok(()) => drop(fs::remove_file(&self.kept)),
+            Err(error) => {
+                warn!(set = self.set.name, %error, "the session was not closed: the next start does it");
+            }
         }
+    }
+}
+
+/// Whether a refusal will be the same the next time.
+fn is_final(error: &GitHubError) -> bool {
+    let status = error.status().filter(|status| status.is_client_error());
+    error.retry().is_none() && status.is_some_and(|status| status != 401)
+}
+
+/// Whether the session's token has ended.
+fn has_ended(answer: &Result<(), GitHubError>) -> bool {
+    let refused = answer.as_ref().err().and_then(GitHubError::status);
+    refused.is_some_and(|status| status == 401)
+}
+
+/// What is kept of a session for another life: its id is no secret.
+#[derive(Debug, Deserialize, Serialize)]
+struct Kept {
+    /// Whose scale set it is of.
+    url: String,
+    set: u64,
+    session: String,
+}
+
+impl Kept {
+    /// What can be read; a file that was not written to its end never was that file.
+    fn read(file: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(file).ok()?).ok()
+    }
+
+    fn write(&self, file: &Path) -> io::Result<()> {
+        let dir = file.parent().unwrap_or(file);
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let new = file.with_extension("new");
+        fs::write(&new, serde_json::to_vec(self)?)?;
+        fs::rename(new, file)
     }
 }
 

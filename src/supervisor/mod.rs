@@ -14,7 +14,8 @@
 //! runner's exit code; a job's request for a cache served before it is known whose job it is; a
 //! registration removed that was not read to be idle a moment before.
 //!
-//! No file holds state: Podman's labels and GitHub's names are all that a start needs.
+//! No file holds state that a start needs: Podman's labels and GitHub's names are all. The id of a scale set's session is kept, as
+//! without it GitHub has the next one wait.
 
 pub mod backoff;
 pub mod config;

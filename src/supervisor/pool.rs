@@ -850,9 +850,10 @@ impl Task<'_> {
         let worker = self.worker;
         let asked = match &worker.pool.size {
             Size::Fixed(_) => {
+                let group = worker.sets.lock().await.group(&worker.pool.group).await?;
                 let new = NewRunner {
                     name: &name,
-                    runner_group_id: worker.pool.group,
+                    runner_group_id: group,
                     labels: &worker.pool.labels,
                     work_folder: WORK_FOLDER,
                 };

@@ -138,7 +138,11 @@ async fn live(
         .filter_map(|worker| match &worker.pool.size {
             Size::ScaleSet(set) => {
                 let (worker, set) = (Arc::clone(worker), set.clone());
-                Some(tokio::spawn(async move { listen(&worker, &set).await }))
+                let kept = supervise.control_socket.with_extension("sessions");
+                let kept = kept.join(&worker.pool.name);
+                Some(tokio::spawn(
+                    async move { listen(&worker, &set, kept).await },
+                ))
             }
             Size::Fixed(_) => None,
         })

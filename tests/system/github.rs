@@ -7,6 +7,8 @@
 mod check;
 mod client;
 pub mod fake;
+mod listening;
+mod proxy;
 
 use crate::harness::{Test, Tier, test};
 
@@ -14,5 +16,11 @@ pub fn tests() -> Vec<Test> {
     let mut tests = client::tests();
     let refused = test(Tier::Host, "github::bad_configurations", check::refused);
     tests.push(refused);
+    tests.extend(listening::tests());
+    tests.push(test(
+        Tier::Host,
+        "github::behind_a_proxy",
+        proxy::through_it,
+    ));
     tests
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! GitHub, as far as a supervisor of runners needs it.
 //!
-//! octocrab has the connection, TLS and the authentication: a token, or an App's installation
-//! tokens, which it renews before they end. Its typed calls throw the headers of refusals away,
-//! Retry-After among them, and it has none for enterprises and scale sets; so answers are read here.
+//! octocrab has the authentication: a token, or an App's installation tokens, which it renews before
+//! they end. Its typed calls throw the headers of refusals away, Retry-After among them, and it has none
+//! for enterprises and scale sets; so answers are read here.
 //!
 //! - this module: requests, answers, and how long to keep still after a refusal
+//! - `connect`: connections, TLS, and proxies
 //! - [`rest`]: registrations and runs
 //! - [`scaleset`]: scale sets
 //!
@@ -13,30 +14,31 @@
 //! runners", "Rate limits for the REST API", "Best practices for using the REST API"), and the
 //! official client of scale sets, github.com/actions/scaleset.
 
+mod connect;
 pub mod rest;
 pub mod scaleset;
 
 use std::fmt;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Limited};
+use octocrab::auth::AppAuth;
 use octocrab::models::{AppId, InstallationId};
-use octocrab::{EncodingKey, Octocrab};
+use octocrab::{AuthState, EncodingKey, Octocrab};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::warn;
 
+use self::connect::Connector;
 use super::secret::{SecretError, Source};
 use crate::plugin::wire::printable;
 
 /// For a whole answer. A long poll has its own.
 const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Between two readings of an answer's bytes: beyond a long poll's.
-const READ: Duration = Duration::from_secs(120);
 
 /// Longest answer, in bytes. A page of 100 runners has some 60 KiB.
 const MAX_ANSWER: usize = 8 << 20;
@@ -46,6 +48,12 @@ const KEEP_STILL: Duration = Duration::from_secs(60);
 
 /// Longest time that a refusal is believed to ask for.
 const LONGEST: Duration = Duration::from_secs(3600);
+
+/// So often what is read is looked for where it is now.
+const REDIRECTS: usize = 3;
+
+/// A time window's end that is said to be so many seconds from another is the same.
+const SAME_WINDOW: u64 = 60;
 
 /// Whose runners they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,10 +115,14 @@ impl TryFrom<String> for Url {
             let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             !name.is_empty() && name.chars().all(plain) && !name.starts_with('.')
         };
-        if !matches!(scheme, "https" | "http") || host.is_empty() || !names.iter().all(|n| name(n))
+        if !matches!(scheme, "https" | "http")
+            || host.is_empty()
+            || host.contains('@')
+            || !names.iter().all(|n| name(n))
         {
             return Err(problem());
         }
+        check_scheme(scheme, host)?;
         let owner = match names[..] {
             ["enterprises", name] => Owner::Enterprise(name.to_owned()),
             [owner, name] => Owner::Repository(owner.to_owned(), name.to_owned()),
@@ -123,6 +135,40 @@ impl TryFrom<String> for Url {
             owner,
             text,
         })
+    }
+}
+
+/// Whether a host, with or without a port, is this machine by its name.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next(),
+        None => host.split(':').next(),
+    };
+    let name = name.unwrap_or_default();
+    let address = name.parse::<std::net::IpAddr>();
+    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
+}
+
+/// Refuses to say anything to a host where others may listen.
+fn check_scheme(scheme: &str, host: &str) -> Result<(), String> {
+    if scheme == "http" && !is_loopback(host) {
+        return Err(format!(
+            "http://{host}: tokens are sent there, where anybody on the way could read them: write https://"
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses an API's address that is none, or that tokens may not be sent to.
+///
+/// # Errors
+/// When it is so; the text says what is right.
+pub fn check_api(api: &str) -> Result<(), String> {
+    let problem = || format!("{api:?} is no address: write https://HOST/api/v3");
+    let uri: Uri = api.parse().map_err(|_| problem())?;
+    match (uri.scheme_str(), uri.authority()) {
+        (Some(scheme @ ("http" | "https")), Some(host)) => check_scheme(scheme, host.host()),
+        _ => Err(problem()),
     }
 }
 
@@ -199,6 +245,9 @@ pub enum GitHubError {
         /// What is wrong with it.
         problem: String,
     },
+    /// There is no runner group of that name.
+    #[error("there is no runner group {0:?} here, or the credential does not see it")]
+    NoGroup(String),
     /// It was not asked, as it said to be left alone until then.
     #[error("GitHub asked to be left alone for another {} s", .0.as_secs())]
     Still(Duration),
@@ -246,6 +295,12 @@ impl Answer {
         })
     }
 
+    /// Whether it has no body.
+    pub fn is_empty(&self) -> bool {
+        let body = self.body.strip_prefix(b"\xef\xbb\xbf");
+        body.unwrap_or(&self.body).trim_ascii().is_empty()
+    }
+
     pub fn expect(&self, wanted: &[StatusCode]) -> Result<StatusCode, GitHubError> {
         if wanted.contains(&self.status) {
             return Ok(self.status);
@@ -255,6 +310,16 @@ impl Answer {
             message: String,
             #[serde(rename = "typeName", default)]
             kind: String,
+        }
+        if self.status.is_redirection() {
+            return Err(GitHubError::Refused {
+                what: self.what.clone(),
+                status: self.status,
+                retry: None,
+                message:
+                    "it is elsewhere now; a repository that was renamed needs its new name in url"
+                        .into(),
+            });
         }
         let message = serde_json::from_slice::<Message>(&self.body)
             .map(|m| format!("{} {}", m.message, m.kind))
@@ -304,6 +369,15 @@ fn http_date(text: &str) -> Option<u64> {
     time.timestamp().as_second().try_into().ok()
 }
 
+/// What has limits of its own: the queue's answers say nothing of the REST API's, and the other way round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// The REST API.
+    Rest,
+    /// The Actions service and its queues.
+    Actions,
+}
+
 /// A client of one GitHub, for one owner's runners.
 pub struct GitHub {
     crab: Octocrab,
@@ -313,9 +387,16 @@ pub struct GitHub {
     /// Whose runners they are.
     url: Url,
     /// One request at a time, as GitHub asks of its clients; and none before then.
-    still: tokio::sync::Mutex<()>,
-    until: Mutex<Option<Instant>>,
+    turn: tokio::sync::Mutex<()>,
+    /// Of those that can wait one at a time waits for its turn: what decides trust waits for two at most.
+    queue: tokio::sync::Mutex<()>,
+    /// When each side may be asked again.
+    until: Mutex<[Option<Instant>; 2]>,
     faults: AtomicU64,
+    /// The end of the time window, seconds since 1970 by GitHub's clock, in which it was said that few requests are left.
+    low: AtomicU64,
+    /// It was said that the repository has another name.
+    moved: AtomicBool,
 }
 
 impl fmt::Debug for GitHub {
@@ -333,28 +414,17 @@ impl GitHub {
     /// When the secret cannot be had, or is none.
     pub fn new(url: &Url, api: Option<&str>, auth: &Auth) -> Result<Self, GitHubError> {
         let setup = |problem: &dyn fmt::Display| GitHubError::Setup(problem.to_string());
-        let builder = || {
-            Octocrab::builder()
-                .set_connect_timeout(Some(Duration::from_secs(10)))
-                .set_read_timeout(Some(READ))
-                .set_write_timeout(Some(TIMEOUT))
-        };
         let api = api.map_or_else(|| url.api(), str::to_owned);
-        let plain = builder().build().map_err(|e| setup(&causes(&e)))?;
-        let builder = builder()
-            .add_header(header::ACCEPT, "application/vnd.github+json".to_owned())
-            .base_uri(api.as_str())
-            .map_err(|e| setup(&causes(&e)))?;
+        let connector = Connector::new(&api).map_err(|e| setup(&e))?;
+        let client = |token, state| connector.client(&api, token, state).map_err(|e| setup(&e));
+        let plain = client(None, AuthState::None)?;
         let crab = match auth {
             Auth::Token(source) => {
-                let token = source.read()?;
-                if HeaderValue::from_str(token.expose_secret()).is_err() {
-                    return Err(setup(&"the token has characters that no token has"));
-                }
-                builder
-                    .personal_token(token)
-                    .build()
-                    .map_err(|e| setup(&causes(&e)))?
+                let token = format!("Bearer {}", source.read()?.expose_secret());
+                let mut token = HeaderValue::from_str(&token)
+                    .map_err(|_| setup(&"the token has characters that no token has"))?;
+                token.set_sensitive(true);
+                client(Some(token), AuthState::None)?
             }
             Auth::App {
                 id,
@@ -364,10 +434,9 @@ impl GitHub {
                 let key = key.read()?;
                 let key = EncodingKey::from_rsa_pem(key.expose_secret().as_bytes())
                     .map_err(|e| setup(&format!("the App's key is no RSA key in PEM: {e}")))?;
-                builder
-                    .app(AppId(*id), key)
-                    .build()
-                    .and_then(|app| app.installation(InstallationId(*installation)))
+                let app_id = AppId(*id);
+                client(None, AuthState::App(AppAuth { app_id, key }))?
+                    .installation(InstallationId(*installation))
                     .map_err(|e| setup(&causes(&e)))?
             }
         };
@@ -376,9 +445,12 @@ impl GitHub {
             plain,
             api,
             url: url.clone(),
-            still: tokio::sync::Mutex::new(()),
-            until: Mutex::new(None),
+            turn: tokio::sync::Mutex::new(()),
+            queue: tokio::sync::Mutex::new(()),
+            until: Mutex::new([None; 2]),
             faults: AtomicU64::new(0),
+            low: AtomicU64::new(0),
+            moved: AtomicBool::new(false),
         })
     }
 
@@ -409,22 +481,68 @@ impl GitHub {
         path: &str,
         body: Option<&B>,
     ) -> Result<Answer, GitHubError> {
+        let _waiting = self.queue.lock().await;
+        self.ask_first(method, path, body).await
+    }
+
+    /// Asks the REST API what must not wait for all that asks. What is read is followed to where it is now.
+    async fn ask_first<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<Answer, GitHubError> {
         let what = format!("{method} {}", path.split('?').next().unwrap_or_default());
-        let _turn = self.still.lock().await;
-        self.may_ask()?;
-        let request = Request::builder().method(method).uri(path);
-        let asked = async {
-            let request = self.crab.build_request(request, body)?;
-            self.crab.execute(request).await
-        };
-        let answer = read(what, asked, TIMEOUT).await;
-        self.note(&answer);
-        answer
+        let _turn = self.turn.lock().await;
+        let mut path = path.to_owned();
+        for _ in 0..=REDIRECTS {
+            self.may_ask(Side::Rest)?;
+            let request = Request::builder()
+                .method(method.clone())
+                .uri(&path)
+                .header(header::ACCEPT, "application/vnd.github+json");
+            let asked = async {
+                let request = self.crab.build_request(request, body)?;
+                self.crab.execute(request).await
+            };
+            let answer = read(what.clone(), asked, TIMEOUT).await;
+            self.note(Side::Rest, &answer);
+            let answer = answer?;
+            match self.elsewhere(&answer) {
+                Some(to) if method == Method::GET => path = to,
+                _ => return Ok(answer),
+            }
+        }
+        Err(GitHubError::Odd {
+            what,
+            problem: "it is always elsewhere".to_owned(),
+        })
+    }
+
+    /// Where the REST API says that what was asked for is now: at the same host, as it is told who we are.
+    fn elsewhere(&self, answer: &Answer) -> Option<String> {
+        if !matches!(answer.status.as_u16(), 301 | 307 | 308) {
+            return None;
+        }
+        let to = answer.headers.get(header::LOCATION)?.to_str().ok()?;
+        let to: Uri = to.parse().ok()?;
+        let api: Uri = self.api.parse().ok()?;
+        let same = to.scheme() == api.scheme() && to.authority() == api.authority();
+        if to.authority().is_some() && !same {
+            return None;
+        }
+        if answer.status == StatusCode::MOVED_PERMANENTLY
+            && !self.moved.swap(true, Ordering::Relaxed)
+        {
+            warn!(url = %self.url, "what is asked for has another name now: say the new one in the configuration, as only reading goes on with the old one");
+        }
+        Some(to.path_and_query()?.to_string())
     }
 
     /// Asks another host, or with another token.
     async fn ask_with<B: Serialize>(
         &self,
+        side: Side,
         method: Method,
         uri: &str,
         headers: &[(header::HeaderName, &SecretString)],
@@ -433,7 +551,11 @@ impl GitHub {
     ) -> Result<Answer, GitHubError> {
         let path = uri.split('?').next().unwrap_or_default();
         let what = format!("{method} {path}");
-        self.may_ask()?;
+        check_api(path).map_err(|problem| GitHubError::Odd {
+            what: what.clone(),
+            problem,
+        })?;
+        self.may_ask(side)?;
         let mut request = Request::builder().method(method).uri(uri);
         for (name, value) in headers {
             let mut value =
@@ -449,34 +571,54 @@ impl GitHub {
             self.plain.execute(request).await
         };
         let answer = read(what, asked, timeout).await;
-        self.note(&answer);
+        self.note(side, &answer);
         answer
     }
 
-    fn may_ask(&self) -> Result<(), GitHubError> {
-        let until = *self.until.lock().expect("never held over a panic");
+    fn may_ask(&self, side: Side) -> Result<(), GitHubError> {
+        let until = self.until.lock().expect("never held over a panic")[side as usize];
         match until.and_then(|until| until.checked_duration_since(Instant::now())) {
             Some(rest) if !rest.is_zero() => Err(GitHubError::Still(rest)),
             _ => Ok(()),
         }
     }
 
-    /// A limit is of the credential: nobody else asks meanwhile.
-    fn note(&self, answer: &Result<Answer, GitHubError>) {
+    /// A limit is of the credential: nobody else asks that side meanwhile.
+    fn note(&self, side: Side, answer: &Result<Answer, GitHubError>) {
         // Other refusals are answers like any other: that there is no such runner.
         let is_fault = answer.as_ref().map_or(true, |answer| {
             answer.status.is_server_error() || matches!(answer.status.as_u16(), 401 | 403 | 429)
         });
         self.faults
             .fetch_add(u64::from(is_fault), Ordering::Relaxed);
-        let rest = match answer {
-            Ok(answer) if answer.status.is_client_error() || answer.status.is_server_error() => {
-                answer.expect(&[]).err().and_then(|e| e.retry())
-            }
-            _ => None,
+        let Ok(answer) = answer else { return };
+        self.look_at_limit(&answer.headers);
+        if !answer.status.is_client_error() && !answer.status.is_server_error() {
+            return;
+        }
+        if let Some(rest) = answer.expect(&[]).err().and_then(|e| e.retry()) {
+            let mut until = self.until.lock().expect("never held over a panic");
+            until[side as usize] = Some(Instant::now() + rest);
+        }
+    }
+
+    /// Says once in each time window that less than a tenth of its requests is left.
+    fn look_at_limit(&self, headers: &HeaderMap) {
+        let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<u64>().ok();
+        let (Some(limit), Some(left), Some(reset)) = (
+            number("x-ratelimit-limit"),
+            number("x-ratelimit-remaining"),
+            number("x-ratelimit-reset"),
+        ) else {
+            return;
         };
-        if let Some(rest) = rest {
-            *self.until.lock().expect("never held over a panic") = Some(Instant::now() + rest);
+        let said = self.low.load(Ordering::Relaxed);
+        if left < limit / 10 && reset.abs_diff(said) > SAME_WINDOW {
+            self.low.store(reset, Ordering::Relaxed);
+            let at = i64::try_from(reset).ok();
+            let at = at.and_then(|at| jiff::Timestamp::from_second(at).ok());
+            let until = at.map_or(String::new(), |at| at.to_string());
+            warn!(url = %self.url, left, limit, until, "few requests to GitHub's REST API are left");
         }
     }
 }
@@ -582,12 +724,43 @@ mod tests {
             "https://github.com/a/b/c",
             "https://github.com/a b",
             "https://github.com/a/../b",
+            "http:///o",
         ] {
             let problem = Url::try_from(text.to_owned()).expect_err(text);
             assert!(
                 problem.contains("https://github.com/OWNER/NAME"),
                 "{problem}"
             );
+        }
+    }
+
+    #[test]
+    fn without_tls_on_this_machine_only() {
+        for host in [
+            "127.0.0.1",
+            "127.0.0.1:80",
+            "LOCALHOST:1",
+            "[::1]:80",
+            "127.9.9.9",
+        ] {
+            assert!(Url::try_from(format!("http://{host}/o")).is_ok(), "{host}");
+            assert_eq!(check_api(&format!("http://{host}/api/v3")), Ok(()));
+        }
+        for host in [
+            "git.example",
+            "10.0.2.2:80",
+            "127.0.0.1.example",
+            "localhost.example:1",
+            "[::2]:80",
+        ] {
+            let problem = Url::try_from(format!("http://{host}/o")).unwrap_err();
+            assert!(problem.contains("https://"), "{problem}");
+            check_api(&format!("http://{host}/api/v3")).unwrap_err();
+            assert_eq!(check_api(&format!("https://{host}/api/v3")), Ok(()));
+        }
+        for text in ["api.github.com", "ftp://a", "https://", ""] {
+            let problem = check_api(text).unwrap_err();
+            assert!(problem.contains("https://HOST/api/v3"), "{text}: {problem}");
         }
     }
 

@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 
 use axum::http::{Method, StatusCode};
-use octocrab::models::actions::{SelfHostedRunner, SelfHostedRunnerJitConfig};
 use secrecy::SecretString;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -27,6 +26,15 @@ pub struct NewRunner<'a> {
     pub labels: &'a [String],
     /// Where it works, below its own directory.
     pub work_folder: &'a str,
+}
+
+/// A registration: what is needed of it. Much else may be null, or not there.
+#[derive(Deserialize)]
+struct Registered {
+    id: u64,
+    name: String,
+    status: Option<String>,
+    busy: Option<bool>,
 }
 
 /// What became of a request to remove a registration.
@@ -52,8 +60,13 @@ impl GitHub {
             self.url.owner.path()
         );
         let answer = self.ask(Method::POST, &path, Some(new)).await?;
-        let config: SelfHostedRunnerJitConfig = answer.json(StatusCode::CREATED)?;
-        Ok(config.encoded_jit_config.into())
+        #[derive(Deserialize)]
+        struct Config {
+            encoded_jit_config: SecretString,
+        }
+        Ok(answer
+            .json::<Config>(StatusCode::CREATED)?
+            .encoded_jit_config)
     }
 
     /// Reads the registration of a name: `GET …/actions/runners?name=NAME`.
@@ -66,9 +79,10 @@ impl GitHub {
             .iter()
             .find(|runner| runner.name == name)
             .map_or(Presence::Gone, |runner| Presence::There {
-                id: *runner.id,
-                online: runner.status == "online",
-                busy: runner.busy,
+                id: runner.id,
+                online: runner.status.as_deref() == Some("online"),
+                // One that is busy is not removed, whatever is read here.
+                busy: runner.busy == Some(true),
             }))
     }
 
@@ -89,10 +103,10 @@ impl GitHub {
         Ok(names)
     }
 
-    async fn page(&self, query: &str) -> Result<Vec<SelfHostedRunner>, GitHubError> {
+    async fn page(&self, query: &str) -> Result<Vec<Registered>, GitHubError> {
         #[derive(Deserialize)]
         struct Page {
-            runners: Vec<SelfHostedRunner>,
+            runners: Vec<Registered>,
         }
         let path = format!("{}/actions/runners?{query}", self.url.owner.path());
         let answer = self.ask(Method::GET, &path, NO_BODY).await?;
@@ -156,10 +170,10 @@ impl GitHub {
             default_branch: String,
         }
         let path = format!("/repos/{owner}/{name}");
-        let answer = self.ask(Method::GET, &path, NO_BODY).await?;
+        let answer = self.ask_first(Method::GET, &path, NO_BODY).await?;
         let defaults: Defaults = answer.json(StatusCode::OK)?;
         let answer = self
-            .ask(Method::GET, &format!("{path}/actions/runs/{id}"), NO_BODY)
+            .ask_first(Method::GET, &format!("{path}/actions/runs/{id}"), NO_BODY)
             .await?;
         let run: OfRun = answer.json(StatusCode::OK)?;
         if defaults.id != run.repository.id {
@@ -246,7 +260,7 @@ impl GitHub {
         path: &str,
         none: &[StatusCode],
     ) -> Result<Option<T>, GitHubError> {
-        let answer = self.ask(Method::GET, path, NO_BODY).await?;
+        let answer = self.ask_first(Method::GET, path, NO_BODY).await?;
         match answer.json(StatusCode::OK) {
             Err(error)
                 if error.status().is_some_and(|status| none.contains(&status))
@@ -260,7 +274,7 @@ impl GitHub {
 }
 
 /// A name as a part of a path, in which `/` is as it is.
-fn in_path(name: &str) -> String {
+pub(super) fn in_path(name: &str) -> String {
     let mut out = String::new();
     for byte in name.bytes() {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'/') {

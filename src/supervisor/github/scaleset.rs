@@ -6,23 +6,41 @@
 //! types.go): a registration token buys the address of the Actions service and a token for it, a
 //! session there has a queue of messages, and a message that was worked on is deleted.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::{HeaderName, Method, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use secrecy::{ExposeSecret as _, SecretString};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
-use super::{Answer, GitHub, GitHubError, TIMEOUT};
+use tracing::{info, warn};
+
+use super::{Answer, GitHub, GitHubError, Side, TIMEOUT};
 use crate::engine::Verdict;
+use crate::plugin::wire::printable;
+use crate::supervisor::config::Group;
 
 /// A poll is answered after some 50 seconds at the latest, with 202.
 const POLL: Duration = Duration::from_secs(90);
 
 const SETS: &str = "_apis/runtime/runnerscalesets";
+
+const GROUPS: &str = "_apis/runtime/runnergroups/";
+
+/// What a message of events is.
+const JOB_MESSAGES: &str = "RunnerScaleSetJobMessages";
+
+/// So many kinds of what cannot be read are said.
+const MAX_ODD: usize = 100;
+
+/// How long a registration token that was just made is refused for at most: so often it is tried again, after pauses that double,
+/// the first of this length. Not all of GitHub's servers know it at once; the official client waits for 15 s in all.
+const NEW_TOKEN: (u32, Duration) = (6, Duration::from_millis(250));
 
 const MAX_CAPACITY: HeaderName = HeaderName::from_static("x-scalesetmaxcapacity");
 
@@ -42,6 +60,10 @@ struct Service {
 pub struct ScaleSets {
     github: Arc<GitHub>,
     service: Option<Service>,
+    /// The numbers of runner groups.
+    groups: BTreeMap<String, u64>,
+    /// The kinds of events and messages that were passed over.
+    odd: Mutex<BTreeSet<String>>,
 }
 
 /// A session: the queue of one scale set's messages.
@@ -52,8 +74,16 @@ pub struct Session {
     message_queue_url: String,
     message_queue_access_token: SecretString,
     /// How many jobs there are.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_right")]
     pub statistics: Option<Statistics>,
+}
+
+impl Session {
+    /// Its id, a UUID: no secret.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.session_id
+    }
 }
 
 /// How many jobs and runners a scale set has, as GitHub counts them: it may be late, and it may be wrong for long. What it
@@ -96,8 +126,7 @@ pub struct Message {
 }
 
 /// What happened to a job.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(tag = "messageType")]
+#[derive(Debug, Clone)]
 pub enum Event {
     /// It can be had.
     JobAvailable(Job),
@@ -170,6 +199,28 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D:
     Ok(time.filter(|time| !time.is_empty() && !time.starts_with("0001-")))
 }
 
+/// A value, or none where it is none of that kind.
+fn if_right<'de, T: DeserializeOwned, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).unwrap_or_default())
+}
+
+impl Event {
+    /// Of its type and its fields; `None` where the type is unknown.
+    fn of(kind: &str, fields: Value) -> Option<Result<Self, serde_json::Error>> {
+        let event = match kind {
+            "JobAvailable" => Self::JobAvailable,
+            "JobAssigned" => Self::JobAssigned,
+            "JobStarted" => Self::JobStarted,
+            "JobCompleted" => Self::JobCompleted,
+            _ => return None,
+        };
+        Some(serde_json::from_value(fields).map(event))
+    }
+}
+
 impl Job {
     /// How it ended.
     #[must_use]
@@ -189,10 +240,40 @@ impl ScaleSets {
         Self {
             github,
             service: None,
+            groups: BTreeMap::new(),
+            odd: Mutex::new(BTreeSet::new()),
         }
     }
 
-    /// The number of the scale set of that name, which is made where there is none.
+    /// The number of a runner group.
+    ///
+    /// # Errors
+    /// [`GitHubError::NoGroup`] where there is none of that name; else see [`GitHubError`].
+    pub async fn group(&mut self, group: &Group) -> Result<u64, GitHubError> {
+        #[derive(Deserialize)]
+        struct OfGroup {
+            id: u64,
+            name: String,
+        }
+        let name = match group {
+            Group::Number(number) => return Ok(*number),
+            Group::Name(name) => name,
+        };
+        if let Some(number) = self.groups.get(name) {
+            return Ok(*number);
+        }
+        let query = format!("{GROUPS}?groupName={}", in_query(name));
+        let answer = self.ask(Method::GET, &query, NO_BODY).await?;
+        let groups = answer.json::<List<OfGroup>>(StatusCode::OK)?;
+        let mut groups = groups.value.unwrap_or_default().into_iter();
+        let found = groups.find(|group| group.name == *name);
+        let found = found.ok_or_else(|| GitHubError::NoGroup(name.clone()))?;
+        self.groups.insert(name.clone(), found.id);
+        Ok(found.id)
+    }
+
+    /// The number of the scale set of that name in a runner group. It is made where there is none, and changed where it
+    /// is not as it should be. Names are unique within a group: one of another group may be somebody else's.
     ///
     /// # Errors
     /// See [`GitHubError`].
@@ -202,31 +283,54 @@ impl ScaleSets {
         group: u64,
         labels: &[String],
     ) -> Result<u64, GitHubError> {
-        #[derive(Deserialize)]
-        struct Set {
-            id: u64,
-        }
-        #[derive(Deserialize)]
-        struct Sets {
-            value: Vec<Set>,
-        }
-        let query = format!("{SETS}?runnerGroupId={group}&name={name}");
+        let query = format!("{SETS}?runnerGroupId={group}&name={}", in_query(name));
         let answer = self.ask(Method::GET, &query, NO_BODY).await?;
-        if let Some(set) = answer.json::<Sets>(StatusCode::OK)?.value.first() {
-            return Ok(set.id);
-        }
-        let labels: Vec<_> = labels
-            .iter()
-            .map(|label| json!({"name": label, "type": "System"}))
-            .collect();
-        let new = json!({
+        let sets = answer.json::<List<Set>>(StatusCode::OK)?.value;
+        let mut sets = sets.unwrap_or_default().into_iter();
+        let found = sets.find(|set| set.name == name);
+        let wanted = json!({
             "name": name,
             "runnerGroupId": group,
-            "labels": labels,
+            "labels": labels.iter().map(|label| json!({"name": label, "type": "System"})).collect::<Vec<_>>(),
             "RunnerSetting": {"disableUpdate": true},
         });
-        let answer = self.ask(Method::POST, SETS, Some(&new)).await?;
-        Ok(answer.json::<Set>(StatusCode::OK)?.id)
+        let set = match found {
+            None => {
+                let answer = self.ask(Method::POST, SETS, Some(&wanted)).await?;
+                answer.json::<Set>(StatusCode::OK)?
+            }
+            Some(set) if set.is(group, labels) => set,
+            Some(set) => {
+                let path = format!("{SETS}/{}", set.id);
+                let answer = self.ask(Method::PATCH, &path, Some(&wanted)).await?;
+                match answer.json::<Set>(StatusCode::OK) {
+                    Ok(changed) => {
+                        info!(
+                            set = name,
+                            "labels, runner group or settings of the scale set were others, and are as configured now"
+                        );
+                        changed
+                    }
+                    // It is as it was, and may do.
+                    Err(error) if error.status().is_some() && error.retry().is_none() => {
+                        warn!(set = name, %error, "the scale set is not as configured");
+                        return Ok(set.id);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        if let Some(kept) = set.names()
+            && !same(&kept, labels)
+        {
+            let kept = printable(&kept.join(" "));
+            warn!(
+                set = name,
+                kept,
+                "GitHub has not taken all labels: an Enterprise Server below 3.21 knows one for each scale set"
+            );
+        }
+        Ok(set.id)
     }
 
     /// Registers a runner of the set and gives what it starts with.
@@ -272,12 +376,12 @@ impl ScaleSets {
         Ok(())
     }
 
-    /// Ends a session.
+    /// Ends a session, by its id.
     ///
     /// # Errors
     /// See [`GitHubError`].
-    pub async fn close(&mut self, set: u64, session: &Session) -> Result<(), GitHubError> {
-        let path = format!("{SETS}/{set}/sessions/{}", session.session_id);
+    pub async fn close(&mut self, set: u64, session: &str) -> Result<(), GitHubError> {
+        let path = format!("{SETS}/{set}/sessions/{}", in_query(session));
         let answer = self.ask(Method::DELETE, &path, NO_BODY).await?;
         answer.expect(&[StatusCode::NO_CONTENT, StatusCode::NOT_FOUND])?;
         Ok(())
@@ -294,15 +398,6 @@ impl ScaleSets {
         last: u64,
         capacity: u32,
     ) -> Result<Option<Message>, GitHubError> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Raw {
-            message_id: u64,
-            message_type: String,
-            /// JSON in JSON.
-            body: String,
-            statistics: Option<Statistics>,
-        }
         let mut url = session.message_queue_url.clone();
         if last > 0 {
             let joint = if url.contains('?') { '&' } else { '?' };
@@ -323,33 +418,85 @@ impl ScaleSets {
         ];
         let github = Arc::clone(&self.github);
         let answer = github
-            .ask_with(Method::GET, &url, &headers, NO_BODY, POLL)
+            .ask_with(Side::Actions, Method::GET, &url, &headers, NO_BODY, POLL)
             .await?;
-        if answer.status == StatusCode::ACCEPTED {
+        self.message(&answer)
+    }
+
+    /// Reads what the queue had. What is in it is read one by one: what cannot be read, and what later versions may tell, is
+    /// passed over, as a message that is never done with would hold up all after it.
+    fn message(&self, answer: &Answer) -> Result<Option<Message>, GitHubError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Raw {
+            message_id: u64,
+            #[serde(default, deserialize_with = "if_right")]
+            message_type: Option<String>,
+            /// JSON in JSON.
+            #[serde(default)]
+            body: Value,
+            #[serde(default, deserialize_with = "if_right")]
+            statistics: Option<Statistics>,
+        }
+        // An empty 200 means the same (actions-runner-controller, issues 4285 and 4470).
+        let nothing = answer.status == StatusCode::OK && answer.is_empty();
+        if answer.status == StatusCode::ACCEPTED || nothing {
             return Ok(None);
         }
         let raw: Raw = answer.json(StatusCode::OK)?;
-        let odd = |problem: &str| GitHubError::Odd {
-            what: answer.what.clone(),
-            problem: problem.to_owned(),
+        let kind = raw.message_type.unwrap_or_default();
+        let body = match raw.body {
+            Value::String(text) if text.is_empty() => Value::Null,
+            Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+            body => body,
         };
-        if raw.message_type != "RunnerScaleSetJobMessages" {
-            return Err(odd("a message of another type"));
-        }
-        let events: Vec<Value> = match raw.body.as_str() {
-            "" => Vec::new(),
-            body => serde_json::from_str(body).map_err(|_| odd("its body is no list"))?,
+        let events = match body {
+            _ if kind != JOB_MESSAGES => {
+                self.pass_over(&kind, "a message of an unknown type");
+                Vec::new()
+            }
+            Value::Null => Vec::new(),
+            Value::Array(events) => events.into_iter().filter_map(|e| self.event(e)).collect(),
+            _ => {
+                self.pass_over("", "a message whose body is no list");
+                Vec::new()
+            }
         };
-        // What later versions may tell, and what cannot be read, is passed over: a message that is never done with holds up all after it.
-        let events = events
-            .into_iter()
-            .filter_map(|event| serde_json::from_value(event).ok())
-            .collect();
         Ok(Some(Message {
             id: raw.message_id,
             statistics: raw.statistics,
             events,
         }))
+    }
+
+    fn event(&self, event: Value) -> Option<Event> {
+        let kind = event["messageType"].as_str().unwrap_or_default().to_owned();
+        match Event::of(&kind, event) {
+            Some(Ok(event)) => Some(event),
+            Some(Err(error)) => {
+                self.pass_over(&kind, &format!("an event that cannot be read ({error})"));
+                None
+            }
+            None => {
+                self.pass_over(&kind, "an event of an unknown type");
+                None
+            }
+        }
+    }
+
+    /// Says once of each kind that it is passed over.
+    fn pass_over(&self, kind: &str, what: &str) {
+        let short = |text: &str| printable(&text.chars().take(200).collect::<String>());
+        let (kind, what) = (short(kind), short(what));
+        // What it has otherwise may differ each time.
+        let of = format!("{}{kind}", what.split('(').next().unwrap_or_default());
+        let mut odd = self.odd.lock().expect("never held over a panic");
+        if odd.len() < MAX_ODD && odd.insert(of) {
+            warn!(
+                kind,
+                "GitHub told {what}: it is passed over, now and from now on"
+            );
+        }
     }
 
     /// Says that a message was worked on: it does not come again.
@@ -365,7 +512,14 @@ impl ScaleSets {
         )];
         let answer = self
             .github
-            .ask_with(Method::DELETE, &url, &headers, NO_BODY, TIMEOUT)
+            .ask_with(
+                Side::Actions,
+                Method::DELETE,
+                &url,
+                &headers,
+                NO_BODY,
+                TIMEOUT,
+            )
             .await?;
         answer.expect(&[StatusCode::NO_CONTENT])?;
         Ok(())
@@ -383,6 +537,7 @@ impl ScaleSets {
     ) -> Result<Vec<i64>, GitHubError> {
         #[derive(Deserialize)]
         struct Acquired {
+            #[serde(default, deserialize_with = "or_default")]
             value: Vec<i64>,
         }
         let base = self.service().await?.url.clone();
@@ -393,7 +548,14 @@ impl ScaleSets {
         )];
         let answer = self
             .github
-            .ask_with(Method::POST, &url, &headers, Some(&jobs), TIMEOUT)
+            .ask_with(
+                Side::Actions,
+                Method::POST,
+                &url,
+                &headers,
+                Some(&jobs),
+                TIMEOUT,
+            )
             .await?;
         Ok(answer.json::<Acquired>(StatusCode::OK)?.value)
     }
@@ -411,7 +573,7 @@ impl ScaleSets {
             let url = url_of(&service.url, path);
             let headers = [(header::AUTHORIZATION, &service.authorization)];
             let answer = github
-                .ask_with(method.clone(), &url, &headers, body, TIMEOUT)
+                .ask_with(Side::Actions, method.clone(), &url, &headers, body, TIMEOUT)
                 .await?;
             if answer.status != StatusCode::UNAUTHORIZED || !again {
                 return Ok(answer);
@@ -460,9 +622,27 @@ async fn connect(github: &GitHub) -> Result<Service, GitHubError> {
         github.api.trim_end_matches('/')
     );
     let headers = [(header::AUTHORIZATION, &remote)];
-    let answer = github
-        .ask_with(Method::POST, &url, &headers, Some(&body), TIMEOUT)
-        .await?;
+    let (mut again, mut pause) = NEW_TOKEN;
+    let answer = loop {
+        let answer = github
+            .ask_with(
+                Side::Rest,
+                Method::POST,
+                &url,
+                &headers,
+                Some(&body),
+                TIMEOUT,
+            )
+            .await?;
+        // The same one: another would be as new.
+        let unknown = matches!(answer.status.as_u16(), 401 | 403);
+        let limited = answer.expect(&[]).is_err_and(|e| e.retry().is_some());
+        if !unknown || limited || again == 0 {
+            break answer;
+        }
+        tokio::time::sleep(pause).await;
+        (again, pause) = (again - 1, pause * 2);
+    };
     answer.expect(&[StatusCode::OK, StatusCode::CREATED])?;
     let connection: Connection = answer.json(answer.status)?;
     Ok(Service {
@@ -473,6 +653,65 @@ async fn connect(github: &GitHub) -> Result<Service, GitHubError> {
         authorization: bearer(&connection.token),
         url: connection.url,
     })
+}
+
+#[derive(Deserialize)]
+struct List<T> {
+    value: Option<Vec<T>>,
+}
+
+/// A scale set. What is null or not there is not known.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Set {
+    id: u64,
+    #[serde(default, deserialize_with = "or_default")]
+    name: String,
+    runner_group_id: Option<u64>,
+    labels: Option<Vec<Label>>,
+    #[serde(alias = "RunnerSetting")]
+    runner_setting: Option<Setting>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Label {
+    name: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Setting {
+    disable_update: Option<bool>,
+}
+
+impl Set {
+    fn names(&self) -> Option<Vec<String>> {
+        let labels = self.labels.as_ref()?.iter();
+        Some(labels.map(|label| label.name.clone()).collect())
+    }
+
+    fn is(&self, group: u64, labels: &[String]) -> bool {
+        let settings = self.runner_setting.as_ref();
+        self.runner_group_id.is_none_or(|own| own == group)
+            && self.names().is_none_or(|own| same(&own, labels))
+            && settings.is_none_or(|settings| settings.disable_update == Some(true))
+    }
+}
+
+/// Whether labels are the same: in any order and any case, as GitHub takes them.
+fn same(some: &[String], others: &[String]) -> bool {
+    let set = |labels: &[String]| -> BTreeSet<_> {
+        labels
+            .iter()
+            .map(|label| label.to_ascii_lowercase())
+            .collect()
+    };
+    set(some) == set(others)
+}
+
+/// A text as a value in a query, or as a part of a path.
+fn in_query(text: &str) -> String {
+    super::rest::in_path(text).replace('/', "%2F")
 }
 
 fn bearer(token: &SecretString) -> SecretString {

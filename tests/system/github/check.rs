@@ -8,8 +8,23 @@ use crate::support::command::run;
 use crate::support::daemon::friend_outcome;
 
 /// What is wrong with it, and what is said: line, problem, what is accepted. `TOKEN` stands for a token's file.
-const BAD: [(&str, &str, &[&str]); 9] = [
+const BAD: [(&str, &str, &[&str]); 12] = [
     ("count = 2", "count = 0", &["line 8", "from 1 to 1000"]),
+    (
+        "http://127.0.0.1",
+        "http://git.example",
+        &["line 6", "http://git.example", "https://"],
+    ),
+    (
+        "count = 2",
+        "count = 2\napi-url = 'http://10.0.0.1/api/v3'",
+        &["line 9", "http://10.0.0.1", "https://"],
+    ),
+    (
+        "count = 2",
+        "count = 2\ngroup = ''",
+        &["line 9", "group", "name or a number"],
+    ),
     ("count = 2", "colour = 2", &["line 8", "colour", "labels"]),
     ("count = 2", "", &["count", "scale-set"]),
     ("'host'", "'moon'", &["line 10", "moon", "slirp4netns"]),

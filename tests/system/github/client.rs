@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lvm_cache_friend::engine::Verdict;
+use lvm_cache_friend::supervisor::config::Group;
 use lvm_cache_friend::supervisor::github::rest::{NewRunner, Removed};
 use lvm_cache_friend::supervisor::github::scaleset::{Event, ScaleSets};
 use lvm_cache_friend::supervisor::github::{Auth, GitHub, GitHubError, Url};
@@ -14,16 +15,24 @@ use lvm_cache_friend::supervisor::secret::Source;
 use lvm_cache_friend::supervisor::slot::Presence;
 use secrecy::ExposeSecret as _;
 
-use super::fake::{APP, FORK, Fake, FaultKind, MAIN, Origin, REPOSITORY, TIP, id_of};
+use super::fake::{APP, FORK, Fake, FaultKind, MAIN, OTHER, Origin, REPOSITORY, Set, TIP, id_of};
 use crate::harness::{Test, Tier, test};
 
 pub fn tests() -> Vec<Test> {
-    let rows: [(&str, fn()); 5] = [
+    let rows: [(&str, fn()); 11] = [
         ("registrations", || run(registrations)),
         ("an_app_says_who_it_is", || run(app)),
         ("runs", || run(runs)),
         ("refusals", || run(refusals)),
-        ("a_scale_set", || run(scale_set)),
+        ("a_scale_set", || run(|fake| scale_set(fake, false))),
+        ("a_scale_set_of_an_enterprise_server", || {
+            run(|fake| scale_set(fake, true))
+        }),
+        ("an_existing_scale_set", || run(existing_set)),
+        ("renamed_repositories", || run(renamed)),
+        ("pauses_of_each_side", || run(pauses)),
+        ("a_new_registration_token", || run(new_token)),
+        ("an_organization", || run(organization)),
     ];
     let row = |(name, body): (&str, fn())| test(Tier::Host, format!("github::{name}"), body);
     rows.into_iter().map(row).collect()
@@ -351,7 +360,9 @@ async fn refusals(fake: Fake) {
     assert!(error.contains("refused"), "{error}");
 }
 
-async fn scale_set(fake: Fake) {
+/// The same story at github.com, which assigns jobs, and at an Enterprise Server, which offers them.
+async fn scale_set(fake: Fake, ghes: bool) {
+    fake.state().ghes = ghes;
     let github = Arc::new(with_app(&fake));
     let mut sets = ScaleSets::new(Arc::clone(&github));
     let labels = ["linux".to_owned()];
@@ -383,18 +394,28 @@ async fn scale_set(fake: Fake) {
         }
     };
     let message = next(&mut sets, &session).await;
-    let Event::JobAvailable(available) = &message.events[0] else {
+    let message = if ghes {
+        let Event::JobAvailable(available) = &message.events[0] else {
+            panic!("{message:?}")
+        };
+        let asked = [available.runner_request_id];
+        let got = sets.acquire(set, &session, &asked).await.unwrap();
+        assert_eq!(got, [job as i64]);
+        next(&mut sets, &session).await
+    } else {
+        let refused = sets.acquire(set, &session, &[0]).await.unwrap_err();
+        assert_eq!(refused.status().unwrap().as_u16(), 404, "{refused}");
+        message
+    };
+    let [Event::JobAssigned(assigned)] = &message.events[..] else {
         panic!("{message:?}")
     };
-    let got = sets
-        .acquire(set, &session, &[available.runner_request_id])
-        .await
-        .unwrap();
-    assert_eq!(got, [job as i64]);
-    let message = next(&mut sets, &session).await;
-    assert!(
-        matches!(message.events[..], [Event::JobAssigned(_)]),
-        "{message:?}"
+    let number = if ghes { job as i64 } else { 0 };
+    assert_eq!(assigned.runner_request_id, number);
+    assert!(assigned.job_id.len() == 36 && assigned.scale_set_assign_time.is_some());
+    assert_eq!(
+        (assigned.runner_name.as_str(), &assigned.runner_assign_time),
+        ("", &None)
     );
     assert_eq!(message.statistics.unwrap().total_assigned_jobs, 1);
 
@@ -441,7 +462,7 @@ async fn scale_set(fake: Fake) {
         FaultKind::Status(401, Vec::new(), "unauthorized"),
         1,
     );
-    sets.close(set, &session).await.unwrap();
+    sets.close(set, session.id()).await.unwrap();
     sets.open(set, "host")
         .await
         .expect("the other session is over");
@@ -458,4 +479,173 @@ fn standin(fake: &Fake, secret: &str, what: &str) {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.contains(" 200 "), "{answer}");
+}
+
+async fn existing_set(fake: Fake) {
+    let github = Arc::new(with_token(&fake));
+    let mut sets = ScaleSets::new(Arc::clone(&github));
+    {
+        let mut state = fake.state();
+        state.groups.insert(5, "Big Machines".to_owned());
+        state.sets.insert(6, Set::new("linux", 5, &["linux"]));
+        state.sets.insert(7, Set::new("linux-arm", 1, &["linux"]));
+        state.sets.insert(8, Set::new("linux", 1, &["old"]));
+    }
+    let labels = ["linux".to_owned(), "Big".to_owned()];
+    let changed = || {
+        fake.count(
+            "/runnerscalesets/",
+            Instant::now() - Duration::from_secs(600),
+        )
+    };
+    assert_eq!(sets.find_or_create("linux", 1, &labels).await.unwrap(), 8);
+    {
+        let state = fake.state();
+        let set = &state.sets[&8];
+        assert_eq!((&set.labels[..], set.disable_update), (&labels[..], true));
+        assert_eq!(state.sets[&7].labels, ["linux"], "another's is left alone");
+    }
+    assert_eq!(changed(), 1);
+    // In another order and case it is the same.
+    let again = ["big".to_owned(), "linux".to_owned()];
+    assert_eq!(sets.find_or_create("linux", 1, &again).await.unwrap(), 8);
+    assert_eq!(changed(), 1);
+    // One that may not be changed is used as it is.
+    let refused = FaultKind::Status(403, Vec::new(), "no");
+    fake.inject("PATCH /tenant/", refused, 1);
+    let other = ["linux".to_owned()];
+    assert_eq!(sets.find_or_create("linux", 1, &other).await.unwrap(), 8);
+    // Whose server knows one label.
+    fake.state().drops_labels = true;
+    let made = sets.find_or_create("windows", 1, &labels).await.unwrap();
+    assert_eq!(fake.state().sets[&made].labels, ["linux"]);
+    // Runner groups by name.
+    let named = |name: &str| Group::Name(name.to_owned());
+    let group = sets.group(&named("Big Machines")).await.unwrap();
+    assert_eq!(group, 5);
+    assert_eq!(
+        sets.find_or_create("linux", group, &other).await.unwrap(),
+        6
+    );
+    assert_eq!(sets.group(&Group::Number(9)).await.unwrap(), 9);
+    let missing = sets.group(&named("Big")).await.unwrap_err();
+    assert!(matches!(missing, GitHubError::NoGroup(_)), "{missing}");
+    assert!(missing.to_string().contains("\"Big\""), "{missing}");
+}
+
+async fn renamed(fake: Fake) {
+    let github = with_token(&fake);
+    register(&github, "a").await.unwrap();
+    let job = fake.queue(&MAIN, "true");
+    fake.state().renamed = Some(fake.url.clone());
+    let run = github.run("octo", "project", job * 10, MAIN.workflow_ref);
+    assert!(run.await.unwrap().is_default());
+    assert_eq!(github.names().await.unwrap(), ["a"]);
+    // What is not only read is not done elsewhere, and it is said why.
+    let refused = register(&github, "b").await.unwrap_err().to_string();
+    assert!(
+        refused.contains("renamed") && refused.contains("url"),
+        "{refused}"
+    );
+    assert_eq!(fake.state().runners.len(), 1);
+    // No other host is told who we are.
+    let stranger = Fake::start();
+    fake.state().renamed = Some(stranger.url.clone());
+    let refused = github.names().await.unwrap_err();
+    assert_eq!(refused.status().unwrap().as_u16(), 301, "{refused}");
+    assert!(stranger.state().asked.is_empty());
+}
+
+async fn pauses(fake: Fake) {
+    let github = Arc::new(with_token(&fake));
+    let mut sets = ScaleSets::new(Arc::clone(&github));
+    let labels = ["linux".to_owned()];
+    let set = sets.find_or_create("linux", 1, &labels).await.unwrap();
+    let session = sets.open(set, "host").await.unwrap();
+    let much = |status, message| {
+        let headers = vec![("retry-after", "600".to_owned())];
+        FaultKind::Status(status, headers, message)
+    };
+    fake.inject("/actions/runners", much(403, "secondary rate limit"), 1);
+    github.names().await.unwrap_err();
+    let still = github.names().await.unwrap_err();
+    assert!(matches!(still, GitHubError::Still(_)), "{still}");
+    sets.poll(&session, 0, 2)
+        .await
+        .expect("the queue is not meant");
+
+    let other = with_token(&fake);
+    let mut sets = ScaleSets::new(Arc::new(with_token(&fake)));
+    fake.forget_sessions();
+    let session = sets.open(set, "host").await.unwrap();
+    fake.inject("/queue/", much(429, "slow down"), 1);
+    sets.poll(&session, 0, 2).await.unwrap_err();
+    let still = sets.poll(&session, 0, 2).await.unwrap_err();
+    assert!(matches!(still, GitHubError::Still(_)), "{still}");
+    other.names().await.expect("the REST API is not meant");
+}
+
+/// Not all servers know it at once: the same one is tried again.
+async fn new_token(fake: Fake) {
+    fake.state().late = 4;
+    let labels = ["linux".to_owned()];
+    let mut sets = ScaleSets::new(Arc::new(with_token(&fake)));
+    let since = Instant::now();
+    sets.find_or_create("linux", 1, &labels).await.unwrap();
+    assert_eq!(fake.count("/registration-token", since), 1);
+    assert_eq!(fake.count("/runner-registration", since), 5);
+    // One that is never known is an error in the end.
+    fake.state().late = 1000;
+    let mut sets = ScaleSets::new(Arc::new(with_token(&fake)));
+    let refused = sets.find_or_create("linux", 1, &labels).await.unwrap_err();
+    assert!(
+        matches!(refused.status().unwrap().as_u16(), 401 | 403),
+        "{refused}"
+    );
+}
+
+async fn organization(fake: Fake) {
+    let url = Url::try_from(format!("{}/octo", fake.url)).unwrap();
+    let auth = Auth::Token(Source::File(fake.file("token")));
+    let github = Arc::new(GitHub::new(&url, Some(&fake.url), &auth).unwrap());
+    register(&github, "a").await.unwrap();
+    assert_eq!(github.names().await.unwrap(), ["a"]);
+    // Jobs of several repositories come to one set, each with its own's name.
+    let mut sets = ScaleSets::new(Arc::clone(&github));
+    let labels = ["linux".to_owned()];
+    let set = sets.find_or_create("linux", 1, &labels).await.unwrap();
+    let session = sets.open(set, "host").await.unwrap();
+    let other = Origin {
+        repository: OTHER,
+        head_repository: OTHER,
+        workflow_ref: "octo/other/.github/workflows/ci.yml@refs/heads/main",
+        ..MAIN
+    };
+    let jobs = [fake.queue(&MAIN, "true"), fake.queue(&other, "true")];
+    let message = loop {
+        if let Some(message) = sets.poll(&session, 0, 2).await.unwrap() {
+            break message;
+        }
+    };
+    assert_eq!(message.events.len(), 2, "{message:?}");
+    for (event, (job, repository)) in message
+        .events
+        .iter()
+        .zip(jobs.iter().zip([REPOSITORY, OTHER]))
+    {
+        let Event::JobAssigned(assigned) = event else {
+            panic!("{event:?}")
+        };
+        let (owner, name) = (&assigned.owner_name, &assigned.repository_name);
+        assert_eq!(format!("{owner}/{name}"), repository);
+        assert_eq!(assigned.workflow_run_id, job * 10);
+        let run = github.run(owner, name, job * 10, &assigned.job_workflow_ref);
+        assert_eq!(run.await.unwrap().repository_id, id_of(repository));
+    }
+    // A run is its own repository's.
+    let missing = github
+        .run("octo", "other", jobs[0] * 10, "")
+        .await
+        .unwrap_err();
+    assert_eq!(missing.status().unwrap().as_u16(), 404);
 }
