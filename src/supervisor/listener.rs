@@ -41,6 +41,7 @@ pub(super) async fn listen(worker: &Worker, set: &ScaleSet, kept: PathBuf) {
         kept,
         last: 0,
         failures: 0,
+        refused: 0,
         renewed: false,
     };
     let mut trouble = Trouble::new(format!("scale set {}", set.name));
@@ -68,6 +69,8 @@ struct Listener<'a> {
     last: u64,
     /// How often the session failed, one after another.
     failures: u32,
+    /// How often taking jobs was refused, one after another, whatever the session.
+    refused: u32,
     /// Its token was renewed, and not accepted since.
     renewed: bool,
 }
@@ -171,7 +174,7 @@ impl Listener<'_> {
     }
 
     /// Takes the jobs that can be had, and says that a message was worked on: what is lost by a crash before comes again, and
-    /// so does what failed for a while. What is refused is passed over: it would be refused again.
+    /// so does what failed for a while. What is refused again and again is passed over.
     async fn settle(
         &mut self,
         id: u64,
@@ -181,11 +184,15 @@ impl Listener<'_> {
     ) -> Result<(), GitHubError> {
         if !available.is_empty() {
             match self.sets.acquire(id, session, available).await {
-                Ok(_) => {}
-                Err(error) if is_final(&error) => {
+                Ok(_) => self.refused = 0,
+                Err(error) if is_final(&error) && self.refused >= FAILURES => {
                     warn!(set = self.set.name, %error, "jobs that could be had were not got");
                 }
-                Err(error) => return Err(error),
+                // Nobody offers them again: the message must not be lost for one refusal.
+                Err(error) => {
+                    self.refused += u32::from(is_final(&error));
+                    return Err(error);
+                }
             }
         }
         self.last = message.id;

@@ -8,13 +8,14 @@
 //! - this module: requests, answers, and how long to keep still after a refusal
 //! - `connect`: connections, TLS, and proxies
 //! - [`rest`]: registrations and runs
-//! - [`scaleset`]: scale sets
+//! - [`scaleset`]: scale sets; [`message`]: what their queues tell
 //!
 //! Sources: the REST API's documentation, version 2022-11-28 ("REST API endpoints for self-hosted
 //! runners", "Rate limits for the REST API", "Best practices for using the REST API"), and the
 //! official client of scale sets, github.com/actions/scaleset.
 
 mod connect;
+pub mod message;
 pub mod rest;
 pub mod scaleset;
 
