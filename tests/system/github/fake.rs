@@ -507,7 +507,7 @@ impl State {
                     // It is not known everywhere yet.
                     Some(late) if *late > 0 => {
                         *late -= 1;
-                        let status = if *late % 2 == 0 { 401 } else { 403 };
+                        let status = if late.is_multiple_of(2) { 401 } else { 403 };
                         return Err(refused(status, "Bad credentials"));
                     }
                     Some(_) => {}

@@ -61,8 +61,8 @@ impl State {
                 self.repository(method, repository, rest, uri, body)
             }
             ["repositories", id, rest @ ..] => {
-                let known = [REPOSITORY, OTHER].into_iter();
-                let repository = known.filter(|own| id_of(own).to_string() == **id).next();
+                let mut known = [REPOSITORY, OTHER].into_iter();
+                let repository = known.find(|own| id_of(own).to_string() == **id);
                 let repository = repository.ok_or_else(|| refused(404, "Not Found"))?;
                 self.repository(method, repository, rest, uri, body)
             }

@@ -374,7 +374,7 @@ impl State {
         ] {
             match value {
                 Some(value) => event[key] = value,
-                None if job % 2 == 0 => event[key] = Value::Null,
+                None if job.is_multiple_of(2) => event[key] = Value::Null,
                 None => {}
             }
         }
