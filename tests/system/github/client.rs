@@ -26,7 +26,7 @@ pub fn tests() -> Vec<Test> {
         ("refusals", || run(refusals)),
         ("a_scale_set", || run(|fake| scale_set(fake, false))),
         ("a_scale_set_of_an_enterprise_server", || {
-            run(|fake| scale_set(fake, true))
+            run(|fake| scale_set(fake, true));
         }),
         ("an_existing_scale_set", || run(existing_set)),
         ("renamed_repositories", || run(renamed)),

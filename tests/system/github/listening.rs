@@ -260,7 +260,8 @@ fn sessions_that_end() {
         fake.inject("/queue/", status(401, "no"), 1);
         fake.inject("/sessions/", status(404, "no"), 1);
     };
-    let ways: [(&str, &dyn Fn(&Fake)); 9] = [
+    type Way<'a> = (&'a str, &'a dyn Fn(&Fake));
+    let ways: [Way; 9] = [
         ("it has expired", &expire),
         ("it is lost", &lose),
         ("400", &refuse(400)),
