@@ -54,6 +54,11 @@ pub const SUPERVISOR: [&str; 19] = [
     "look.2",
 ];
 
+/// Every place between what a scale set tells of a job and the daemon's knowing whose it is.
+pub const SCALE_SET: [&str; 6] = [
+    "told.1", "admit.1", "admit.2", "admit.3", "admit.4", "admit.5",
+];
+
 /// Dies here if the environment says so.
 #[cfg(feature = "failpoints")]
 pub fn reach(stage: &str, step: u32) {
@@ -64,7 +69,11 @@ pub fn reach(stage: &str, step: u32) {
     static REACHED: AtomicU32 = AtomicU32::new(0);
 
     let here = format!("{stage}.{step}");
-    let known = |name: &str| ALL.contains(&name) || SUPERVISOR.contains(&name);
+    let known = |name: &str| {
+        [&ALL[..], &SUPERVISOR, &SCALE_SET]
+            .iter()
+            .any(|list| list.contains(&name))
+    };
     assert!(known(&here), "{here} is not in the list");
     let chosen = CHOSEN.get_or_init(|| {
         let text = std::env::var("LVM_CACHE_FRIEND_FAILPOINT").ok()?;

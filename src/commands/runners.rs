@@ -90,6 +90,11 @@ fn table(rows: &[Row]) -> String {
             row.slot, row.state, row.runner, row.job
         );
     }
+    for row in rows {
+        if let Some(url) = &row.url {
+            let _ = writeln!(text, "{}: {url}", row.slot);
+        }
+    }
     // Slots of a pool have the same as a rule.
     let mut last = None;
     for row in rows {

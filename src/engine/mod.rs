@@ -90,7 +90,8 @@ pub struct Settings {
 }
 
 /// How the work in a lease ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// It succeeded.
     Success,

@@ -6,6 +6,8 @@ use std::sync::atomic::AtomicU64;
 
 pub use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use prometheus_client::encoding::prometheus_text::encode;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -17,7 +19,7 @@ use crate::cache::evict::{Floor, Policy, Space};
 use crate::commands::rows::{Kind, Rows};
 use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED, Verdict};
 use crate::storage::Listing;
-use crate::supervisor::control::STATES;
+use crate::supervisor::control::{PoolReport, STATES, WAITS, Waits};
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -248,6 +250,39 @@ fn supervised(all: &mut Registry, supervisor: &Supervisor) {
         ("verdict", &[]),
         &verdicts.into(),
     );
+    for (name, help, of) in [
+        (
+            "runner_jobs_assigned",
+            "Jobs that a pool has, those that run among them",
+            (|pool| pool.assigned) as fn(&PoolReport) -> usize,
+        ),
+        ("runner_jobs_running", "Jobs of a pool that run", |pool| {
+            pool.running
+        }),
+        (
+            "runners_idle",
+            "Runners of a pool that wait for a job",
+            |pool| pool.idle,
+        ),
+        (
+            "runners_wanted",
+            "Runners that a pool should have",
+            |pool| pool.wanted,
+        ),
+    ] {
+        let family = Family::<Labels, Gauge>::default();
+        for (pool, report) in &report.pools {
+            let labels = vec![("pool", pool.clone())];
+            family.get_or_create(&labels).set(of(report) as i64);
+        }
+        all.register(name, help, family);
+    }
+    all.register_with_unit(
+        "runner_job_wait",
+        "How long jobs waited for a runner to begin, from their being assigned to their pool",
+        Unit::Seconds,
+        report.waits.clone(),
+    );
     counter(
         all,
         "github_faults",
@@ -255,6 +290,20 @@ fn supervised(all: &mut Registry, supervisor: &Supervisor) {
         None,
         report.github_faults,
     );
+}
+
+/// A histogram that the supervisor has counted.
+impl EncodeMetric for Waits {
+    fn encode(&self, mut encoder: MetricEncoder) -> std::fmt::Result {
+        let bounds = WAITS.into_iter().chain([f64::INFINITY]);
+        let buckets: Vec<_> = bounds.zip(self.counts).collect();
+        let count = self.counts.iter().sum();
+        encoder.encode_histogram::<NoLabelSet>(self.sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
 }
 
 fn gauge(all: &mut Registry, name: &str, help: &str, unit: Option<Unit>, value: f64) {

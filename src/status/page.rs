@@ -182,7 +182,8 @@ fn runners(supervisor: &Supervisor, now: u64) -> Markup {
     let cells = |slot: &Slot| {
         let age = age(now, now.saturating_sub(slot.age));
         let last = slot.last.clone().unwrap_or_default();
-        [&slot.state, &age, &slot.runner, &slot.job, &last].map(|text| printable(text))
+        let problem = slot.problem.clone().unwrap_or_default();
+        [&slot.state, &age, &slot.runner, &slot.job, &last, &problem].map(|text| printable(text))
     };
     html! {
         p {
@@ -194,7 +195,7 @@ fn runners(supervisor: &Supervisor, now: u64) -> Markup {
             (scrolled("Slots of runners", &html! {
                 table {
                     thead { tr {
-                        @for head in ["Slot", "State", "For", "Runner", "Job", "Last job"] {
+                        @for head in ["Slot", "State", "For", "Runner", "Job", "Last job", "Problem"] {
                             th scope="col" { (head) }
                         }
                     } }

@@ -282,6 +282,8 @@ struct PoolText {
     registration_timeout: Duration,
     #[serde(default = "job_timeout", deserialize_with = "duration")]
     job_timeout: Duration,
+    #[serde(default = "max_idle", deserialize_with = "duration")]
+    max_idle: Duration,
     container: ContainerText,
     #[serde(default, rename = "volume")]
     volumes: Vec<Volume>,
@@ -303,6 +305,10 @@ const fn registration_timeout() -> Duration {
 
 const fn job_timeout() -> Duration {
     Duration::from_secs(6 * 3600)
+}
+
+const fn max_idle() -> Duration {
+    Duration::from_secs(12 * 3600)
 }
 
 fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::Error> {
@@ -443,6 +449,7 @@ impl TryFrom<PoolText> for Pool {
             bounds: Bounds {
                 registration: text.registration_timeout.as_secs().max(1),
                 job: text.job_timeout.as_secs().max(1),
+                idle: text.max_idle.as_secs().max(1),
                 // A job is known to run from the first look after its start. Many slots look more seldom: an
                 // App or a token has 5,000 requests an hour.
                 look: LOOK

@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::pool::{Orders, SlotView, Trouble, Worker, unix_now};
+use super::pool::{Orders, SlotView, Worker, unix_now};
+use super::trouble::Trouble;
 use crate::engine::Verdict;
 use crate::plugin::wire::{Refusal, ok};
 
@@ -41,6 +42,9 @@ pub struct Row {
     pub runner: String,
     /// Its job: repository and name, where a scale set says it.
     pub job: String,
+    /// The page of its job's run, where a scale set says it.
+    #[serde(default)]
+    pub url: Option<String>,
     /// Seconds in that state.
     pub age: u64,
     /// Caches that were restored, exactly or by a later criterion.
@@ -64,6 +68,55 @@ pub struct Report {
     pub jobs: BTreeMap<String, u64>,
     /// Requests that GitHub did not answer, or refused.
     pub github_faults: u64,
+    /// How many jobs and runners each pool has.
+    #[serde(default)]
+    pub pools: BTreeMap<String, PoolReport>,
+    /// Seconds from a job's being assigned to its beginning.
+    #[serde(default)]
+    pub waits: Waits,
+}
+
+/// How many jobs and runners a pool has now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolReport {
+    /// Jobs that a scale set has for it, those that run among them; else those that run.
+    pub assigned: usize,
+    /// Those that run.
+    pub running: usize,
+    /// Runners that wait for one.
+    pub idle: usize,
+    /// Runners that there should be.
+    pub wanted: usize,
+}
+
+/// Upper bounds in seconds of how long jobs waited.
+pub const WAITS: [f64; 12] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0,
+];
+
+/// How long jobs waited, counted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Waits {
+    /// All together, in seconds.
+    pub sum: f64,
+    /// How many did, up to each of [`WAITS`] and above the one before it; and longer than all.
+    pub counts: [u64; WAITS.len() + 1],
+}
+
+impl Waits {
+    /// A job waited so many seconds.
+    pub fn observe(&mut self, seconds: f64) {
+        self.sum += seconds;
+        let at = WAITS.iter().position(|bound| seconds <= *bound);
+        self.counts[at.unwrap_or(WAITS.len())] += 1;
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.sum += other.sum;
+        for (own, other) in self.counts.iter_mut().zip(other.counts) {
+            *own += other;
+        }
+    }
 }
 
 /// What is asked of one pool, or of all.
@@ -145,9 +198,21 @@ pub(super) async fn report(workers: Vec<Arc<Worker>>) {
             let views = worker.views();
             let rows = views.iter().map(|(slot, view)| row(worker, *slot, view));
             report.slots.extend(rows);
-            for (verdict, n) in &worker.board().ended {
+            let counts = |state: &str| views.iter().filter(|(_, view)| view.state == state).count();
+            let board = worker.board();
+            for (verdict, n) in &board.ended {
                 *report.jobs.entry(verdict.clone()).or_default() += n;
             }
+            report.waits.add(&board.waits);
+            // A scale set says it before its runner is looked at.
+            let running = board.jobs.running().max(counts("busy"));
+            let pool = PoolReport {
+                assigned: running + board.demand.waiting(running),
+                running,
+                idle: counts("idle"),
+                wanted: board.wanted,
+            };
+            report.pools.insert(worker.pool.name.clone(), pool);
             report.github_faults += worker.github.faults();
         }
         let rest = match first.friend("Friend.Slots", json!(report)).await {
@@ -197,6 +262,7 @@ fn row(worker: &Worker, slot: usize, view: &SlotView) -> Row {
         .to_owned(),
         runner: view.runner.clone(),
         job: view.job.clone(),
+        url: (!view.url.is_empty()).then(|| view.url.clone()),
         age: unix_now().saturating_sub(view.since),
         hits: 0,
         caches: 0,

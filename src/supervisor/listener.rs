@@ -1,30 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A scale set's messages: how many runners it wants, whose job a runner got, and how that ended.
+//! A scale set's session: its messages are read, worked on by [`messages`], and acknowledged.
 
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::config::ScaleSet;
 use super::github::GitHubError;
-use super::github::scaleset::{Event, Job, Message, ScaleSets, Session};
-use super::pool::{JobView, Orders, StepError, Trouble, Worker, unix_now};
-use super::scope::{self, Run, Scopes};
-use super::slot;
-use crate::plugin::wire::printable;
-
-/// How long GitHub is asked whose job it is. Jobs wait two minutes for that.
-const ASK_WHOSE: Duration = Duration::from_secs(60);
-
-/// Seconds for which the end of a job is kept for its slot.
-const KEEP: u64 = 600;
+use super::github::scaleset::{Message, ScaleSets, Session};
+use super::messages;
+use super::pool::{Orders, Worker};
+use super::trouble::{StepError, Trouble};
 
 /// After so many failures one after another, another session is tried.
 const FAILURES: u32 = 3;
@@ -107,10 +98,14 @@ impl Listener<'_> {
         };
         let done = match polled {
             Ok(None) => Ok(()),
-            Ok(Some(message)) => {
-                let available = self.handle(&message).await;
-                self.settle(id, &mut session, &message, &available).await
-            }
+            Ok(Some(message)) => match messages::take(self.worker, &message) {
+                Ok(available) => self.settle(id, &mut session, &message, &available).await,
+                // It is told again: what is not written down is not acknowledged.
+                Err(error) => {
+                    self.session = Some(session);
+                    return Err(error);
+                }
+            },
             Err(error) => Err(error),
         };
         match done {
@@ -239,23 +234,6 @@ impl Listener<'_> {
         Err(error.into())
     }
 
-    /// Does what a message asks for, but for taking the jobs that can be had: gives their numbers.
-    async fn handle(&mut self, message: &Message) -> Vec<i64> {
-        let mut available = Vec::new();
-        for event in &message.events {
-            match event {
-                Event::JobAvailable(job) => available.push(job.runner_request_id),
-                Event::JobStarted(job) => started(self.worker, job).await,
-                Event::JobCompleted(job) => completed(self.worker, job),
-                Event::JobAssigned(_) => {}
-            }
-        }
-        if let Some(statistics) = message.statistics {
-            self.worker.demand(statistics.total_assigned_jobs);
-        }
-        available
-    }
-
     async fn close(&mut self) {
         let (Some(id), Some(session)) = (self.id, &self.session) else {
             return;
@@ -303,123 +281,4 @@ impl Kept {
         fs::write(&new, serde_json::to_vec(self)?)?;
         fs::rename(new, file)
     }
-}
-
-fn note(worker: &Worker, job: &Job, state: slot::Job) {
-    let what = printable(&format!(
-        "{}/{} {}",
-        job.owner_name, job.repository_name, job.job_display_name
-    ));
-    let now = unix_now();
-    let jobs = &mut worker.board().jobs;
-    // What was told of a runner after its end is nobody's.
-    jobs.retain(|_, job| !matches!(job.state, slot::Job::Done(_, at) if at + KEEP < now));
-    jobs.insert(job.runner_name.clone(), JobView { state, what });
-    worker.poke();
-}
-
-fn completed(worker: &Worker, job: &Job) {
-    if job.runner_name.is_empty() {
-        // Cancelled before a runner had it.
-        return;
-    }
-    note(worker, job, slot::Job::Done(job.verdict(), unix_now()));
-}
-
-/// A runner has a job: says to the daemon whose it is, so that its requests for caches are served.
-async fn started(worker: &Worker, job: &Job) {
-    note(worker, job, slot::Job::Running(unix_now()));
-    let slot = job
-        .runner_name
-        .rsplit_once('-')
-        .map_or("", |(slot, _)| slot);
-    let of = whose(worker, job).await;
-    let scopes = of
-        .as_ref()
-        .and_then(|run| scope::scopes(&worker.pool.rules, run, slot));
-    let scopes = scopes.unwrap_or_else(|| Scopes::unknown(&worker.github.host(), &job.runner_name));
-    let (repository, reference) = match &of {
-        Some(run) => (run.repository.clone(), run.reference()),
-        None => (
-            format!("{}/{}", job.owner_name, job.repository_name),
-            format!("run/{}", job.workflow_run_id),
-        ),
-    };
-    info!(
-        runner = job.runner_name,
-        job = job.job_display_name,
-        repository,
-        reference,
-        scope = scopes.write,
-        "has a job"
-    );
-    for volume in worker
-        .pool
-        .volumes
-        .iter()
-        .filter(|volume| worker.pool.is_job(volume))
-    {
-        let mut options = worker.pool.late_options(volume, &repository, &reference);
-        options.insert("scope".into(), scopes.write.clone());
-        options.insert("read-scopes".into(), scopes.read.join(" "));
-        let name = format!("{}-{}", job.runner_name, volume.name);
-        let admitted = admit(worker, &json!({"Name": name, "Opts": options})).await;
-        if !admitted {
-            worker.board().refused.insert(job.runner_name.clone());
-            worker.poke();
-        }
-    }
-}
-
-/// Says to the daemon whose a volume's job is; `false` where that is refused: then the job may have
-/// scopes that are not its own, and must not go on.
-async fn admit(worker: &Worker, body: &serde_json::Value) -> bool {
-    let mut trouble = Trouble::new(format!("volume {}", body["Name"]));
-    for _ in 0..10 {
-        match worker.friend("Friend.Admit", body.clone()).await {
-            Ok(_) => return true,
-            Err(crate::plugin::client::ClientError::Refused { status, message })
-                if status < 500 =>
-            {
-                error!(volume = %body["Name"], message, "its job is ended: the daemon refused its scopes");
-                return false;
-            }
-            Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,
-        }
-    }
-    // As long as nobody has said whose it is, the daemon gives it nothing.
-    true
-}
-
-/// The run that a job belongs to; `None` where GitHub does not say: such a job shares nothing.
-async fn whose(worker: &Worker, job: &Job) -> Option<Run> {
-    // No run has that number: the message did not say.
-    if job.workflow_run_id == 0 {
-        return None;
-    }
-    let mut trouble = Trouble::new(format!("job {}", job.runner_request_id));
-    let ask = async {
-        loop {
-            let of = (
-                &job.owner_name,
-                &job.repository_name,
-                job.workflow_run_id,
-                &job.job_workflow_ref,
-            );
-            match worker.github.run(of.0, of.1, of.2, of.3).await {
-                Ok(run) => return Some(run),
-                Err(error)
-                    if matches!(error.status().map(|s| s.as_u16()), Some(403 | 404))
-                        && error.retry().is_none() =>
-                {
-                    warn!(job = job.runner_request_id, %error, "whose job it is cannot be read: it shares no caches; the token needs to read actions and metadata");
-                    return None;
-                }
-                Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,
-            }
-        }
-    };
-    tokio::time::timeout(ASK_WHOSE, ask)
-        .await
-        .unwrap_or_default()
 }

@@ -50,6 +50,14 @@ pub enum PodmanError {
         /// What went wrong.
         problem: String,
     },
+    /// It was begun, and failed.
+    #[error("Podman: {what}: {message}")]
+    Failed {
+        /// What was asked for.
+        what: &'static str,
+        /// What Podman said.
+        message: String,
+    },
     /// It was refused.
     #[error("Podman: {what}: {status}: {message}")]
     Refused {
@@ -335,7 +343,10 @@ impl Podman {
         // One object after another; that it failed is said in one.
         let told = serde_json::Deserializer::from_slice(&answer.body).into_iter::<Told>();
         match told.flatten().find_map(|told| told.error) {
-            Some(error) => Err(answer.refused(&error)),
+            Some(error) => Err(PodmanError::Failed {
+                what,
+                message: printable(error.trim()),
+            }),
             None => Ok(()),
         }
     }

@@ -77,6 +77,7 @@ fn workers(settings: &Settings, supervise: &Supervise) -> Result<Vec<Arc<Worker>
                 podman,
                 settings.socket.clone(),
                 supervise.control_socket.with_extension("d"),
+                supervise.control_socket.with_extension("jobs"),
             )))
         })
         .collect()
@@ -128,6 +129,7 @@ async fn live(
     for worker in &workers {
         tokio::spawn(Arc::clone(worker).find());
         tokio::spawn(Arc::clone(worker).watch_image());
+        tokio::spawn(Arc::clone(worker).admit_jobs());
         for slot in 0..worker.pool.slots() {
             let worker = Arc::clone(worker);
             tokio::spawn(async move { worker.work(slot).await });

@@ -23,8 +23,11 @@ const GONE: u64 = 30;
 /// Seconds from SIGINT, upon which a runner has its job end and tells GitHub (for which it needs 30), to SIGKILL.
 pub const GENTLE: u64 = 60;
 
-/// Seconds that a scale set has to say how a job ended whose container has.
-pub const RESULT: u64 = 15;
+/// Seconds that a scale set has to say how a job ended whose container has: its messages can be late.
+pub const RESULT: u64 = 120;
+
+/// The same, where everything ends.
+const RESULT_AT_END: u64 = 15;
 
 /// What the supervisor wants of a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -158,6 +161,8 @@ pub struct Bounds {
     pub job: u64,
     /// Between two readings of a registration.
     pub look: u64,
+    /// That a runner waits for a job, before another takes its place.
+    pub idle: u64,
 }
 
 /// What is known of a slot beside what Podman has.
@@ -304,22 +309,34 @@ fn of_container(slot: &Slot, container: &Container, now: u64) -> Action {
         },
         State::Exited(..) if slot.judged.contains(&container.id) => Action::Remove(id()),
         State::Exited(code, at) => match runner {
-            Some(runner) if runner.killed => Action::Judge(id(), Verdict::Failure),
-            Some(Runner {
-                job: Job::Done(verdict, _),
-                ..
-            }) => Action::Judge(id(), *verdict),
-            Some(runner)
-                if slot.told && matches!(runner.job, Job::Running(_)) && now < at + RESULT =>
-            {
-                Action::Rest(Some(at + RESULT))
-            }
-            Some(runner) if runner.interrupted.is_some() && !is_result(code) => {
-                Action::Judge(id(), Verdict::Failure)
-            }
-            _ => Action::Judge(id(), verdict_of(code)),
+            Some(runner) => of_ended(slot, runner, id(), code, at, now),
+            None => Action::Judge(id(), verdict_of(code)),
         },
     }
+}
+
+fn of_ended(slot: &Slot, runner: &Runner, id: String, code: i32, at: u64, now: u64) -> Action {
+    let told_by = if slot.mode == Mode::Stop {
+        at + RESULT_AT_END
+    } else {
+        at + RESULT
+    };
+    let verdict = match runner.job {
+        // Whatever it made of them, nobody knows which caches it was given.
+        _ if runner.refused => Verdict::Failure,
+        // It may have been told of while the job still ran; what the runner says of its failure is later.
+        Job::Done(Verdict::Success, _) if verdict_of(code) == Verdict::Failure => Verdict::Failure,
+        // A result that was there when we ended it is the job's.
+        Job::Done(verdict, _) => verdict,
+        _ if runner.killed => Verdict::Failure,
+        Job::Running(_) if slot.told && now < told_by => return Action::Rest(Some(told_by)),
+        Job::None if slot.told && is_result(code) && now < told_by => {
+            return Action::Rest(Some(told_by));
+        }
+        _ if runner.interrupted.is_some() && !is_result(code) => Verdict::Failure,
+        _ => verdict_of(code),
+    };
+    Action::Judge(id, verdict)
 }
 
 fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) -> Action {
@@ -336,44 +353,73 @@ fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) ->
     if slot.mode == Mode::Stop {
         return gently(id);
     }
+    let idle = runner.job == Job::None;
     let end = match runner.job {
         Job::Running(since) => since + slot.bounds.job,
-        // It ends by itself; what hangs is not waited for.
-        Job::Done(_, at) => at + LOOK,
-        Job::None if runner.met => u64::MAX,
+        Job::Done(_, at) => return of_done(runner, id, at, now),
+        Job::None if runner.met => since + slot.bounds.idle,
         Job::None => since + slot.bounds.registration,
     };
-    let idle = runner.job == Job::None;
     let overdue = now >= end;
     if overdue && !idle {
-        return match runner.job {
-            Job::Done(..) => Action::Kill(id),
-            _ => gently(id),
-        };
+        return gently(id);
     }
-    if idle && (overdue || slot.mode == Mode::Drain) {
+    let leaves = overdue || slot.mode == Mode::Drain;
+    if idle && leaves {
         if !registration.fresh(now) {
             return look();
         }
+        let unwanted = slot.mode == Mode::Drain || runner.met;
         match registration.presence {
             Presence::There { busy: true, .. } => {}
-            Presence::There { id, online, .. } if !online || slot.mode == Mode::Drain => {
+            // GitHub refuses to remove one that has got a job since.
+            Presence::There { id, online, .. } if !online || unwanted => {
                 return Action::Deregister(runner.name.clone(), id);
             }
             // It has had its job, and is about to end; or it will never have one.
-            Presence::Gone if overdue => return Action::Kill(id),
+            Presence::Gone if overdue && !runner.met => return Action::Kill(id),
             _ => {}
         }
     }
     let unread = registration.presence == Presence::Unread;
-    if idle && (unread || !slot.told || !runner.met) {
+    if idle && (unread || !slot.told || !runner.met || leaves) {
+        if now >= registration.again {
+            return look();
+        }
+        let end = if overdue { u64::MAX } else { end };
+        return Action::Rest(Some(registration.again.min(end)));
+    }
+    // A job may be gone before it has begun, and its runner waits for the next.
+    if !idle && !slot.told {
         if now >= registration.again {
             return look();
         }
         return Action::Rest(Some(registration.again.min(end)));
     }
     // Not to be asked what a scale set tells.
-    Action::Rest((end != u64::MAX).then_some(end))
+    Action::Rest(Some(end))
+}
+
+/// A runner whose job has ended, as the scale set said at `at`. It ends by itself; one that goes on is asked for, as its job may
+/// go on, too (actions/runner, issue 4492), and what hangs is not waited for.
+fn of_done(runner: &Runner, id: String, at: u64, now: u64) -> Action {
+    let registration = &runner.registration;
+    let ask = at + FRESH;
+    if now < ask {
+        Action::Rest(Some(ask))
+    } else if registration.presence == Presence::Unread || registration.read < ask {
+        Action::Look(runner.name.clone())
+    } else if let Presence::There { busy: true, .. } = registration.presence {
+        // Who took it for ended is told so, and may not know yet.
+        match registration.read + FRESH {
+            again if now < again => Action::Rest(Some(again)),
+            _ => Action::Look(runner.name.clone()),
+        }
+    } else if now < at + LOOK {
+        Action::Rest(Some(at + LOOK))
+    } else {
+        Action::Kill(id)
+    }
 }
 
 enum Stale {
@@ -394,6 +440,14 @@ fn of_stale(registration: &Registration, has_container: bool, now: u64) -> Stale
     }
 }
 
+impl Runner {
+    /// It has had its job, or will have none.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        self.withdrawn || matches!(self.job, Job::Done(..))
+    }
+}
+
 impl Slot {
     /// An empty slot.
     #[must_use]
@@ -407,6 +461,21 @@ impl Slot {
             judged: BTreeSet::new(),
             ask_again: 0,
         }
+    }
+
+    /// Whether its runner takes no job any more, and has none.
+    #[must_use]
+    pub fn ends(&self, seen: &Seen) -> bool {
+        let Some(runner) = &self.runner else {
+            return false;
+        };
+        let had_one = seen.containers.iter().any(|c| match c.state {
+            State::Exited(code, _) => {
+                c.runner == runner.name && (runner.job != Job::None || is_result(code))
+            }
+            _ => false,
+        });
+        runner.is_over() || had_one
     }
 
     /// The runner of that name, if it is the slot's.
@@ -461,13 +530,27 @@ impl Slot {
 
     /// A registration was read.
     pub fn looked(&mut self, name: &str, presence: Presence, now: u64) {
-        let look = self.bounds.look;
+        let (look, told) = (self.bounds.look, self.told);
         if let Some(runner) = self.runner_mut(name) {
             let gone = presence == Presence::Gone;
             // Twice, a while apart: its runner would have ended by now.
             runner.withdrawn |= gone
                 && runner.registration.presence == Presence::Gone
                 && now >= runner.registration.read + GONE;
+            let waits = |presence| {
+                matches!(
+                    presence,
+                    Presence::There {
+                        online: true,
+                        busy: false,
+                        ..
+                    }
+                )
+            };
+            let last = runner.registration;
+            if waits(presence) && waits(last.presence) && now >= last.read + GONE && !told {
+                runner.job = Job::None;
+            }
             runner.registration = Registration {
                 presence,
                 read: now,
@@ -479,7 +562,8 @@ impl Slot {
                     // Not connected yet: it takes some seconds.
                     runner.registration.again = now + FRESH;
                 }
-                if busy && runner.job == Job::None {
+                // One that had ended, as was told, goes on.
+                if busy && !matches!(runner.job, Job::Running(_)) {
                     runner.job = Job::Running(now);
                 }
             }

@@ -9,6 +9,7 @@ mod client;
 pub mod fake;
 mod listening;
 mod proxy;
+mod turns;
 
 use crate::harness::{Test, Tier, test};
 
@@ -17,6 +18,7 @@ pub fn tests() -> Vec<Test> {
     let refused = test(Tier::Host, "github::bad_configurations", check::refused);
     tests.push(refused);
     tests.extend(listening::tests());
+    tests.extend(turns::tests());
     tests.push(test(
         Tier::Host,
         "github::behind_a_proxy",

@@ -16,6 +16,7 @@ mod nested;
 mod options;
 mod registry;
 mod selinux;
+mod set_jobs;
 pub mod story;
 mod supervisor;
 mod users;
@@ -47,6 +48,10 @@ pub fn tests() -> Vec<Test> {
             match kind {
                 Kind::Reflink => supervisor::BODIES,
                 Kind::Lvm => supervisor::GUEST,
+            },
+            match kind {
+                Kind::Reflink => set_jobs::BODIES,
+                Kind::Lvm => &[],
             },
             nested::BODIES,
             churn::BODIES,

@@ -93,7 +93,7 @@ pub fn get(path: &str) -> String {
 fn report(plugin: &Plugin) {
     let slot = |slot: &str, state: &str, job: &str, last: Value| {
         json!({"slot": slot, "state": state, "runner": format!("{slot}-1"), "job": job, "age": 7,
-               "hits": 0, "caches": 0, "last": last})
+               "hits": 0, "caches": 0, "last": last, "problem": (state == "no state").then_some("<b>no image</b>")})
     };
     let slots = [
         slot("linux-0", "busy", "octo/project <i>build</i>", Value::Null),
@@ -102,7 +102,10 @@ fn report(plugin: &Plugin) {
         slot("linux-3", "no state", "", Value::Null),
     ];
     let jobs = json!({"success": 5, "failure": 1, "no verdict": 1});
-    let report = json!({"slots": slots, "jobs": jobs, "github_faults": 3});
+    let pools = json!({"linux": {"assigned": 4, "running": 1, "idle": 2, "wanted": 3}});
+    let waits = json!({"sum": 4000.5, "counts": [1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]});
+    let report =
+        json!({"slots": slots, "jobs": jobs, "github_faults": 3, "pools": pools, "waits": waits});
     plugin.ok("Friend.Slots", &report);
 }
 
@@ -382,6 +385,16 @@ fn metrics() {
         ("slots{state=\"busy\"}", 1.0),
         ("slots{state=\"idle\"}", 2.0),
         ("slots{state=\"empty\"}", 0.0),
+        ("runner_jobs_assigned{pool=\"linux\"}", 4.0),
+        ("runner_jobs_running{pool=\"linux\"}", 1.0),
+        ("runners_idle{pool=\"linux\"}", 2.0),
+        ("runners_wanted{pool=\"linux\"}", 3.0),
+        ("runner_job_wait_seconds_bucket{le=\"1\"}", 1.0),
+        ("runner_job_wait_seconds_bucket{le=\"2\"}", 3.0),
+        ("runner_job_wait_seconds_bucket{le=\"3600\"}", 3.0),
+        ("runner_job_wait_seconds_bucket{le=\"+Inf\"}", 4.0),
+        ("runner_job_wait_seconds_sum", 4000.5),
+        ("runner_job_wait_seconds_count", 4.0),
         ("runner_jobs_total{verdict=\"success\"}", 5.0),
         ("runner_jobs_total{verdict=\"failure\"}", 1.0),
         ("runner_jobs_total{verdict=\"unknown\"}", 0.0),
@@ -395,7 +408,13 @@ fn metrics() {
         "{text}"
     );
     let page = get("/");
-    for words in ["4 slots", "linux-0-1", "&lt;i&gt;build", "success 5"] {
+    for words in [
+        "4 slots",
+        "linux-0-1",
+        "&lt;i&gt;build",
+        "&lt;b&gt;no image",
+        "success 5",
+    ] {
         assert!(page.contains(words), "{words:?} is not in {page}");
     }
 

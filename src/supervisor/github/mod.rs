@@ -47,6 +47,9 @@ const MAX_ANSWER: usize = 8 << 20;
 /// How long to keep still after a rate limit that does not say how long: "at least one minute".
 const KEEP_STILL: Duration = Duration::from_secs(60);
 
+/// Readings at once that jobs wait for. One after the other, a slow answer would hold up all jobs behind it; GitHub allows 100.
+const FIRST: usize = 4;
+
 /// Longest time that a refusal is believed to ask for.
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -388,9 +391,9 @@ pub struct GitHub {
     /// Whose runners they are.
     url: Url,
     /// One request at a time, as GitHub asks of its clients; and none before then.
-    turn: tokio::sync::Mutex<()>,
-    /// Of those that can wait one at a time waits for its turn: what decides trust waits for two at most.
-    queue: tokio::sync::Mutex<()>,
+    still: tokio::sync::Mutex<()>,
+    /// Those that a job waits for wait for none of these.
+    first: tokio::sync::Semaphore,
     /// When each side may be asked again.
     until: Mutex<[Option<Instant>; 2]>,
     faults: AtomicU64,
@@ -446,8 +449,8 @@ impl GitHub {
             plain,
             api,
             url: url.clone(),
-            turn: tokio::sync::Mutex::new(()),
-            queue: tokio::sync::Mutex::new(()),
+            still: tokio::sync::Mutex::new(()),
+            first: tokio::sync::Semaphore::new(FIRST),
             until: Mutex::new([None; 2]),
             faults: AtomicU64::new(0),
             low: AtomicU64::new(0),
@@ -482,19 +485,24 @@ impl GitHub {
         path: &str,
         body: Option<&B>,
     ) -> Result<Answer, GitHubError> {
-        let _waiting = self.queue.lock().await;
-        self.ask_first(method, path, body).await
+        let _turn = self.still.lock().await;
+        self.ask_now(method, path, body).await
     }
 
-    /// Asks the REST API what must not wait for all that asks. What is read is followed to where it is now.
-    async fn ask_first<B: Serialize>(
+    /// Asks the REST API for what decides about a job that waits: behind a few others of that kind, and nothing else.
+    async fn ask_first(&self, path: &str) -> Result<Answer, GitHubError> {
+        let _turn = self.first.acquire().await.expect("never closed");
+        self.ask_now(Method::GET, path, None::<&()>).await
+    }
+
+    /// What is read is followed to where it is now.
+    async fn ask_now<B: Serialize>(
         &self,
         method: Method,
         path: &str,
         body: Option<&B>,
     ) -> Result<Answer, GitHubError> {
         let what = format!("{method} {}", path.split('?').next().unwrap_or_default());
-        let _turn = self.turn.lock().await;
         let mut path = path.to_owned();
         for _ in 0..=REDIRECTS {
             self.may_ask(Side::Rest)?;

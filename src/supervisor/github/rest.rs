@@ -170,11 +170,9 @@ impl GitHub {
             default_branch: String,
         }
         let path = format!("/repos/{owner}/{name}");
-        let answer = self.ask_first(Method::GET, &path, NO_BODY).await?;
+        let answer = self.ask_first(&path).await?;
         let defaults: Defaults = answer.json(StatusCode::OK)?;
-        let answer = self
-            .ask_first(Method::GET, &format!("{path}/actions/runs/{id}"), NO_BODY)
-            .await?;
+        let answer = self.ask_first(&format!("{path}/actions/runs/{id}")).await?;
         let run: OfRun = answer.json(StatusCode::OK)?;
         if defaults.id != run.repository.id {
             return Err(GitHubError::Odd {
@@ -260,7 +258,7 @@ impl GitHub {
         path: &str,
         none: &[StatusCode],
     ) -> Result<Option<T>, GitHubError> {
-        let answer = self.ask_first(Method::GET, path, NO_BODY).await?;
+        let answer = self.ask_first(path).await?;
         match answer.json(StatusCode::OK) {
             Err(error)
                 if error.status().is_some_and(|status| none.contains(&status))

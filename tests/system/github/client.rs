@@ -38,7 +38,7 @@ pub fn tests() -> Vec<Test> {
     rows.into_iter().map(row).collect()
 }
 
-fn run<F: Future<Output = ()>>(body: impl FnOnce(Fake) -> F) {
+pub fn run<F: Future<Output = ()>>(body: impl FnOnce(Fake) -> F) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -53,7 +53,7 @@ fn url(fake: &Fake) -> Url {
     Url::try_from(format!("{}/{REPOSITORY}", fake.url)).unwrap()
 }
 
-fn with_token(fake: &Fake) -> GitHub {
+pub fn with_token(fake: &Fake) -> GitHub {
     let auth = Auth::Token(Source::File(fake.file("token")));
     GitHub::new(&url(fake), Some(&fake.url), &auth).unwrap()
 }

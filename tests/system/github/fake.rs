@@ -156,6 +156,8 @@ pub struct Job {
     pub runs: u32,
     /// What it wrote.
     pub log: String,
+    /// No runner gets it.
+    nobodys: bool,
     offered: bool,
 }
 
@@ -189,6 +191,8 @@ pub struct State {
     pub token_life: u64,
     /// Seconds that a session's token is good for.
     pub session_life: u64,
+    /// So many jobs are assigned, by the statistics: they are late, or stuck.
+    pub counted: Option<u32>,
     /// There is a release without which no runner gets a job.
     pub too_old: bool,
     /// It is an Enterprise Server, which offers jobs that are to be acquired; github.com assigns them.
@@ -368,10 +372,49 @@ impl Fake {
                 stage: Stage::Queued,
                 runs: 0,
                 log: String::new(),
+                nobodys: false,
                 offered: false,
             },
         );
         id
+    }
+
+    /// Queues a job that no runner gets.
+    pub fn queue_for_nobody(&self, origin: &Origin) -> u64 {
+        let job = self.queue(origin, "");
+        self.state().jobs.get_mut(&job).unwrap().nobodys = true;
+        job
+    }
+
+    /// Tells a job's scale set that it has ended, while it goes on.
+    pub fn tell_end(&self, job: u64, result: &str) {
+        let mut state = self.state();
+        let Stage::Running(runner) = state.jobs[&job].stage.clone() else {
+            panic!("it does not run")
+        };
+        let set = state.runners.values().find(|r| r.name == runner);
+        let set = set.and_then(|runner| runner.set).unwrap();
+        state.tell(set, "JobCompleted", job, &runner, result);
+    }
+
+    /// Cancels a job that was assigned, before any runner has it, and assigns it again, or not.
+    pub fn cancel(&self, job: u64, again: bool) {
+        let mut state = self.state();
+        assert_eq!(state.jobs[&job].stage, Stage::Assigned);
+        let set = *state.sets.keys().next().unwrap();
+        state.tell(set, "JobCompleted", job, "", "canceled");
+        if again {
+            state.tell(set, "JobAssigned", job, "", "");
+        } else {
+            let job = state.jobs.get_mut(&job).unwrap();
+            job.stage = Stage::Done(String::new(), "canceled");
+        }
+    }
+
+    /// How many messages were not acknowledged.
+    pub fn unacknowledged(&self) -> usize {
+        let state = self.state();
+        state.sets.values().map(|set| set.left()).sum()
     }
 
     /// The result of a job that has ended.
@@ -406,6 +449,11 @@ impl State {
     /// The scale set that there is.
     pub fn only_set(&mut self) -> &mut Set {
         self.sets.values_mut().next().unwrap()
+    }
+
+    /// Ends the faults that were injected.
+    pub fn faults_end(&mut self) {
+        self.faults.clear();
     }
 
     /// How many faults no request has met yet.

@@ -56,26 +56,26 @@ pub const GUEST: &[Body] = &[("supervised_hostile_jobs", hostile)];
 const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A host with a supervisor. Parts are taken down in this order.
-struct Place {
-    supervisor: Option<Supervisor>,
+pub struct Place {
+    pub supervisor: Option<Supervisor>,
     service: Option<Service>,
     _hooks: Hooks,
-    fake: Fake,
-    host: Host,
+    pub fake: Fake,
+    pub host: Host,
 }
 
 /// A running supervisor; killed when dropped, and its log is shown where the test failed.
-struct Supervisor {
+pub struct Supervisor {
     child: Child,
     log: PathBuf,
 }
 
 impl Supervisor {
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 }
@@ -93,18 +93,18 @@ impl Drop for Supervisor {
 const FIXED: &str = "count = 2\n";
 const CACHE: &str = "[[supervise.pool.volume]]\nname = 'cache'\ntarget = '/cache'\n\
                      options = { restore = 'layers', save = 'layers {slot}' }\n";
-const SET: &str = "scale-set = { name = 'linux', max = 2 }\n";
-const JOB: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-cache-friend'\n\
+pub const SET: &str = "scale-set = { name = 'linux', max = 2 }\n";
+pub const JOB: &str = "[[supervise.pool.volume]]\nname = 'job'\ntarget = '/run/lvm-cache-friend'\n\
                    options = { type = 'job', save = 'of={ref}' }\n";
 
 impl Place {
     /// A pool `linux`, which `settings` describes, and its volumes.
-    fn new(kind: Kind, auth: &str, settings: &str, volumes: &str) -> Self {
+    pub fn new(kind: Kind, auth: &str, settings: &str, volumes: &str) -> Self {
         Self::with(kind, auth, settings, volumes, "")
     }
 
     /// And containers with further settings.
-    fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
+    pub fn with(kind: Kind, auth: &str, settings: &str, volumes: &str, container: &str) -> Self {
         Self::configured(kind, |fake| {
             let image = image("runner-image");
             let auth = match auth {
@@ -126,7 +126,7 @@ impl Place {
     }
 
     /// With these pools.
-    fn configured(kind: Kind, pools: impl FnOnce(&Fake) -> String) -> Self {
+    pub fn configured(kind: Kind, pools: impl FnOnce(&Fake) -> String) -> Self {
         let host = Host::new(kind);
         let fake = Fake::start();
         let hooks = Hooks::new(&host);
@@ -149,7 +149,7 @@ impl Place {
         place
     }
 
-    fn start(&mut self, environment: &[(&str, &str)]) {
+    pub fn start(&mut self, environment: &[(&str, &str)]) {
         let log = self.host.site.dir.path().join("supervisor.log");
         let file = fs::OpenOptions::new()
             .create(true)
@@ -168,13 +168,13 @@ impl Place {
         self.supervisor = Some(Supervisor { child, log });
     }
 
-    fn supervisor(&mut self) -> &mut Supervisor {
+    pub fn supervisor(&mut self) -> &mut Supervisor {
         self.supervisor.as_mut().unwrap()
     }
 
     /// Waits until something is so.
     #[track_caller]
-    fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
+    pub fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
         let since = Instant::now();
         while !so(self) {
             assert!(since.elapsed() < PATIENCE, "it never came to that: {what}");
@@ -188,7 +188,7 @@ impl Place {
 
     /// Ends what runs, and what the kernel and `/run` know of it, as a power cut does; then all but the supervisor
     /// is started. What is on the disk stays: whether that would be there, `powercut` tests.
-    fn power_cut(&mut self) {
+    pub fn power_cut(&mut self) {
         let podman = &self.host.podman;
         for process in ["{{.State.ConmonPid}}", "{{.State.Pid}}"] {
             let all = podman.done(&["ps", "--all", "--quiet"]);
@@ -218,13 +218,13 @@ impl Place {
 
     /// Queues a job and waits for its result.
     #[track_caller]
-    fn job(&mut self, script: &str) -> &'static str {
+    pub fn job(&mut self, script: &str) -> &'static str {
         let job = self.fake.queue(&MAIN, script);
         self.ended(job)
     }
 
     #[track_caller]
-    fn ended(&mut self, job: u64) -> &'static str {
+    pub fn ended(&mut self, job: u64) -> &'static str {
         let mut result = None;
         self.until("a job ends", |place| {
             result = place.fake.result(job);
@@ -235,13 +235,13 @@ impl Place {
         result.unwrap()
     }
 
-    fn log(&self, job: u64) -> String {
+    pub fn log(&self, job: u64) -> String {
         self.fake.state().jobs[&job].log.clone()
     }
 
     /// Waits until the supervisor has died at a failpoint.
     #[track_caller]
-    fn dies(&mut self, point: &str) {
+    pub fn dies(&mut self, point: &str) {
         let since = Instant::now();
         while self.supervisor().child.try_wait().unwrap().is_none() {
             assert!(since.elapsed() < PATIENCE, "{point} is not reached");
@@ -250,18 +250,18 @@ impl Place {
     }
 
     /// What `runners list --json` says.
-    fn rows(&self) -> Vec<Value> {
+    pub fn rows(&self) -> Vec<Value> {
         let said = self.host.site.outcome(&["runners", "list", "--json"]);
         serde_json::from_str(&said.stdout).unwrap_or_default()
     }
 
     /// Ends it as systemd does; all is gone then.
-    fn finish(&mut self) {
+    pub fn finish(&mut self) {
         self.supervisor().signal(Signal::SIGTERM);
         self.gone();
     }
 
-    fn gone(&mut self) {
+    pub fn gone(&mut self) {
         let since = Instant::now();
         let status = loop {
             if let Some(status) = self.supervisor().child.try_wait().unwrap() {
@@ -279,7 +279,7 @@ impl Place {
     }
 
     /// How many entries there are.
-    fn entries(&self) -> Vec<Value> {
+    pub fn entries(&self) -> Vec<Value> {
         let mut rows = self.host.site.list();
         rows.retain(|row| row["kind"] == "entry");
         rows
@@ -287,7 +287,7 @@ impl Place {
 
     /// Waits until so many entries are there.
     #[track_caller]
-    fn published(&mut self, count: usize) {
+    pub fn published(&mut self, count: usize) {
         self.until(&format!("{count} entries"), |place| {
             place.entries().len() == count
         });
@@ -319,7 +319,7 @@ fn without_secrets(place: &Place, what: &str, text: &str) {
 }
 
 /// What the daemon's metrics say.
-fn given(series: &str) -> Option<f64> {
+pub fn given(series: &str) -> Option<f64> {
     let text = views::get("/metrics");
     views::value(&text, &format!("lvm_cache_friend_{series}"))
 }
@@ -938,6 +938,7 @@ fn pulled(kind: Kind) {
     place.until("nor at the registry", |place| {
         said(place, "pulling the image")
     });
+    assert!(!said(&place, "200 OK"), "a refusal has no such status");
     // Nobody was asked for a runner that could not be started.
     assert!(place.fake.state().runners.is_empty());
     make(&registry, 1);

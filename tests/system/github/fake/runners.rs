@@ -118,7 +118,8 @@ impl State {
                 } else {
                     Stage::Queued
                 };
-                let job = self.jobs.values_mut().find(|job| job.stage == wanted);
+                let mut jobs = self.jobs.values_mut();
+                let job = jobs.find(|job| job.stage == wanted && !job.nobodys);
                 let Some(job) = job else {
                     return Ok((StatusCode::ACCEPTED, Value::Null));
                 };

@@ -336,7 +336,7 @@ impl State {
         json!({
             "totalAvailableJobs": jobs().filter(|job| job.stage == Stage::Queued).count(),
             "totalAcquiredJobs": 0,
-            "totalAssignedJobs": jobs().filter(assigned).count(),
+            "totalAssignedJobs": self.counted.map_or_else(|| jobs().filter(assigned).count(), |n| n as usize),
             "totalRunningJobs": jobs().filter(running).count(),
             "totalRegisteredRunners": self.runners.len(),
             "totalBusyRunners": self.runners.values().filter(|r| r.job.is_some()).count(),
