@@ -6,8 +6,10 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::config::ScaleSet;
@@ -16,6 +18,9 @@ use super::github::scaleset::{Message, ScaleSets, Session};
 use super::messages;
 use super::pool::{Orders, Worker};
 use super::trouble::{StepError, Trouble};
+
+/// Between two polls that brought nothing, at least.
+const BETWEEN_POLLS: Duration = Duration::from_secs(1);
 
 /// After so many failures one after another, another session is tried.
 const FAILURES: u32 = 3;
@@ -83,6 +88,7 @@ impl Listener<'_> {
             0
         };
         let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
+        let asked = Instant::now();
         // What is told meanwhile is told again: it was not acknowledged.
         let polled = tokio::select! {
             polled = self.sets.poll(&session, self.last, capacity) => polled,
@@ -97,7 +103,11 @@ impl Listener<'_> {
             }
         };
         let done = match polled {
-            Ok(None) => Ok(()),
+            Ok(None) => {
+                // It waits some 50 s for a message, but for answers of nothing at once.
+                tokio::time::sleep_until(asked + BETWEEN_POLLS).await;
+                Ok(())
+            }
             Ok(Some(message)) => match messages::take(self.worker, &message) {
                 Ok(available) => self.settle(id, &mut session, &message, &available).await,
                 // It is told again: what is not written down is not acknowledged.

@@ -342,7 +342,7 @@ fn of_ended(slot: &Slot, runner: &Runner, id: String, code: i32, at: u64, now: u
 fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) -> Action {
     let registration = &runner.registration;
     let look = || Action::Look(runner.name.clone());
-    if runner.withdrawn || runner.refused {
+    if runner.refused {
         return Action::Kill(id);
     }
     let gently = |id| match runner.interrupted {
@@ -350,7 +350,8 @@ fn of_running(slot: &Slot, runner: &Runner, id: String, since: u64, now: u64) ->
         Some(at) if now < at + GENTLE => Action::Rest(Some(at + GENTLE)),
         Some(_) => Action::Kill(id),
     };
-    if slot.mode == Mode::Stop {
+    // One whose registration is gone may have had a job a moment ago: then its exit code says how that ended.
+    if slot.mode == Mode::Stop || runner.withdrawn {
         return gently(id);
     }
     let idle = runner.job == Job::None;

@@ -303,6 +303,11 @@ fn session_of_the_dead() {
     let mut listening = Listening::new();
     for _ in 0..2 {
         let dead = listening.session();
+        // One that is killed before it has the answer keeps nothing.
+        listening.until("its id is kept", |_| {
+            let kept = fs::read_to_string(listening.file("runners.sessions/linux"));
+            kept.is_ok_and(|kept| kept.contains(&dead))
+        });
         listening.kill();
         // Told, and acknowledged by nobody: it is told again.
         listening.fake.queue(&MAIN, "true");
