@@ -447,6 +447,8 @@ fn attributes(path: &Path) -> BTreeMap<String, Vec<u8>> {
         .map(|name| String::from_utf8(name.to_vec()).unwrap())
         // XFS shows ACLs a second time by these names of its own.
         .filter(|name| !name.is_empty() && !name.starts_with("trusted.SGI_ACL_"))
+        // Of the file system: xfsprogs 7 gives its root `autofsck`.
+        .filter(|name| !name.starts_with("trusted.xfs:"))
         .map(|name| {
             let mut value = [0; 4096];
             let length = rustix::fs::lgetxattr(path, name.as_str(), &mut value[..]).unwrap();
