@@ -44,6 +44,9 @@ pub const FAILED: &str = "friend:failed";
 /// Any other tag that begins with `friend:` and is not known makes its LV
 /// [`Role::Unclear`], since it may well say what must not be passed over.
 pub const NOTE: &str = "friend:note:";
+/// On an entry that was published while its job went on: of the same lease there may be another, of its end. Earlier
+/// versions may pass over it.
+pub const CHECKPOINT: &str = "friend:note:checkpoint";
 
 /// What all tags of ours begin with. Others' tags are never looked at.
 const OURS: &str = "friend:";

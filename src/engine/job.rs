@@ -33,7 +33,7 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{FAILED, SAVE};
+use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
 use crate::cache::request::LatePath;
 use crate::cache::select::Criterion;
 use crate::cache::spec::{Admit, Publish, Spec};
@@ -626,6 +626,11 @@ impl Engine {
         if spec.publish == Publish::Never {
             return Err(refused("the job volume says publish=never"));
         }
+        if spec.publish != Publish::Always && job.verdict() == Verdict::Failure {
+            return Err(refused(format!(
+                "save {path}: the job said that it failed, and what a failed job leaves is not published"
+            )));
+        }
         // One checkpoint of a mount at a time; its end waits for it.
         let _op = lock(&volume.op);
         if let Some(there) = self.there(&spec) {
@@ -636,7 +641,9 @@ impl Engine {
             });
         }
         let written = device.and_then(crate::fs::sectors_written).ok();
-        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &source))?;
+        let mut of_entry = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
+        of_entry.push(tag(CHECKPOINT));
+        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &of_entry))?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing

@@ -187,6 +187,8 @@ pub struct Engine {
     state: Mutex<State>,
     /// Told when `State::under_way` falls to 0.
     quiet: Condvar,
+    /// Told when `State::stopping` is set.
+    stopped: Condvar,
     upkeep: Upkeep,
     premounted: Arc<AtomicUsize>,
     /// It was said that the kernel makes no idmapped mounts.
@@ -205,6 +207,10 @@ struct State {
     base: Option<Base>,
     /// Grows whenever `index` or `base` change.
     generation: u64,
+    /// LVs that we made, and when: a listing begun before does not have them.
+    made: HashMap<LvName, Instant>,
+    /// LVs that we could not make, as far as we were told: where one shows up after all, nobody has use for it.
+    doubtful: HashSet<LvName>,
     /// Entries that we published, and when: a listing begun before does not have them.
     born: HashMap<LvName, (Instant, Entry)>,
     /// LVs that we gave up, and when: a listing begun before has them still.
@@ -293,6 +299,7 @@ impl Engine {
             boot,
             state: Mutex::default(),
             quiet: Condvar::new(),
+            stopped: Condvar::new(),
             upkeep: Upkeep::default(),
             premounted: Arc::default(),
             unmapped: AtomicBool::default(),
@@ -415,7 +422,10 @@ impl Engine {
             Ok(mut lease) => {
                 self.is_used_by(&mut lease, id);
                 self.telling.add(name, &lease.told);
-                lock(&volume.now).phase = Phase::Leased(lease);
+                let mut now = lock(&volume.now);
+                now.leases += 1;
+                now.phase = Phase::Leased(lease);
+                drop(now);
                 Ok(at)
             }
             Err(refused) => {
@@ -712,30 +722,47 @@ impl Engine {
         }
     }
 
-    /// Takes what is said of a container that uses a volume's present lease. Nothing
-    /// happens where there is no such lease.
-    pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) {
+    /// Takes what is said of a container that uses a volume's present lease, at once, whatever the store or the volume is
+    /// busy with. Nothing happens where there is no such lease. `true`: it is to be written down for another life of the
+    /// daemon, by [`Engine::write_verdict`].
+    pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) -> bool {
+        let Ok(volume) = self.volume(name) else {
+            return false;
+        };
+        let now = lock(&volume.now);
+        match &now.phase {
+            Phase::Leased(lease) => {
+                if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
+                    (&lease.backing, happened)
+                {
+                    job.is_used_by(container, ids);
+                }
+                let failed = || lease.heard().verdict() == Verdict::Failure;
+                let before = failed();
+                lease.told.take(container, happened, now_ns());
+                before != failed()
+            }
+            // Its end is under way, and its settlement looks at this.
+            Phase::Changing => {
+                if let Some(told) = self.telling.newest(name) {
+                    told.take(container, happened, now_ns());
+                }
+                false
+            }
+            Phase::Making | Phase::Stale(_) | Phase::Ready(_) => false,
+        }
+    }
+
+    /// Has the store know whether the work in a volume's present lease has failed, so that another life of the daemon does.
+    pub fn write_verdict(self: &Arc<Self>, name: &VolumeName) {
         let Ok(volume) = self.volume(name) else {
             return;
         };
+        let _work = self.work();
         let _op = lock(&volume.op);
-        let told = {
-            let now = lock(&volume.now);
-            let Phase::Leased(lease) = &now.phase else {
-                return;
-            };
-            if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
-                (&lease.backing, happened)
-            {
-                job.is_used_by(container, ids);
-            }
-            let failed = |lease: &Lease| lease.heard().verdict() == Verdict::Failure;
-            let before = failed(lease);
-            lease.told.take(container, happened, now_ns());
-            if before == failed(lease) {
-                return;
-            }
-            Arc::clone(&lease.told)
+        let told = match &lock(&volume.now).phase {
+            Phase::Leased(lease) => Arc::clone(&lease.told),
+            _ => return,
         };
         self.note_verdict(&volume, &told);
     }
@@ -1066,6 +1093,7 @@ impl Engine {
     pub fn stop(&self, bound: Duration) -> bool {
         let mut state = lock(&self.state);
         state.stopping = true;
+        self.stopped.notify_all();
         self.upkeep.stop();
         let (state, _) = self
             .quiet
@@ -1084,6 +1112,16 @@ impl Engine {
     fn work(self: &Arc<Self>) -> Work {
         lock(&self.state).under_way += 1;
         Work(Arc::clone(self))
+    }
+
+    /// Waits, unless that is cut short by the daemon's end: `false`.
+    fn rest(&self, pause: Duration) -> bool {
+        let state = lock(&self.state);
+        let (state, _) = self
+            .stopped
+            .wait_timeout_while(state, pause, |state| !state.stopping)
+            .unwrap_or_else(PoisonError::into_inner);
+        !state.stopping
     }
 
     fn volume(&self, name: &VolumeName) -> Result<Arc<Volume>, EngineError> {

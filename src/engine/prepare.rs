@@ -30,6 +30,15 @@ const ROUNDS: usize = 16;
 /// 4 MiB, or of more where somebody made the group so.
 const GRAIN: u64 = 256 * Bytes::MIB;
 
+/// What a new LV holds.
+#[derive(Clone, Copy)]
+pub(super) enum Of<'a> {
+    /// What that one holds now.
+    Lv(&'a LvName),
+    /// Nothing, and has so many bytes for.
+    Nothing(Bytes),
+}
+
 /// A copy's file system could not be opened.
 #[derive(Debug)]
 pub(super) enum OpenError {
@@ -146,10 +155,11 @@ impl Engine {
             round += 1;
             let (generation, source) = self.choose(volume)?;
             let new = self.new_lv(volume, source.lv.as_ref(), volume.keeps(), true)?;
-            let made = match &source.lv {
-                Some(origin) => self.store.snapshot(origin, &new),
-                None => self.store.create(&new, self.empty_size(&volume.spec)),
+            let of = match &source.lv {
+                Some(origin) => Of::Lv(origin),
+                None => Of::Nothing(self.empty_size(&volume.spec)),
             };
+            let made = self.make_lv(of, &new);
             match (made, &source.lv) {
                 (Ok(device), _) => {
                     reach(stage, 2);
@@ -165,7 +175,6 @@ impl Engine {
                         making: volume.keeps(),
                         source,
                         generation: generation.into(),
-                        made: Instant::now(),
                         took: began.elapsed(),
                     });
                 }
@@ -183,8 +192,31 @@ impl Engine {
     /// something to restore from (`on-miss=fail`).
     pub(super) fn placeholder(&self, volume: &Volume) -> Result<LvName, EngineError> {
         let new = self.new_lv(volume, None, true, false)?;
-        self.store.create(&new, Bytes::mib(4))?;
+        self.make_lv(Of::Nothing(Bytes::mib(4)), &new)?;
         Ok(new.name)
+    }
+
+    /// Has the store make an LV, and keeps in mind what listings may say of it. A store that refuses, or does not answer
+    /// in time, may have made it all the same, or do so yet.
+    pub(super) fn make_lv(&self, of: Of<'_>, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
+        let made = match of {
+            Of::Lv(origin) => self.store.snapshot(origin, new),
+            Of::Nothing(size) => self.store.create(new, size),
+        };
+        let mut state = lock(&self.state);
+        match &made {
+            Ok(_) => {
+                state.doubtful.remove(&new.name);
+                state.made.insert(new.name.clone(), Instant::now());
+            }
+            Err(StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. }) => {}
+            Err(_) => {
+                state.doubtful.insert(new.name.clone());
+                drop(state);
+                self.upkeep.list();
+            }
+        }
+        made
     }
 
     fn new_lv(
@@ -203,7 +235,7 @@ impl Engine {
             tags.push(tag(MAKING));
         }
         Ok(NewLv {
-            name: fresh_lv_name()?,
+            name: fresh_lv_name(),
             tags,
             active,
         })
@@ -225,6 +257,15 @@ impl Engine {
         let failed = |doing: &str, e| OpenError::Other(io_error(doing, &device, e));
         let held = crate::fs::probe(&device).map_err(|e| failed("reading", e))?;
         let from_entry = matches!(copy.source.how, Restored::Exact | Restored::Fallback);
+        // What it holds is nowhere else: whatever that looks like now, nothing is written over it.
+        if volume.keeps() && !copy.making && !matches!(held, Content::Fs(_)) {
+            return Err(OpenError::Damaged(format!(
+                "{}: no XFS or ext4 file system is found on it, and a volume with reuse=keep is never formatted again: \
+                 what it held may be recovered from {} (`xfs_repair`, `e2fsck -b`), and it is used again then; or remove the volume",
+                copy.lv,
+                device.display()
+            )));
+        }
         // An entry is taken with the file system that it has. The base and new
         // volumes are empty: they get the one that was asked for.
         let fs = match (held, spec.fs) {
@@ -321,11 +362,11 @@ impl Engine {
     /// Has an entry's file system checked, on a copy that nobody wrote to.
     fn is_whole(&self, entry: &LvName) -> Result<bool, EngineError> {
         let copy = NewLv {
-            name: fresh_lv_name()?,
+            name: fresh_lv_name(),
             tags: vec![tag(SNAPSHOT), tag(MAKING)],
             active: true,
         };
-        let device = self.store.snapshot(entry, &copy)?;
+        let device = self.make_lv(Of::Lv(entry), &copy)?;
         let whole = (|| {
             let device = device.map_or_else(|| self.store.activate(&copy.name), Ok)?;
             match crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))? {
@@ -433,13 +474,10 @@ fn entry_source(spec: &Spec, choice: Choice<'_>) -> Source {
     }
 }
 
-pub(super) fn fresh_lv_name() -> Result<LvName, EngineError> {
+pub(super) fn fresh_lv_name() -> LvName {
     let mut random = [0; 4];
-    getrandom::fill(&mut random).map_err(|e| EngineError::Io {
-        what: "asking for random bytes".into(),
-        source: io::Error::other(e.to_string()),
-    })?;
-    Ok(LvName::fresh(unix_now(), random))
+    getrandom::fill(&mut random).expect("the kernel has random numbers");
+    LvName::fresh(unix_now(), random)
 }
 
 /// Refuses to hand out more than a volume may have: a file system is never shrunk.

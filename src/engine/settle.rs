@@ -10,7 +10,7 @@ use serde_json::json;
 use tracing::{debug, info, warn};
 
 use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
-use super::prepare::fresh_lv_name;
+use super::prepare::{Of, fresh_lv_name};
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
     may_publish,
@@ -29,6 +29,9 @@ use crate::userns::Ids;
 /// How long a file system may stay mounted after its lease before that is
 /// reported: a mount namespace somewhere holds on to it.
 const STILL_MOUNTED: Duration = Duration::from_secs(10);
+
+/// The first and the longest pause before a store that does not serve is asked again at the end of a lease.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// A lease that has ended, until it is settled.
 #[derive(Debug)]
@@ -51,6 +54,8 @@ pub(super) struct Ended {
     /// How long Mount took, and the lease.
     pub mount: Duration,
     pub lasted: Duration,
+    /// How many leases of its volume had begun when it ended, in this life of the daemon.
+    pub nth: u64,
 }
 
 impl Ended {
@@ -140,14 +145,14 @@ impl Engine {
         &self,
         spec: &Spec,
         refused: Option<&'static str>,
-        publish: impl FnOnce() -> Result<LvName, NotPublished>,
-    ) -> Result<LvName, NotPublished> {
+        publish: impl FnOnce() -> Result<LvName, EngineError>,
+    ) -> Result<Outcome, EngineError> {
         // Of several that end at once the first publishes what is missing: the others wait, behind everybody.
         let _turn = (spec.publish == Publish::IfMissing).then(|| lock(&self.missing));
         let there = || self.there(spec).map(|_| "an entry has its tags already");
         match refused.or_else(there) {
-            Some(why) => Err(NotPublished::Refused(why)),
-            None => publish(),
+            Some(why) => Ok(Err(why)),
+            None => publish().map(Ok),
         }
     }
 
@@ -226,6 +231,7 @@ impl Engine {
             mark: self.lease_tag(),
             mount: lease.took,
             lasted,
+            nth: lock(&volume.now).leases,
         };
         if !volume.keeps() {
             lock(&volume.now).settling.push(ended.lv.clone());
@@ -252,7 +258,7 @@ impl Engine {
         thread::spawn(move || {
             ended.heard.wait();
             if volume.keeps() {
-                work.0.settle_kept(&volume, ended);
+                work.0.settle_kept(&volume, &ended);
             } else {
                 work.0.settle(&volume, ended);
             }
@@ -273,18 +279,32 @@ impl Engine {
         let device = ended.device.clone();
         let mark = ended.mark.clone();
         let cut_short = ended.cut_short;
-        let Some((mut end, bytes)) = self.close(&volume.spec, ended) else {
+        let stopped = || {
             info!(volume = %volume.name, %lv, "the daemon stops before this lease is settled: its next start does that");
-            return;
+        };
+        let Some((mut end, bytes)) = self.close(&volume.spec, ended) else {
+            return stopped();
         };
         // A container that held on to it may have ended only now.
         end.verdict = heard.verdict();
         story.verdict = end.verdict;
         reach("publish", 2);
-        let published = self.publish_unless(&volume.spec, refusal(&volume.spec, end), || {
-            self.publish(volume, &lv, &story.source)
-                .map_err(NotPublished::Failed)
+        let spec = &volume.spec;
+        let new = NewLv {
+            name: fresh_lv_name(),
+            tags: entry_tags(&spec.save, &spec.scope, story.source.lv.as_ref()),
+            active: false,
+        };
+        let published = self.until_it_serves(&lv, || {
+            self.publish_unless(spec, refusal(spec, end), || self.publish(spec, &lv, &new))
         });
+        let Some(published) = published else {
+            return stopped();
+        };
+        if !matches!(published, Ok(Ok(_))) {
+            // Of an earlier try, it could still come to be.
+            lock(&self.state).doubtful.insert(new.name);
+        }
         reach("publish", 3);
         // Damage that only shows in use would meet every job after this one, too.
         if !end.clean
@@ -358,11 +378,12 @@ impl Engine {
         if !end.clean && ended.cut_short {
             return Some((end, bytes));
         }
+        let device = match ended.device {
+            Some(device) => Ok(device),
+            None => self.until_it_serves(&ended.lv, || Ok(self.store.activate(&ended.lv)?))?,
+        };
         let whole = (|| {
-            let device = match ended.device {
-                Some(device) => device,
-                None => self.store.activate(&ended.lv)?,
-            };
+            let device = device?;
             self.wait_unmounted(&ended.lv, &device)?;
             let fs = match crate::fs::probe(&device) {
                 Ok(Content::Fs(fs)) => fs,
@@ -401,17 +422,39 @@ impl Engine {
     }
 
     /// Makes an entry of an LV that nobody writes to.
-    fn publish(&self, volume: &Volume, lv: &LvName, source: &Source) -> Result<LvName, String> {
-        let spec = &volume.spec;
-        let new = NewLv {
-            name: fresh_lv_name().map_err(|e| e.to_string())?,
-            tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
-            active: false,
-        };
-        self.with_room(PUBLISH_PATIENCE, || Ok(self.store.snapshot(lv, &new)?))
-            .map_err(|e| e.to_string())?;
+    fn publish(&self, spec: &Spec, lv: &LvName, new: &NewLv) -> Result<LvName, EngineError> {
+        match self.with_room(PUBLISH_PATIENCE, || Ok(self.store.snapshot(lv, new)?)) {
+            // An earlier try made it, of which we were told that it did not succeed.
+            Ok(_) | Err(EngineError::Store(StoreError::Exists(_))) => {}
+            Err(error) => return Err(error),
+        }
         self.born(new.name.clone(), spec);
-        Ok(new.name)
+        Ok(new.name.clone())
+    }
+
+    /// Does what a lease's end needs of the store, as often as that takes while the store is locked, away, or fails: until
+    /// then the lease's data is nowhere else. `None`: the daemon stops first.
+    fn until_it_serves<T>(
+        &self,
+        lv: &LvName,
+        mut act: impl FnMut() -> Result<T, EngineError>,
+    ) -> Option<Result<T, EngineError>> {
+        let mut pause = AGAIN.0;
+        loop {
+            let error = match act() {
+                Err(EngineError::Store(error)) if passes(&error) => error,
+                done => return Some(done),
+            };
+            if pause == AGAIN.0 {
+                warn!(%lv, %error, "the end of a lease waits for the store: its data is kept until then");
+            } else {
+                debug!(%lv, %error, "again");
+            }
+            if !self.rest(pause) {
+                return None;
+            }
+            pause = (pause * 2).min(AGAIN.1);
+        }
     }
 
     /// Puts an entry that was just published into the index.
@@ -439,30 +482,45 @@ impl Engine {
 
     /// Settles a lease of a volume that keeps its content: it may be in use again
     /// already, so what is published is a snapshot of a mounted file system.
-    fn settle_kept(&self, volume: &Arc<Volume>, ended: Ended) {
-        let story = Story::of(&ended);
-        let lv = ended.lv.clone();
-        let (end, bytes) = ended.flush(&volume.spec);
+    fn settle_kept(&self, volume: &Arc<Volume>, ended: &Ended) {
+        let spec = &volume.spec;
+        let story = Story::of(ended);
+        let lv = &ended.lv;
+        let (end, bytes) = ended.flush(spec);
         // What it holds is not what it was made from any more.
         let end = End {
             saved: false,
             ..end
         };
-        let _op = lock(&volume.op);
-        let idle = matches!(lock(&volume.now).phase, Phase::Ready(_));
-        let refused = refusal(&volume.spec, end)
-            .or_else(|| (!idle).then_some("the volume is in use again, or removed"));
-        let published = self.publish_unless(&volume.spec, refused, || {
-            self.publish_mounted(&volume.spec, &lv, &story.source)
-                .map_err(|e| NotPublished::Failed(e.to_string()))
+        let published = self.until_it_serves(lv, || {
+            let _op = lock(&volume.op);
+            // What another lease wrote since is that one's to publish, or not to.
+            let idle = {
+                let now = lock(&volume.now);
+                matches!(now.phase, Phase::Ready(_)) && now.leases == ended.nth
+            };
+            let refused = refusal(spec, end)
+                .or_else(|| (!idle).then_some("the volume is in use again, or removed"));
+            let published = self.publish_unless(spec, refused, || {
+                let tags = entry_tags(&spec.save, &spec.scope, story.source.lv.as_ref());
+                self.publish_mounted(spec, lv, &tags)
+            });
+            if matches!(&published, Err(EngineError::Store(error)) if passes(error)) {
+                return published;
+            }
+            // In use again, the mark is the next lease's.
+            if may_publish(spec)
+                && idle
+                && let Err(error) =
+                    (self.store).change_tags(lv, &[], &[ended.mark.clone(), tag(FAILED)])
+            {
+                warn!(%lv, %error, "a settled lease could not be unmarked");
+            }
+            published
         });
-        // In use again, the mark is the next lease's.
-        if may_publish(&volume.spec)
-            && idle
-            && let Err(error) = self.store.change_tags(&lv, &[], &[ended.mark, tag(FAILED)])
-        {
-            warn!(%lv, %error, "a settled lease could not be unmarked");
-        }
+        let Some(published) = published else {
+            return;
+        };
         story.tell(volume, published, bytes, &self.tally);
         self.upkeep.recheck();
     }
@@ -474,16 +532,14 @@ impl Engine {
         &self,
         spec: &Spec,
         lv: &LvName,
-        source: &Source,
+        tags: &[Tag],
     ) -> Result<LvName, EngineError> {
-        let cache_tags = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
         let making = NewLv {
-            name: fresh_lv_name()?,
+            name: fresh_lv_name(),
             tags: vec![tag(SNAPSHOT), tag(MAKING)],
             active: true,
         };
-        let device =
-            self.with_room(REQUEST_PATIENCE, || Ok(self.store.snapshot(lv, &making)?))?;
+        let device = self.with_room(REQUEST_PATIENCE, || Ok(self.make_lv(Of::Lv(lv), &making)?))?;
         let recovered = (|| {
             let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
             let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
@@ -495,9 +551,7 @@ impl Engine {
                     .map_err(|e| io_error("mounting", &device, e.into()))?,
             );
             self.store.deactivate(&making.name)?;
-            Ok(self
-                .store
-                .change_tags(&making.name, &cache_tags, &[tag(MAKING)])?)
+            Ok(self.store.change_tags(&making.name, tags, &[tag(MAKING)])?)
         })();
         match recovered {
             Ok(()) => {
@@ -529,12 +583,20 @@ impl From<StoreError> for Close {
     }
 }
 
-/// Why no entry was made of a lease.
-enum NotPublished {
-    /// It is not to be.
-    Refused(&'static str),
-    /// It could not be.
-    Failed(String),
+/// The entry that was made of a lease, or why none was to be.
+type Outcome = Result<LvName, &'static str>;
+
+/// Whether a store that failed so may do next time what it was asked for.
+const fn passes(error: &StoreError) -> bool {
+    match error {
+        StoreError::Timeout { .. }
+        | StoreError::Unusable(_)
+        | StoreError::Failed(_)
+        | StoreError::Busy(_)
+        | StoreError::Exec(_)
+        | StoreError::Io { .. } => true,
+        StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. } => false,
+    }
 }
 
 /// What the one log line of a lease says, apart from its end.
@@ -560,21 +622,22 @@ impl Story {
     fn tell(
         self,
         volume: &Volume,
-        published: Result<LvName, NotPublished>,
+        published: Result<Outcome, EngineError>,
         bytes: Option<u64>,
         tally: &Tally,
     ) {
         tally.settled(self.lasted, bytes);
         let (published, why) = match published {
-            Ok(lv) => {
+            Ok(Ok(lv)) => {
                 tally.published();
                 (Some(lv), None)
             }
-            Err(NotPublished::Refused(why)) => {
+            Ok(Err(why)) => {
                 tally.not_published(why);
                 (None, Some(why.to_owned()))
             }
-            Err(NotPublished::Failed(why)) => {
+            Err(error) => {
+                let why = error.to_string();
                 tally.publish_failed(format!("{}: {why}", volume.name));
                 (None, Some(why))
             }

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, io};
 
 use tracing::{info, warn};
@@ -16,7 +16,7 @@ use super::volume::{
 };
 use super::{Base, Engine, EngineError, Happened, Verdict, job, lock, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{LEASE, Role};
+use crate::cache::record::{CHECKPOINT, LEASE, Role};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
@@ -75,7 +75,7 @@ pub(super) struct SeenLease {
     pub cut_short: bool,
     /// The tag that says so.
     pub mark: Tag,
-    /// An entry was made of it already.
+    /// An entry was made of it already, at its end.
     pub published: bool,
     pub verdict: Verdict,
     /// When the LV was made, seconds since 1970: before the lease began.
@@ -158,7 +158,10 @@ impl Seen {
                     }
                 }
                 Role::Entry { scope, tags, .. } => {
-                    origins.extend(lv.origin.clone());
+                    // What a job went on writing to has more than its checkpoint.
+                    if lv.tags.iter().all(|tag| tag.as_str() != CHECKPOINT) {
+                        origins.extend(lv.origin.clone());
+                    }
                     seen.entries.push(Entry {
                         lv: lv.name.clone(),
                         seq: lv.seq,
@@ -331,7 +334,6 @@ impl Current {
                 ..Source::of(how)
             },
             generation: 0.into(),
-            made: Instant::now(),
             took: Duration::ZERO,
         }
     }
@@ -593,6 +595,7 @@ impl Engine {
                 mark: lease.mark,
                 mount: Duration::ZERO,
                 lasted: Duration::ZERO,
+                nth: 0,
             },
         );
     }
@@ -769,6 +772,13 @@ mod tests {
                 format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5\ne 6 origin=old friend:snapshot friend:cache:a"),
                 vec![],
                 vec!["entry e", "volume v with nothing", "ended old published"],
+            ),
+            (
+                "an ended lease of which there is a checkpoint",
+                format!("old 5 dev=1 {V} {FRESH} friend:lease:b00710c5\n\
+                         e 6 origin=old friend:snapshot friend:cache:a friend:note:checkpoint"),
+                vec![],
+                vec!["entry e", "volume v with nothing", "ended old"],
             ),
             (
                 "a lease that a reboot cut short",

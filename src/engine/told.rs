@@ -264,6 +264,11 @@ impl Telling {
         of.filter_map(Weak::upgrade).collect()
     }
 
+    /// What is told of the newest unsettled lease of a volume.
+    pub fn newest(&self, volume: &VolumeName) -> Option<Arc<Told>> {
+        self.of(volume).pop()
+    }
+
     /// Takes what Docker says of a container of a volume, and gives the lease whose work has failed by that, or has not
     /// any more.
     pub fn take(

@@ -13,8 +13,8 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
-use super::volume::{Phase, Premounted, Volume};
-use super::{Engine, EngineError, lock, start, tag};
+use super::volume::{Phase, Premounted, Prepared, Volume};
+use super::{Engine, EngineError, State, lock, start, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role};
 use crate::cache::select::{Entry, Index};
@@ -444,6 +444,7 @@ impl Engine {
         match self.store.list() {
             Ok(mut listing) => {
                 let unready = self.hold_back(&mut listing);
+                self.remove_doubtful(&mut listing);
                 self.take_over(&listing, asked);
                 unready
             }
@@ -484,9 +485,23 @@ impl Engine {
         !blank.is_empty()
     }
 
+    /// Takes out of a listing what we were told could not be made, and has it removed.
+    fn remove_doubtful(&self, listing: &mut Listing) {
+        let doubtful = lock(&self.state).doubtful.clone();
+        listing.lvs.retain(|lv| {
+            let made = doubtful.contains(&lv.name);
+            if made {
+                info!(lv = %lv.name, "made after all, though the store did not say so: it is removed");
+                self.upkeep.remove(lv.name.clone(), false);
+            }
+            !made
+        });
+    }
+
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {
         let seen = start::Seen::of(listing, &self.boot);
         let mut state = lock(&self.state);
+        state.made.retain(|_, when| *when >= asked);
         state.gone.retain(|_, when| *when >= asked);
         state.born.retain(|_, (when, _)| *when >= asked);
         state.dropped.retain(|_, when| *when >= asked);
@@ -528,7 +543,7 @@ impl Engine {
         drop(state);
         let there: HashMap<_, _> = listing.lvs.iter().map(|lv| (&lv.name, ())).collect();
         for volume in volumes {
-            self.drop_if_lost(&volume, asked, |lv| there.contains_key(lv));
+            self.drop_if_lost(&volume, |lv| there.contains_key(lv));
         }
         for lv in seen.doomed {
             self.upkeep.remove(lv, true);
@@ -536,24 +551,18 @@ impl Engine {
     }
 
     /// Forgets a volume whose LV somebody removed.
-    fn drop_if_lost(&self, volume: &Arc<Volume>, asked: Instant, there: impl Fn(&LvName) -> bool) {
+    fn drop_if_lost(&self, volume: &Arc<Volume>, there: impl Fn(&LvName) -> bool) {
         // Whoever holds it knows better.
         let Ok(_op) = volume.op.try_lock() else {
             return;
         };
         let mut now = lock(&volume.now);
-        let lost = match &now.phase {
-            Phase::Ready(copy) => copy.made < asked && !there(&copy.lv),
-            Phase::Stale(Some(lv)) => !there(lv),
-            _ => false,
+        let (Phase::Ready(Prepared { lv, .. }) | Phase::Stale(Some(lv))) = &now.phase else {
+            return;
         };
-        if lost
-            && !lock(&self.state).gone.contains_key(match &now.phase {
-                Phase::Ready(copy) => &copy.lv,
-                Phase::Stale(Some(lv)) => lv,
-                _ => unreachable!("seen above, under the same lock"),
-            })
-        {
+        // What became of it since the listing began, it does not say.
+        let newer = |state: &State| state.made.contains_key(lv) || state.gone.contains_key(lv);
+        if !there(lv) && !newer(&lock(&self.state)) {
             warn!(volume = %volume.name, "its LV was removed by somebody else: the volume is gone");
             now.removed = true;
             drop(now);

@@ -42,6 +42,8 @@ pub(super) struct Now {
     pub phase: Phase,
     /// Somebody waited for `op` while the volume was removed, or its Create failed.
     pub removed: bool,
+    /// How many leases have begun, in this life of the daemon.
+    pub leases: u64,
     /// LVs of ended leases that still bear the volume's name.
     pub settling: Vec<LvName>,
     /// What became of the last lease, for people.
@@ -77,7 +79,6 @@ pub(super) struct Prepared {
     pub source: Source,
     /// The index's generation at which `source` was last seen to be the best.
     pub generation: AtomicU64,
-    pub made: Instant,
     pub took: Duration,
 }
 
@@ -197,7 +198,6 @@ pub(super) struct Lease {
 }
 
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 pub(super) enum Backing {
     Lv {
         copy: Prepared,
@@ -313,6 +313,7 @@ impl Volume {
             now: Mutex::new(Now {
                 phase,
                 removed: false,
+                leases: 0,
                 settling: Vec::new(),
                 last: None,
             }),

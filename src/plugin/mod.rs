@@ -276,14 +276,21 @@ impl App {
 
     /// Tells the engine of a container that uses volumes.
     async fn tell(&self, of: wire::Use, happened: Happened) -> Answer {
-        let names = of.names()?;
-        self.work(move |engine| {
-            for name in &names {
-                engine.container(name, &of.container, &happened);
-            }
-            Ok(())
-        })
-        .await?;
+        let mut names = of.names()?;
+        // A failure that waited for its turn would come after the lease's end, which would be published.
+        self.at_once(|engine| {
+            names.retain(|name| engine.container(name, &of.container, &happened));
+        })?;
+        if !names.is_empty() {
+            // Nor does this wait for a place among the requests: there is one for a container's end at most.
+            let engine = Arc::clone(&self.engine);
+            let written = tokio::task::spawn_blocking(move || {
+                for name in &names {
+                    engine.write_verdict(name);
+                }
+            });
+            settled(written.await)?;
+        }
         Ok(ok(&wire::Done {}))
     }
 
