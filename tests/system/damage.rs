@@ -215,13 +215,13 @@ impl Xfs {
 }
 
 /// An entry to be written to.
-struct Written<'a> {
+pub struct Written<'a> {
     site: &'a Site,
-    path: PathBuf,
+    pub path: PathBuf,
 }
 
 impl<'a> Written<'a> {
-    fn new(site: &'a Site, entry: &str) -> Self {
+    pub fn new(site: &'a Site, entry: &str) -> Self {
         let path = match site.kind {
             Kind::Lvm => {
                 let lv = format!("{}/{entry}", site.store());
@@ -234,7 +234,7 @@ impl<'a> Written<'a> {
     }
 
     /// No magic number, no checksum outlives this.
-    fn hit(&self, at: u64, length: u64) {
+    pub fn hit(&self, at: u64, length: u64) {
         let file = File::options().write(true).open(&self.path).unwrap();
         file.write_all_at(&vec![0xa5; usize::try_from(length).unwrap()], at)
             .unwrap();

@@ -38,6 +38,7 @@ const BODIES: &[Body] = &[
     ("a_checkpoint_is_of_one_instant", checkpoint),
     ("a_checkpoint_while_dd_writes", checkpoint_of_much),
     ("mounts_go_on_after_a_kill", over_a_kill),
+    ("a_checkpoint_is_not_the_end", not_the_end),
     ("none_gets_in_before_it_is_known", unknown),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
@@ -398,6 +399,21 @@ fn verdicts(kind: Kind) {
         jobs.daemon().plugin().remove("job");
         expected += usize::from(published);
     }
+    // Nor is a checkpoint of what failed, unless what failed is published, too.
+    for (publish, refused) in [("unless-failed", true), ("always", false)] {
+        let at = jobs.job("job", &json!({"publish": publish}));
+        assert_ok(&ask(&at, "mount x\n"));
+        assert_ok(&ask(&at, "verdict failure\n"));
+        let answer = ask(&at, "save x b\n");
+        if refused {
+            assert_refused(&answer, "failed");
+        } else {
+            assert_ok(&answer);
+            expected += 1;
+        }
+        jobs.end("job", 1);
+        jobs.daemon().plugin().remove("job");
+    }
     // How its container ends counts where the job says nothing; and before both, what whoever had it done says of it,
     // but that a job's failure is one.
     let (ended, judged) = ("Friend.Ended", "Friend.Judged");
@@ -622,6 +638,32 @@ fn checkpoint_of_much(kind: Kind) {
             jobs.daemon().plugin().remove(name);
         }
     }
+}
+
+/// The daemon ends between a lease's end and its settlement: what was written after a checkpoint is published all the same.
+fn not_the_end(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "a"}));
+    assert_ok(&ask(&at, "mount x\n"));
+    fs::write(at.join("x/n"), "1").unwrap();
+    assert_ok(&ask(&at, "save x middle\n"));
+    fs::write(at.join("x/n"), "2").unwrap();
+    let busy = File::open(at.join("x/n")).unwrap();
+    jobs.daemon().plugin().unmount("job", "test");
+    jobs.daemon.take().unwrap().stop();
+    drop(busy);
+    jobs.daemon = Some(jobs.site.serve());
+    let entries = || {
+        let rows = jobs.site.list();
+        rows.iter().filter(|row| row["kind"] == "entry").count()
+    };
+    wait_until(|| entries() == 2);
+    let at = jobs.job("reader", &json!({}));
+    for (tag, holds) in [("a", "2"), ("middle", "1")] {
+        assert_ok(&ask(&at, &format!("mount {tag}\n> {tag}\n")));
+        assert_eq!(fs::read_to_string(at.join(tag).join("n")).unwrap(), holds);
+    }
+    jobs.end("reader", 2);
 }
 
 fn over_a_kill(kind: Kind) {

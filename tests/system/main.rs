@@ -16,6 +16,7 @@ mod full;
 mod github;
 mod harness;
 mod jobs;
+mod leases;
 mod lvm;
 mod mounts;
 mod package;
@@ -42,6 +43,7 @@ fn main() {
             full::tests(),
             github::tests(),
             jobs::tests(),
+            leases::tests(),
             lvm::tests(),
             mounts::tests(),
             package::tests(),
