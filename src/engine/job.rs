@@ -319,6 +319,20 @@ impl Job {
     }
 
     /// Finds a mount with an LV, and gives what `with` makes of it.
+    /// Has all that a late mount holds written, by a descriptor of its root; refuses it for good where that failed once.
+    fn write_out(&self, path: &LatePath, root: &OwnedFd) -> Result<(), EngineError> {
+        let written = rustix::fs::syncfs(root);
+        self.with_mount(path, |late| {
+            late.lease.lost |= written.is_err();
+            if late.lease.lost {
+                return Err(refused(format!(
+                    "save {path}: not everything that was written to it could be stored"
+                )));
+            }
+            Ok(())
+        })
+    }
+
     fn with_mount<T>(
         &self,
         path: &LatePath,
@@ -604,14 +618,16 @@ impl Engine {
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
-        let (volume, lv, source, device) = job.with_mount(path, |late| {
+        let (volume, lv, source, device, root) = job.with_mount(path, |late| {
             let copy = late.copy().expect("it has an LV");
-            let device = late.lease.mounted().device_number();
+            let mounted = late.lease.mounted();
+            let root = mounted.root().try_clone_to_owned();
             Ok((
                 Arc::clone(&late.volume),
                 copy.lv.clone(),
                 copy.source.clone(),
-                device,
+                mounted.device_number(),
+                root.map_err(|e| io_error("holding", Path::new(path.as_str()), e))?,
             ))
         })?;
         let mut spec = volume.spec.clone();
@@ -640,10 +656,14 @@ impl Engine {
                 took: began.elapsed(),
             });
         }
+        // Before the store is asked for anything: it waits for whatever is not written yet.
+        job.write_out(path, &root)?;
         let written = device.and_then(crate::fs::sectors_written).ok();
         let mut of_entry = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
         of_entry.push(tag(CHECKPOINT));
-        let entry = job.count_save(most, || self.publish_mounted(&spec, &lv, &of_entry))?;
+        let entry = job.count_save(most, || {
+            self.publish_mounted(&spec, &lv, &of_entry, || job.write_out(path, &root))
+        })?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {
             if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing

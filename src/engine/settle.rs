@@ -47,6 +47,8 @@ pub(super) struct Ended {
     pub heard: Heard,
     /// The job wants none of it published.
     pub discarded: bool,
+    /// See [`Lease::lost`].
+    pub lost: bool,
     /// It was cut short: by a reboot.
     pub cut_short: bool,
     /// What the LV carries as long as it is not settled.
@@ -65,7 +67,7 @@ impl Ended {
     fn flush(&self, spec: &Spec) -> (End, Option<u64>) {
         let mut end = End {
             verdict: self.heard.verdict(),
-            clean: !self.cut_short,
+            clean: !(self.cut_short || self.lost),
             changed: true,
             saved: self.source.saved,
             discarded: self.discarded,
@@ -227,6 +229,7 @@ impl Engine {
             baseline,
             heard,
             discarded: lease.discarded,
+            lost: lease.lost,
             cut_short: false,
             mark: self.lease_tag(),
             mount: lease.took,
@@ -503,7 +506,11 @@ impl Engine {
                 .or_else(|| (!idle).then_some("the volume is in use again, or removed"));
             let published = self.publish_unless(spec, refused, || {
                 let tags = entry_tags(&spec.save, &spec.scope, story.source.lv.as_ref());
-                self.publish_mounted(spec, lv, &tags)
+                self.publish_mounted(spec, lv, &tags, || match &ended.open {
+                    Some(open) => (open.mounted.sync())
+                        .map_err(|e| io_error("writing to", Path::new(lv.as_str()), e)),
+                    None => Ok(()),
+                })
             });
             if matches!(&published, Err(EngineError::Store(error)) if passes(error)) {
                 return published;
@@ -527,12 +534,14 @@ impl Engine {
 
     /// Makes an entry of an LV whose file system is mounted: consistent, as the
     /// store freezes it, but its log needs a recovery. That happens here, once,
-    /// before anybody can match it.
+    /// before anybody can match it. `written` says whether all that was written before could be stored: freezing a
+    /// file system does not.
     pub(super) fn publish_mounted(
         &self,
         spec: &Spec,
         lv: &LvName,
         tags: &[Tag],
+        written: impl FnOnce() -> Result<(), EngineError>,
     ) -> Result<LvName, EngineError> {
         let making = NewLv {
             name: fresh_lv_name(),
@@ -541,6 +550,7 @@ impl Engine {
         };
         let device = self.with_room(REQUEST_PATIENCE, || Ok(self.make_lv(Of::Lv(lv), &making)?))?;
         let recovered = (|| {
+            written()?;
             let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
             let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
             let Content::Fs(fs) = held else {
@@ -550,6 +560,16 @@ impl Engine {
                 Mounted::device(&device, fs)
                     .map_err(|e| io_error("mounting", &device, e.into()))?,
             );
+            match self.wait_unmounted(&making.name, &device) {
+                Ok(()) => {}
+                Err(Close::Stopping) => return Err(EngineError::Stopping),
+                Err(Close::Failed(error)) => return Err(error),
+            }
+            if !crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e))? {
+                return Err(EngineError::Damaged(format!(
+                    "{lv}: its file system is damaged"
+                )));
+            }
             self.store.deactivate(&making.name)?;
             Ok(self.store.change_tags(&making.name, tags, &[tag(MAKING)])?)
         })();

@@ -591,6 +591,7 @@ impl Engine {
                 baseline: None,
                 heard,
                 discarded: false,
+                lost: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
                 mount: Duration::ZERO,

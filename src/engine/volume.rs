@@ -193,6 +193,8 @@ pub(super) struct Lease {
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
     pub discarded: bool,
+    /// Something that was written in it could not be stored. The kernel tells of that once.
+    pub lost: bool,
     /// Whose ids its mount shows; `None` after a restart, where that is not known.
     pub shown: Option<Ids>,
 }
@@ -224,6 +226,7 @@ impl Lease {
             told: Arc::new(Told::since(told::now())),
             mark: None,
             discarded: false,
+            lost: false,
             shown: None,
         }
     }

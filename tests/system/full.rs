@@ -10,9 +10,10 @@ use serde_json::json;
 use crate::harness::{Group, Test, Tier, test};
 use crate::jobs::ask_here;
 use crate::support::census::{Held, Known};
-use crate::support::command::run;
+use crate::support::command::{outcome, run};
 use crate::support::content::{self, Content};
 use crate::support::site::{Kind, Site};
+use crate::support::wait_until;
 
 const MIB: usize = 1 << 20;
 
@@ -30,7 +31,37 @@ pub fn tests() -> Vec<Test> {
             by_a_job_volume(kind);
         }));
     }
+    let lost = || writes_are_lost(Kind::Reflink);
+    tests.push(test(Tier::Reflink, "full::writes_are_lost", lost));
     tests
+}
+
+/// What a job wrote could not be stored, and the kernel says so once: no checkpoint holds that, nor does the end.
+fn writes_are_lost(kind: Kind) {
+    let site = small(kind);
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    plugin.create("job", &json!({"type": "job", "save": "linux"}));
+    let job = plugin.mount("job", "x");
+    let answer = ask_here(&job, "mount x\n");
+    assert!(answer.contains("\nok "), "{answer}");
+    let big = job.join("x/big");
+    // Neither of them looks at what became of it.
+    let of = format!("of={}", big.display());
+    outcome(
+        "dd",
+        ["if=/dev/zero", "bs=1M", &format!("count={}", 4 * ROOM), &of],
+    );
+    outcome("sync", ["--file-system".as_ref(), big.as_os_str()]);
+    let ballast = Path::new(&site.store()).parent().unwrap().join("ballast");
+    std::fs::remove_file(ballast).unwrap();
+    for _ in 0..2 {
+        let answer = ask_here(&job, "save x more\n");
+        assert!(answer.starts_with("error "), "{answer}");
+    }
+    plugin.unmount("job", "x");
+    wait_until(|| plugin.status("job")["last_lease"]["x"]["why"] == "it did not end cleanly");
+    daemon.stop();
 }
 
 /// A store with little room.

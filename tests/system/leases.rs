@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a store that is busy, or fails, or shows damage must not lose of a lease.
 
+use std::fs::File;
 use std::sync::mpsc;
 use std::thread;
 
 use lvm_cache_friend::plugin::MAX_WORK;
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use crate::damage::Written;
@@ -12,7 +14,7 @@ use crate::harness::{Group, Test, Tier, test};
 use crate::support::command::outcome;
 use crate::support::content::{self, Content};
 use crate::support::daemon::Plugin;
-use crate::support::site::{Kind, Site, Stuck};
+use crate::support::site::{Broken, Kind, Site, Stuck};
 use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
@@ -35,6 +37,32 @@ pub fn tests() -> Vec<Test> {
         told,
     ));
     tests
+}
+
+/// A store that serves nothing, until this is dropped.
+enum Unwilling<'a> {
+    /// It refuses, at once.
+    Broken { _until: Broken<'a> },
+    /// Its lock is somebody else's, for longer than a request waits.
+    Locked { _until: Flock<File> },
+}
+
+impl<'a> Unwilling<'a> {
+    fn new(site: &'a Site) -> Self {
+        match site.kind {
+            Kind::Reflink => Self::Broken {
+                _until: site.broken(),
+            },
+            Kind::Lvm => {
+                let path = format!("/run/lock/lvm/V_{}", site.store());
+                let file = File::create(path).unwrap();
+                let lock = Flock::lock(file, FlockArg::LockExclusive);
+                Self::Locked {
+                    _until: lock.map_err(|(_, error)| error).unwrap(),
+                }
+            }
+        }
+    }
 }
 
 /// What a new volume restores of these tags.
@@ -62,7 +90,7 @@ fn once_it_serves(kind: Kind) {
             plugin.create(name, &json!({"save": name, "reuse": reuse}));
             content::write(&plugin.mount(name, "x"), number);
         }
-        let broken = site.broken();
+        let broken = Unwilling::new(&site);
         for (_, name) in volumes {
             daemon.plugin().unmount(name, "x");
         }

@@ -88,17 +88,25 @@ impl Pool {
             return Ok(());
         };
         let lv = &unfinished.lv_name;
+        let ours = unfinished
+            .lv_tags
+            .split(',')
+            .any(|tag| tag.starts_with(OURS));
+        if !ours {
+            tracing::warn!(
+                lv,
+                "half made by a command of others that was killed: the pool takes no change until `lvremove {}/{lv}`",
+                self.vg
+            );
+            return Ok(());
+        }
         tracing::warn!(lv, "half made by a command that was killed");
         if let Err(failure) = self.devices.delete(&unfinished.thin_id) {
             // Mostly it is not there: the command did not come so far.
             tracing::debug!(?failure, lv, "not deleted from the pool");
         }
         drop(lock);
-        let ours = unfinished
-            .lv_tags
-            .split(',')
-            .any(|tag| tag.starts_with(OURS));
-        if let (true, Ok(name)) = (ours, lv.parse()) {
+        if let Ok(name) = lv.parse() {
             let remove = Command::new("lvremove").lv(&self.vg, &name);
             match runner.run_once(&remove, true, deadline) {
                 Ok(answer) => tracing::warn!(
@@ -127,6 +135,9 @@ impl Pool {
             query
         };
         let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
+        if !answer.success {
+            return Err(Failure::Broken(answer.reason()));
+        }
         let rows: Vec<&LvRow> = answer.document.lvs().collect();
         let volumes = rows.iter().filter(|row| row.pool_lv == self.pool.as_str());
         let active = volumes.clone().filter(|row| row.device().is_some());
