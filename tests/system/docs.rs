@@ -2,7 +2,7 @@
 //! The documents' command blocks: each is run by a test as it stands, or says why not.
 //!
 //! The line before a block of commands says which: `<!-- run: ID -->`, and a test has it of [`block`] by that ID; or
-//! `<!-- not run: REASON -->`.
+//! `<!-- not run: REASON -->`. What they print is a block of `text`, after `<!-- prints: ID -->`: see [`assert_shown`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,6 +33,25 @@ pub fn block(id: &str) -> String {
         .unwrap_or_else(|| panic!("no document has a block {id}"))
 }
 
+/// Fails where commands wrote something else than the document shows after them (`<!-- prints: ID -->`): each of its lines, in this
+/// order, where `…` stands for anything.
+#[track_caller]
+pub fn assert_shown(id: &str, written: &str) {
+    let shown = block(&format!("prints {id}"));
+    let mut lines = written.lines();
+    for wanted in shown.lines() {
+        let has = |line: &str| {
+            let mut rest = line;
+            wanted.split('…').map(str::trim).all(|part| {
+                let found = rest.find(part).map(|at| at + part.len());
+                rest = &rest[found.unwrap_or(0)..];
+                found.is_some()
+            })
+        };
+        assert!(lines.any(has), "{wanted:?} is not in\n{written}");
+    }
+}
+
 /// Runs commands as somebody in a checkout does who stops at the first that fails; what they wrote.
 #[track_caller]
 pub fn type_in(commands: &str) -> String {
@@ -51,10 +70,11 @@ fn every_block() {
         .map(|file| fs::read_to_string(file).unwrap())
         .collect();
     for id in blocks.keys() {
-        assert!(
-            sources.contains(&format!("block(\"{id}\")")),
-            "no test runs the block {id}"
-        );
+        let used = match id.strip_prefix("prints ") {
+            Some(id) => format!("assert_shown(\"{id}\""),
+            None => format!("block(\"{id}\")"),
+        };
+        assert!(sources.contains(&used), "no test has {used}");
     }
 }
 
@@ -93,7 +113,8 @@ fn blocks() -> Result<BTreeMap<String, String>, String> {
                     (!text.is_empty()).then_some(text)
                 };
                 let run = match (language, mark("<!-- run: "), mark("<!-- not run: ")) {
-                    ("sh" | "toml", Some(id), None) => Some(id),
+                    ("sh" | "toml", Some(id), None) => Some(id.to_owned()),
+                    ("text", _, _) => mark("<!-- prints: ").map(|id| format!("prints {id}")),
                     ("sh", None, Some(_)) => None,
                     ("sh", _, _) => {
                         return Err(format!(
@@ -106,7 +127,7 @@ fn blocks() -> Result<BTreeMap<String, String>, String> {
                     _ => None,
                 };
                 if let Some(id) = run
-                    && blocks.insert(id.to_owned(), content).is_some()
+                    && blocks.insert(id.clone(), content).is_some()
                 {
                     return Err(format!("{place}: a second block {id}"));
                 }

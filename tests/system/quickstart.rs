@@ -3,17 +3,18 @@
 //! its time there. In a volume group: see [`crate::package`].
 
 use std::path::Path;
+use std::process::Command;
 
 use lvm_cache_friend::config::DEFAULT_FILE;
 use serde_json::Value;
 
-use crate::docs::{block, type_in};
+use crate::docs::{assert_shown, block, type_in};
 use crate::github::fake::{Fake, TOKEN};
 use crate::harness::{Group, System, Test, Tier, test};
 use crate::package;
 use crate::podman::doctor::finds_all;
 use crate::podman::story;
-use crate::support::command::{run, sh};
+use crate::support::command::{outcome_of, run, sh};
 use crate::support::{image, wait_until};
 
 pub fn tests() -> Vec<Test> {
@@ -194,14 +195,24 @@ fn runners() {
         ],
     );
     type_in(&story::at(&fake, &image, &commands));
-    let said = run("lvm-cache-friend", ["supervise", "--check"]);
-    println!("{said}");
+    let checked = type_in(&block("evening-host"));
+    let wrong = checked.lines().any(|line| line.contains("wrong"));
+    assert!(!wrong && checked.contains("supervisor"), "{checked}");
+    let mut said = String::new();
+    wait_until(|| {
+        let mut list = Command::new("sh");
+        let shown = outcome_of(list.args(["-c", &block("evening-listening")]));
+        said = shown.stdout;
+        said.contains("listening")
+    });
+    assert_shown("evening-listening", &said);
 
     let list = |command: &[&str]| -> Vec<Value> {
         serde_json::from_str(&run("lvm-cache-friend", command)).unwrap()
     };
     story::tell(&fake, &|| list(&["list", "--json"]));
 
+    assert!(type_in(&block("evening-published")).contains("podman"));
     // Nothing is left of any of them.
     wait_until(|| {
         list(&["runners", "list", "--json"])
