@@ -5,10 +5,10 @@
 //! A job is not trusted. What it does on its socket costs its own connections and its own places
 //! among the threads that work for it, and nobody else's.
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
@@ -113,7 +113,10 @@ impl Place {
     }
 
     async fn talk(&self, mut stream: UnixStream) -> io::Result<()> {
-        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
+        let pid = match client(&stream) {
+            Ok(pid) => pid,
+            Err(why) => return self.say(&mut stream, &error(why)).await,
+        };
         let mut parser = Parser::new(request::Limits {
             criteria: self.limits.criteria,
             terms: self.limits.terms,
@@ -191,12 +194,7 @@ impl Place {
     }
 
     /// Answers, and gives whether the connection goes on.
-    async fn answer(
-        &self,
-        stream: &mut UnixStream,
-        pid: Option<i32>,
-        said: Said,
-    ) -> io::Result<bool> {
+    async fn answer(&self, stream: &mut UnixStream, pid: i32, said: Said) -> io::Result<bool> {
         let text = match said {
             Said::Bye => return Ok(false),
             Said::Refused(why) => error(&why),
@@ -213,7 +211,7 @@ impl Place {
                 let done = tokio::task::spawn_blocking(move || {
                     let _places = (own, work);
                     // Here, as a job can make its mount table as long as it likes.
-                    act.act(&Peer::of(pid, &act.job), request)
+                    act.act(&Peer::of(pid, &act.job)?, request)
                 });
                 match done.await {
                     Ok(Ok(text)) => text,
@@ -305,6 +303,12 @@ impl Place {
     }
 }
 
+/// A client that has gone before it was looked at would get what is not its own.
+const UNKNOWN_CLIENT: &str = "who asks is not known: the client has to wait for the answer";
+
+/// How much of a client's mount table is read, in bytes.
+const MAX_TABLE: u64 = 1 << 20;
+
 fn needs_scope(request: &Request) -> bool {
     matches!(
         request,
@@ -336,6 +340,23 @@ fn told(view: &LateView) -> String {
     text
 }
 
+/// The process at the other end, where it may speak here: one in a container, or the host's root. Other users of the host find
+/// the sockets of jobs that are not theirs.
+fn client(stream: &UnixStream) -> Result<i32, &'static str> {
+    let peer = stream.peer_cred().map_err(|_| UNKNOWN_CLIENT)?;
+    let pid = peer.pid().ok_or(UNKNOWN_CLIENT)?;
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    let (its, ours) = (namespace(&pid.to_string()), namespace("self"));
+    let (its, ours) = (
+        its.map_err(|_| UNKNOWN_CLIENT)?,
+        ours.map_err(|_| UNKNOWN_CLIENT)?,
+    );
+    if its == ours && peer.uid() != 0 {
+        return Err("of this host's own processes only root's are served here");
+    }
+    Ok(pid)
+}
+
 /// Whoever is at the other end, as the kernel tells.
 #[derive(Debug)]
 struct Peer {
@@ -347,22 +368,18 @@ struct Peer {
 }
 
 impl Peer {
-    fn of(pid: Option<i32>, job: &Job) -> Self {
-        let table = pid.and_then(|pid| {
-            let file = PathBuf::from(format!("/proc/{pid}/mountinfo"));
-            mount::table_in(&file).ok()
-        });
+    fn of(pid: i32, job: &Job) -> Result<Self, String> {
+        let gone = |_| UNKNOWN_CLIENT.to_owned();
+        let file = PathBuf::from(format!("/proc/{pid}/mountinfo"));
+        let table = mount::table_in(&file, MAX_TABLE).map_err(gone)?;
         let device = job.device_number().ok();
         let mut peer = Self {
-            // A client that is gone already has none: files are this host's then.
-            ids: pid
-                .and_then(|pid| Ids::of_process(pid).ok())
-                .unwrap_or_else(Ids::host),
+            ids: Ids::of_process(pid).map_err(gone)?,
             targets: Vec::new(),
             deaf: None,
         };
         let mut hears = false;
-        for m in table.unwrap_or_default() {
+        for m in table {
             let whole = Some(m.device) == device && m.root.as_os_str() == "/";
             if let (true, Some(at)) = (whole, m.at.to_str()) {
                 hears |= m.shared || m.follows;
@@ -374,7 +391,7 @@ impl Peer {
             Some(_) => {}
             None => peer.targets.push(USUAL_TARGET.to_owned()),
         }
-        peer
+        Ok(peer)
     }
 
     /// A mount's path as the peer sees it.

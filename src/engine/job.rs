@@ -318,7 +318,6 @@ impl Job {
         mounts.into_values().flatten().collect()
     }
 
-    /// Finds a mount with an LV, and gives what `with` makes of it.
     /// Has all that a late mount holds written, by a descriptor of its root; refuses it for good where that failed once.
     fn write_out(&self, path: &LatePath, root: &OwnedFd) -> Result<(), EngineError> {
         let written = rustix::fs::syncfs(root);
@@ -333,6 +332,7 @@ impl Job {
         })
     }
 
+    /// Finds a mount with an LV, and gives what `with` makes of it.
     fn with_mount<T>(
         &self,
         path: &LatePath,

@@ -52,6 +52,7 @@ const REFLINK_BODIES: &[Body] = &[
     ("limits", limits),
     ("slow_and_hostile_clients", clients),
     ("only_what_may_be_published_is", verdicts),
+    ("other_users_of_the_host_are_refused", other_users),
     ("published_if_missing", if_missing),
 ];
 
@@ -147,8 +148,14 @@ pub fn ask_here(at: &Path, input: &str) -> String {
 /// Says `input` on a job volume's socket, and gives all that is answered. A process of its own does that: the daemon
 /// looks at the client's mounts, and a test is a thread with mounts of its own.
 fn ask(at: &Path, input: &str) -> String {
-    let mut client = Command::new("ncat")
-        .arg("-U")
+    let mut client = Command::new("ncat");
+    client.arg("-U");
+    ask_by(client, at, input)
+}
+
+/// The same by a client of one's own.
+fn ask_by(mut client: Command, at: &Path, input: &str) -> String {
+    let mut client = client
         .arg(at.join("socket"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -262,6 +269,23 @@ fn apart(kind: Kind) {
             assert!(last[path]["published"].is_string(), "{last}");
         }
     }
+}
+
+fn other_users(kind: Kind) {
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({}));
+    let mut stranger = Command::new("setpriv");
+    stranger.args([
+        "--reuid=1234",
+        "--regid=1234",
+        "--clear-groups",
+        "ncat",
+        "-U",
+    ]);
+    let answer = ask_by(stranger, &at, "mount x\n< linux\n\n");
+    assert_refused(&answer, "only root's");
+    assert_ok(&ask(&at, "mount x\n"));
+    jobs.end("job", 1);
 }
 
 /// `publish=if-missing`: an entry that has the save tags, where the volume reads, is enough.

@@ -90,6 +90,9 @@ fn once_it_serves(kind: Kind) {
             plugin.create(name, &json!({"save": name, "reuse": reuse}));
             content::write(&plugin.mount(name, "x"), number);
         }
+        // That it is in use is noted behind Mount's answer; until then no other life of the daemon knows.
+        let leased = |row: &&Value| row["tags"].to_string().contains("friend:lease");
+        wait_until(|| site.list().iter().filter(leased).count() == 2);
         let broken = Unwilling::new(&site);
         for (_, name) in volumes {
             daemon.plugin().unmount(name, "x");
