@@ -2,6 +2,8 @@
 //! The supervisor with real Podman, a stand-in for GitHub (`crate::github::fake`), and one for its
 //! runner (`tests/vm/runner-image`).
 
+mod containers;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
@@ -47,10 +49,14 @@ pub const BODIES: &[Body] = &[
     ("supervised_runners_without_jobs", without_jobs),
     ("supervised_image_of_github", github_image),
     ("supervised_image_is_pulled", pulled),
+    ("supervised_containers", containers::containers),
 ];
 
-/// In a guest: what needs cgroups.
-pub const GUEST: &[Body] = &[("supervised_hostile_jobs", hostile)];
+/// In a guest: what needs cgroups, and what is done by each version of Podman in its own way.
+pub const GUEST: &[Body] = &[
+    ("supervised_hostile_jobs", hostile),
+    ("supervised_containers", containers::containers),
+];
 
 /// Longer than anything here takes: a test that waits longer shows the log.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -622,9 +628,7 @@ fn refused_scopes(kind: Kind) {
 pub fn builds() {
     let mut place = Place::configured(Kind::Reflink, |fake| {
         image("runner-debian");
-        let file = format!("{:?}", fake.file("token"));
-        let pool = story::at(fake, "localhost/runner", &story::pool());
-        story::replaced(&pool, &[("\"/etc/lvm-cache-friend/github-token\"", &file)])
+        containers::pool(fake, "localhost/runner")
     });
     story::tell(&place.fake, &|| place.entries());
     // What workflows take for granted; and Podman's data is in the cache, once there is one, as in README's job.
@@ -637,7 +641,14 @@ pub fn builds() {
         ! grep "$(stat -c %m ~) tmpfs" /proc/self/mounts
         podman images; [ -d ~/.local/share/containers/storage ]
         lvm-cache-friend restore containers --key other
-        podman images; [ -d /run/lvm-cache-friend/containers/containers/storage ]"#;
+        podman images; [ -d /run/lvm-cache-friend/containers/containers/storage ]
+        # What networks of containers take is there.
+        docker import ~/../../externals/base.tar base; docker network create net
+        docker run -d --name web --network net -p 80 --health-cmd true --health-interval 1s base /bin/httpd -f -h /etc
+        [ "$(docker run --rm --init --network net base /bin/wget -q -O - http://web/group)" = "$(docker exec web /bin/cat /etc/group)" ]
+        curl --silent --fail "$(docker port web 80 | head -n 1)/group"
+        until [ "$(docker inspect --format '{{.State.Health.Status}}' web)" = healthy ]; do sleep 1; done
+        docker rm -f web; docker network rm net"#;
     let job = place.fake.queue(&MAIN, script);
     let result = place.ended(job);
     let log = place.fake.state().jobs[&job].log.clone();
