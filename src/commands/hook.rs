@@ -7,8 +7,10 @@
 //! else goes wrong is logged, and the exit code is 0.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
@@ -149,7 +151,7 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, Strin
     let Some(settings) = settings(config)? else {
         return Ok(None);
     };
-    let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| e.to_string())?;
+    let spec = Spec::load(bundle(&state).join("config.json")).map_err(|e| e.to_string())?;
     let volumes = volumes(&spec, &settings.mount_dir);
     if volumes.is_empty() {
         return Ok(None);
@@ -169,6 +171,28 @@ fn tell(config: &Path, stage: Stage, state: &str) -> Result<Option<Ended>, Strin
         container,
         body,
     }))
+}
+
+/// Where a container's configuration is: where its state says, or where the runtime that calls the hook was told by Podman's conmon.
+///
+/// crun takes its own working directory for it, until its version 1.27 (NEWS, "createRuntime hooks not receiving bundle path"): `/`, if the
+/// container has a user namespace and devices, for whose sake crun was in another mount namespace meanwhile.
+fn bundle(state: &State) -> PathBuf {
+    let said = state.bundle();
+    if said != Path::new("/") {
+        return said.clone();
+    }
+    let caller = std::os::unix::process::parent_id();
+    let arguments = fs::read(format!("/proc/{caller}/cmdline")).unwrap_or_default();
+    bundle_of(&arguments).unwrap_or_else(|| said.clone())
+}
+
+/// The argument `--bundle` of a command line as /proc/PID/cmdline has it.
+fn bundle_of(arguments: &[u8]) -> Option<PathBuf> {
+    let mut arguments = arguments.split(|&byte| byte == 0);
+    arguments.find(|argument| matches!(*argument, b"--bundle" | b"-b"))?;
+    let path = arguments.next()?;
+    Some(OsStr::from_bytes(path).into())
 }
 
 /// A container's end, of which the daemon is to be told.
@@ -268,6 +292,15 @@ fn guard(config: &Path, spec: &Result<Spec, serde_json::Error>, text: &str) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bundles_in_command_lines() {
+        let create = b"/usr/bin/crun\0--systemd-cgroup\0create\0--bundle\0/var/lib/x/userdata\0--pid-file\0/run/y\0id\0";
+        assert_eq!(bundle_of(create), Some("/var/lib/x/userdata".into()));
+        assert_eq!(bundle_of(b"crun\0start\0id\0"), None);
+        assert_eq!(bundle_of(b"crun\0--bundle"), None);
+        assert_eq!(bundle_of(b""), None);
+    }
 
     #[test]
     fn volumes_of_a_container() {
