@@ -5,7 +5,7 @@
 //! Statistics can be late or stuck, both ways: 0 beside a job that was just assigned (actions-runner-controller, issues
 //! 3204 and 3420), or too high for ever (4397). So the events of jobs are counted, too, and the higher number is believed:
 //! a runner too many is idle, and one too few is a job that waits. What is believed and not there is found out by runners,
-//! which get a job within seconds where there is one. One that waited for [`IN_VAIN`] while jobs were said to wait may hang
+//! which get a job within seconds where there is one. One that waited for ten minutes while jobs were said to wait may hang
 //! itself (actions/runner, issue 4076), and is replaced; where the next one waits as long, there are no such jobs, until there is news.
 
 use std::collections::BTreeMap;

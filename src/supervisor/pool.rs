@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A pool at work: what the tasks of its slots share ([`super::task`]).
+//! A pool at work: what the tasks of its slots share (`task`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
