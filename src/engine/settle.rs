@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, mem, thread};
+use std::{fs, thread};
 
 use serde_json::json;
 use tracing::{debug, info, warn};
@@ -329,31 +329,34 @@ impl Engine {
     /// of the two carries the volume's name at any time.
     fn replace(&self, volume: &Arc<Volume>, lv: &LvName, device: Option<PathBuf>, mark: &Tag) {
         let _op = lock(&volume.op);
-        let (removed, phase) = {
+        let wants_copy = {
             let mut now = lock(&volume.now);
-            let phase = mem::replace(&mut now.phase, Phase::Changing);
-            (now.removed, phase)
+            if matches!(&now.phase, Phase::Stale(Some(kept)) if kept == lv) {
+                return;
+            }
+            let wants = matches!(now.phase, Phase::Stale(None)) && !now.removed;
+            // One that is in use again is shown so meanwhile.
+            if wants {
+                now.phase = Phase::Changing;
+            }
+            wants
         };
-        let phase = match phase {
-            Phase::Stale(None) if !removed => match self.next_copy(volume, device) {
-                Ok(phase) => phase,
-                Err(error) => {
-                    warn!(volume = %volume.name, %error, "no next copy yet: the next use makes one");
-                    let marks = [mark.clone(), tag(FAILED)];
-                    if let Err(error) = self.store.change_tags(lv, &[], &marks) {
-                        warn!(%lv, %error, "a settled lease could not be unmarked");
-                    }
-                    Phase::Stale(Some(lv.clone()))
-                }
-            },
-            other => other,
-        };
-        if !matches!(&phase, Phase::Stale(Some(kept)) if kept == lv)
-            && let Err(error) = self.doom(lv)
-        {
+        let copied = wants_copy.then(|| self.next_copy(volume, device));
+        if let Some(Err(error)) = &copied {
+            warn!(volume = %volume.name, %error, "no next copy yet: the next use makes one");
+            let marks = [mark.clone(), tag(FAILED)];
+            if let Err(error) = self.store.change_tags(lv, &[], &marks) {
+                warn!(%lv, %error, "a settled lease could not be unmarked");
+            }
+            lock(&volume.now).phase = Phase::Stale(Some(lv.clone()));
+            return;
+        }
+        if let Err(error) = self.doom(lv) {
             warn!(%lv, %error, "the LV of a settled lease could not be given up yet");
         }
-        lock(&volume.now).phase = phase;
+        if let Some(Ok(phase)) = copied {
+            lock(&volume.now).phase = phase;
+        }
     }
 
     fn next_copy(&self, volume: &Volume, used: Option<PathBuf>) -> Result<Phase, EngineError> {

@@ -199,6 +199,14 @@ impl ReflinkStore {
         let mut last = 0;
         for (name, record) in self.records()? {
             last = last.max(record.seq);
+            // Of a change of tags that was never made.
+            let unmade = self.lv_dir(&name).join(NEW_TAGS);
+            match fs::remove_file(&unmade) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("removing", &unmade)(error));
+                }
+                _ => {}
+            }
             let device = fs::metadata(self.image(&name))
                 .ok()
                 .and_then(|image| loops.iter().find(|device| device.backs(&image)));

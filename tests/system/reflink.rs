@@ -199,13 +199,15 @@ fn left_over() {
         fs::create_dir(dir.join(place)).unwrap();
         fs::write(dir.join(place).join("image"), "half").unwrap();
     }
-    fs::write(dir.join("one/tags.json~"), "{\"seq\": 1, ").unwrap();
+    let unmade = dir.join("one/tags.json~");
     for spoilt in ["", "x", "0"] {
+        fs::write(&unmade, "{\"seq\": 1, ").unwrap();
         fs::write(dir.join("~seq"), spoilt).unwrap();
         let before = store.list().unwrap();
         let store = disk.open();
         assert_eq!(store.list().unwrap().lvs, before.lvs);
         assert!(!dir.join("~new").exists() && !dir.join("~old.7").exists());
+        assert!(!unmade.exists());
         store
             .change_tags(&lv("one"), &new("x", &["b"]).tags, &[])
             .unwrap();

@@ -35,7 +35,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::command::Command;
 use super::dm::PoolDevices;
 use super::report::{LV_COLUMNS, LvRow};
-use super::runner::{Failure, Runner};
+use super::runner::{Answer, Failure, Runner};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
@@ -66,16 +66,22 @@ impl Pool {
         }
     }
 
-    /// Looks for what a killed command left, and puts it right.
-    pub(super) fn repair(&self, runner: &mut Runner, deadline: Instant) -> Result<(), Failure> {
-        if self.find(runner, false, deadline)?.is_none() {
-            return Ok(());
+    /// Looks for what a killed command left, and puts it right. `false`: LVM cannot list the group now, so nothing is known.
+    pub(super) fn repair(&self, runner: &mut Runner, deadline: Instant) -> Result<bool, Failure> {
+        let Some(listed) = self.list(runner, false, deadline)? else {
+            return Ok(false);
+        };
+        if self.left(&listed)?.is_none() {
+            return Ok(true);
         }
         // It may be the work of a command that is still running: with its lock in
         // our hands there is none.
         let lock = self.lock(deadline)?;
-        let Some(left) = self.find(runner, true, deadline)? else {
-            return Ok(());
+        let Some(listed) = self.list(runner, true, deadline)? else {
+            return Ok(false);
+        };
+        let Some(left) = self.left(&listed)? else {
+            return Ok(true);
         };
         for device in &left.suspended {
             tracing::warn!(
@@ -85,7 +91,7 @@ impl Pool {
             self.devices.resume(device).map_err(broken)?;
         }
         let Some(unfinished) = left.unfinished else {
-            return Ok(());
+            return Ok(true);
         };
         let lv = &unfinished.lv_name;
         let ours = unfinished
@@ -98,7 +104,7 @@ impl Pool {
                 "half made by a command of others that was killed: the pool takes no change until `lvremove {}/{lv}`",
                 self.vg
             );
-            return Ok(());
+            return Ok(true);
         }
         tracing::warn!(lv, "half made by a command that was killed");
         if let Err(failure) = self.devices.delete(&unfinished.thin_id) {
@@ -118,16 +124,16 @@ impl Pool {
                 Err(failure) => tracing::warn!(?failure, lv, "left to LVM"),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// `locked`: the group's lock is ours, so LVM must not wait for it.
-    fn find(
+    fn list(
         &self,
         runner: &mut Runner,
         locked: bool,
         deadline: Instant,
-    ) -> Result<Option<Left>, Failure> {
+    ) -> Result<Option<Answer>, Failure> {
         let query = Command::query("lvs", LV_COLUMNS).only_pool_and_volumes(&self.pool);
         let query = if locked {
             query.word("--nolocking")
@@ -135,9 +141,11 @@ impl Pool {
             query
         };
         let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
-        if !answer.success {
-            return Err(Failure::Broken(answer.reason()));
-        }
+        Ok(answer.success.then_some(answer))
+    }
+
+    /// What a killed command left of what LVM listed.
+    fn left(&self, answer: &Answer) -> Result<Option<Left>, Failure> {
         let rows: Vec<&LvRow> = answer.document.lvs().collect();
         let volumes = rows.iter().filter(|row| row.pool_lv == self.pool.as_str());
         let active = volumes.clone().filter(|row| row.device().is_some());

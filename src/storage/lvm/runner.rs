@@ -200,8 +200,7 @@ impl Runner {
         }
         if self.doubtful {
             let pool = Arc::clone(&self.pool);
-            pool.repair(self, deadline)?;
-            self.doubtful = false;
+            self.doubtful = !pool.repair(self, deadline)?;
         }
         Ok(())
     }
