@@ -209,8 +209,8 @@ struct State {
     generation: u64,
     /// LVs that we made, and when: a listing begun before does not have them.
     made: HashMap<LvName, Instant>,
-    /// LVs that we could not make, as far as we were told: where one shows up after all, nobody has use for it.
-    doubtful: HashSet<LvName>,
+    /// LVs that we could not make, as far as we were told, and when that was: one that a listing has all the same is removed.
+    doubtful: HashMap<LvName, Instant>,
     /// Entries that we published, and when: a listing begun before does not have them.
     born: HashMap<LvName, (Instant, Entry)>,
     /// LVs that we gave up, and when: a listing begun before has them still.

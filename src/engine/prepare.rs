@@ -206,12 +206,11 @@ impl Engine {
         let mut state = lock(&self.state);
         match &made {
             Ok(_) => {
-                state.doubtful.remove(&new.name);
                 state.made.insert(new.name.clone(), Instant::now());
             }
             Err(StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. }) => {}
             Err(_) => {
-                state.doubtful.insert(new.name.clone());
+                state.doubtful.insert(new.name.clone(), Instant::now());
                 drop(state);
                 self.upkeep.list();
             }

@@ -149,7 +149,7 @@ impl Engine {
         refused: Option<&'static str>,
         publish: impl FnOnce() -> Result<LvName, EngineError>,
     ) -> Result<Outcome, EngineError> {
-        // Of several that end at once the first publishes what is missing: the others wait, behind everybody.
+        // Of several that end at once the first publishes what is missing: the others wait, behind all answers.
         let _turn = (spec.publish == Publish::IfMissing).then(|| lock(&self.missing));
         let there = || self.there(spec).map(|_| "an entry has its tags already");
         match refused.or_else(there) {
@@ -293,21 +293,14 @@ impl Engine {
         story.verdict = end.verdict;
         reach("publish", 2);
         let spec = &volume.spec;
-        let new = NewLv {
-            name: fresh_lv_name(),
-            tags: entry_tags(&spec.save, &spec.scope, story.source.lv.as_ref()),
-            active: false,
-        };
         let published = self.until_it_serves(&lv, || {
-            self.publish_unless(spec, refusal(spec, end), || self.publish(spec, &lv, &new))
+            self.publish_unless(spec, refusal(spec, end), || {
+                self.publish(spec, &lv, &story.source)
+            })
         });
         let Some(published) = published else {
             return stopped();
         };
-        if !matches!(published, Ok(Ok(_))) {
-            // Of an earlier try, it could still come to be.
-            lock(&self.state).doubtful.insert(new.name);
-        }
         reach("publish", 3);
         // Damage that only shows in use would meet every job after this one, too.
         if !end.clean
@@ -418,24 +411,24 @@ impl Engine {
                 warn!(%lv, "still mounted {} s after its lease: a container or a mount namespace holds on to it", STILL_MOUNTED.as_secs());
                 told = true;
             }
-            if lock(&self.state).stopping {
+            if !self.rest(pause) {
                 return Err(Close::Stopping);
             }
-            thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_secs(2));
         }
         Ok(())
     }
 
     /// Makes an entry of an LV that nobody writes to.
-    fn publish(&self, spec: &Spec, lv: &LvName, new: &NewLv) -> Result<LvName, EngineError> {
-        match self.with_room(PUBLISH_PATIENCE, || Ok(self.store.snapshot(lv, new)?)) {
-            // An earlier try made it, of which we were told that it did not succeed.
-            Ok(_) | Err(EngineError::Store(StoreError::Exists(_))) => {}
-            Err(error) => return Err(error),
-        }
+    fn publish(&self, spec: &Spec, lv: &LvName, source: &Source) -> Result<LvName, EngineError> {
+        let new = NewLv {
+            name: fresh_lv_name(),
+            tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
+            active: false,
+        };
+        self.with_room(PUBLISH_PATIENCE, || Ok(self.make_lv(Of::Lv(lv), &new)?))?;
         self.born(new.name.clone(), spec);
-        Ok(new.name.clone())
+        Ok(new.name)
     }
 
     /// Does what a lease's end needs of the store, as often as that takes while the store is locked, away, or fails: until
@@ -563,11 +556,7 @@ impl Engine {
                 Mounted::device(&device, fs)
                     .map_err(|e| io_error("mounting", &device, e.into()))?,
             );
-            match self.wait_unmounted(&making.name, &device) {
-                Ok(()) => {}
-                Err(Close::Stopping) => return Err(EngineError::Stopping),
-                Err(Close::Failed(error)) => return Err(error),
-            }
+            self.wait_unmounted(&making.name, &device)?;
             if !crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e))? {
                 return Err(EngineError::Damaged(format!(
                     "{lv}: its file system is damaged"
@@ -592,6 +581,15 @@ impl Engine {
 enum Close {
     Stopping,
     Failed(EngineError),
+}
+
+impl From<Close> for EngineError {
+    fn from(close: Close) -> Self {
+        match close {
+            Close::Stopping => Self::Stopping,
+            Close::Failed(error) => error,
+        }
+    }
 }
 
 impl From<EngineError> for Close {

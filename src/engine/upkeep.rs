@@ -444,7 +444,7 @@ impl Engine {
         match self.store.list() {
             Ok(mut listing) => {
                 let unready = self.hold_back(&mut listing);
-                self.remove_doubtful(&mut listing);
+                self.remove_doubtful(&mut listing, asked);
                 self.take_over(&listing, asked);
                 unready
             }
@@ -485,17 +485,25 @@ impl Engine {
         !blank.is_empty()
     }
 
-    /// Takes out of a listing what we were told could not be made, and has it removed.
-    fn remove_doubtful(&self, listing: &mut Listing) {
-        let doubtful = lock(&self.state).doubtful.clone();
-        listing.lvs.retain(|lv| {
-            let made = doubtful.contains(&lv.name);
-            if made {
-                info!(lv = %lv.name, "made after all, though the store did not say so: it is removed");
-                self.upkeep.remove(lv.name.clone(), false);
-            }
-            !made
-        });
+    /// Takes out of a listing what we were told could not be made, and has it removed. What a listing does not have that
+    /// was asked for later will not be made any more: a store does one thing after another.
+    fn remove_doubtful(&self, listing: &mut Listing, asked: Instant) {
+        let mut made = HashSet::new();
+        {
+            let doubtful = &mut lock(&self.state).doubtful;
+            listing.lvs.retain(|lv| {
+                let is_doubtful = doubtful.contains_key(&lv.name);
+                if is_doubtful {
+                    made.insert(lv.name.clone());
+                }
+                !is_doubtful
+            });
+            doubtful.retain(|lv, when| *when >= asked || made.contains(lv));
+        }
+        for lv in made {
+            info!(%lv, "made after all, though the store did not say so: it is removed");
+            self.upkeep.remove(lv, false);
+        }
     }
 
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {
