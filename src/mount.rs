@@ -465,8 +465,8 @@ pub fn table() -> io::Result<Vec<MountPoint>> {
     table_in(Path::new("/proc/thread-self/mountinfo"), u64::MAX)
 }
 
-/// The mount table in `file`, another process's, as far as its first `most` bytes go: whoever may mount can make it as long
-/// as he likes.
+/// The mount table in `file`, another process's, as far as its first `most` bytes go: a process that may mount can make it as
+/// long as it likes.
 ///
 /// # Errors
 /// What reading it says.

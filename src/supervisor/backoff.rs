@@ -67,7 +67,7 @@ impl Backoff {
         };
     }
 
-    /// Somebody says that it is to be tried again now, or there is another image.
+    /// It is to be tried again now: an administrator says so, or there is another image.
     pub fn forgive(&mut self) {
         *self = Self::default();
     }

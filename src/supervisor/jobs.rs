@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -156,26 +156,10 @@ impl Jobs {
         let mut job = old.cloned().unwrap_or_default();
         change(&mut job);
         if old != Some(&job) {
-            self.write(runner, &job)?;
+            write_down(&self.dir.join(runner), &job)?;
             self.all.insert(runner.to_owned(), job);
         }
         Ok(())
-    }
-
-    fn write(&self, runner: &str, job: &Job) -> io::Result<()> {
-        if !self.dir.exists() {
-            DirBuilder::new().mode(0o700).create(&self.dir)?;
-        }
-        // No runner is called so. Only a whole file has the name.
-        let new = self.dir.join("new~");
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
-        file.write_all(&serde_json::to_vec(job)?)?;
-        fs::rename(new, self.dir.join(runner))
     }
 
     /// Forgets those of runners that are not to be kept.
@@ -189,6 +173,18 @@ impl Jobs {
             keep
         });
     }
+}
+
+/// Keeps something in a file of root's, in a directory of root's that is made where it is missing: all of it, or what was there.
+pub(super) fn write_down(file: &Path, what: &impl Serialize) -> io::Result<()> {
+    let dir = file.parent().unwrap_or(file);
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    // No runner and no pool is called so. Only a whole file has the name.
+    let new = dir.join("new~");
+    let mut open = OpenOptions::new();
+    open.write(true).create(true).truncate(true).mode(0o600);
+    open.open(&new)?.write_all(&serde_json::to_vec(what)?)?;
+    fs::rename(new, file)
 }
 
 #[cfg(test)]

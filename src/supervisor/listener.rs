@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A scale set's session: its messages are read, worked on by [`messages`], and acknowledged.
 
-use std::fs::{self, DirBuilder};
-use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +13,7 @@ use tracing::{debug, info, warn};
 use super::config::ScaleSet;
 use super::github::GitHubError;
 use super::github::scaleset::{Message, ScaleSets, Session};
+use super::jobs::write_down;
 use super::messages;
 use super::pool::{Orders, Worker};
 use super::trouble::{StepError, Trouble};
@@ -155,7 +154,7 @@ impl Listener<'_> {
         let opened = self.sets.open(id, &owner).await;
         let session = opened.inspect_err(|error| {
             if error.status().is_some_and(|status| status == 404) {
-                // Somebody removed the set.
+                // The set was removed.
                 self.id = None;
             }
         })?;
@@ -164,13 +163,16 @@ impl Listener<'_> {
             set: id,
             session: session.id().to_owned(),
         };
-        if let Err(error) = kept.write(&self.kept) {
+        if let Err(error) = write_down(&self.kept, &kept) {
             warn!(file = %self.kept.display(), %error, "the session's id is not kept: after a kill, GitHub lets the next one wait for minutes");
         }
         // What the last session was told and did not acknowledge is told to this one.
         (self.last, self.failures, self.renewed) = (0, 0, false);
         if let Some(statistics) = session.statistics {
-            self.worker.demand(statistics.total_assigned_jobs);
+            self.worker
+                .board()
+                .demand
+                .counted(statistics.total_assigned_jobs);
         }
         self.worker.poke();
         let jobs = session.statistics.map_or(0, |s| s.total_assigned_jobs);
@@ -282,13 +284,5 @@ impl Kept {
     /// What can be read; a file that was not written to its end never was that file.
     fn read(file: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(file).ok()?).ok()
-    }
-
-    fn write(&self, file: &Path) -> io::Result<()> {
-        let dir = file.parent().unwrap_or(file);
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let new = file.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
-        fs::rename(new, file)
     }
 }

@@ -173,12 +173,6 @@ impl Worker {
         self.changed.send_modify(|n| *n = n.wrapping_add(1));
     }
 
-    /// A scale set has so many jobs, those that run among them.
-    pub(super) fn demand(&self, jobs: u32) {
-        self.board().demand.counted(jobs);
-        self.poke();
-    }
-
     /// How many runners are wanted now.
     pub(super) fn wanted(&self, board: &mut Board, now: u64) -> usize {
         board.wanted = match &self.pool.size {

@@ -508,7 +508,7 @@ mod tests {
             ..own.clone()
         };
         assert_eq!(all(&elsewhere).write, "github.example:8443:1001");
-        // A host without a dot may be somebody's name, and a number a repository's.
+        // A host without a dot may be an owner's name, and a number a repository's.
         let odd = Run {
             host: "ghes".into(),
             ..own.clone()

@@ -138,7 +138,7 @@ pub(super) struct Task<'a> {
     /// Its runners' volumes, as the daemon had them at the last look.
     pub(super) volumes: BTreeMap<String, BTreeSet<String>>,
     adopted: bool,
-    /// Somebody may have died in the middle of something.
+    /// Podman, the daemon or an earlier life of ours may have died in the middle of a step.
     unsure: bool,
     pub(super) last: Option<Verdict>,
     /// Since when its runner has been idle and more than wanted.

@@ -390,7 +390,7 @@ pub struct GitHub {
     api: String,
     /// Whose runners they are.
     url: Url,
-    /// One request at a time, as GitHub asks of its clients; and none before then.
+    /// One request at a time, as GitHub asks of its clients, but for those below.
     still: tokio::sync::Mutex<()>,
     /// Those that a job waits for wait for none of these.
     first: tokio::sync::Semaphore,
@@ -592,7 +592,7 @@ impl GitHub {
         }
     }
 
-    /// A limit is of the credential: nobody else asks that side meanwhile.
+    /// A limit is of the credential: that side is not asked by any other request meanwhile.
     fn note(&self, side: Side, answer: &Result<Answer, GitHubError>) {
         // Other refusals are answers like any other: that there is no such runner.
         let is_fault = answer.as_ref().map_or(true, |answer| {

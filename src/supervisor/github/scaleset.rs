@@ -125,7 +125,7 @@ impl ScaleSets {
     }
 
     /// The number of the scale set of that name in a runner group. It is made where there is none, and changed where it
-    /// is not as it should be. Names are unique within a group: one of another group may be somebody else's.
+    /// is not as it should be. Names are unique within a group: one of another group may be another team's.
     ///
     /// # Errors
     /// See [`GitHubError`].
