@@ -18,7 +18,7 @@ use crate::support::command::{outcome, run, sh};
 use crate::support::content::{self, Content};
 use crate::support::daemon::{Daemon, Plugin};
 use crate::support::lvm::{DISK, TestVg};
-use crate::support::site::{Kind, Site};
+use crate::support::site::{Kind, Site, with_each_store};
 use crate::support::wait_until;
 
 #[allow(dead_code, reason = "the benches use more of it")]
@@ -28,15 +28,10 @@ mod dm;
 const MIB: usize = 1 << 20;
 
 pub fn tests() -> Vec<Test> {
-    let mut tests = Vec::new();
-    for (tier, kind) in [
-        (Tier::Reflink, Kind::Reflink),
-        (Tier::Guest(Group::Lvm), Kind::Lvm),
-    ] {
-        let both =
-            |name: &str, body: fn(Kind)| test(tier, format!("bounds::{name}"), move || body(kind));
-        tests.extend([both("of_data", of_data), both("never_shrunk", never_shrunk)]);
-    }
+    let mut tests = with_each_store(
+        "bounds",
+        &[("of_data", of_data), ("never_shrunk", never_shrunk)],
+    );
     tests.extend([
         test(Tier::Reflink, "bounds::by_number", by_number),
         test(Tier::Reflink, "bounds::trimmed", trimmed),

@@ -8,29 +8,24 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::Test;
 use crate::support::command::run;
 use crate::support::content::{self, Content};
 use crate::support::daemon::Daemon;
-use crate::support::site::{Kind, Site};
+use crate::support::site::{Kind, Site, with_each_store};
 
 /// Where, in bytes, and how much.
 type Hits = Vec<(u64, u64)>;
 
 pub fn tests() -> Vec<Test> {
-    let mut tests = Vec::new();
-    for (tier, kind) in [
-        (Tier::Reflink, Kind::Reflink),
-        (Tier::Guest(Group::Lvm), Kind::Lvm),
-    ] {
-        let mut add = |name: &str, body: fn(Kind)| {
-            tests.push(test(tier, format!("damage::{name}"), move || body(kind)));
-        };
-        add("of_an_xfs", of_an_xfs);
-        add("of_an_ext4", of_an_ext4);
-        add("that_shows_in_use", in_use);
-    }
-    tests
+    with_each_store(
+        "damage",
+        &[
+            ("of_an_xfs", of_an_xfs),
+            ("of_an_ext4", of_an_ext4),
+            ("that_shows_in_use", in_use),
+        ],
+    )
 }
 
 fn of_an_xfs(kind: Kind) {

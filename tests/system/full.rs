@@ -7,12 +7,12 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::{Test, Tier, test};
 use crate::jobs::ask_here;
 use crate::support::census::{Held, Known};
 use crate::support::command::{outcome, run};
 use crate::support::content::{self, Content};
-use crate::support::site::{Kind, Site};
+use crate::support::site::{Kind, Site, with_each_store};
 use crate::support::wait_until;
 
 const MIB: usize = 1 << 20;
@@ -21,16 +21,13 @@ const MIB: usize = 1 << 20;
 const ROOM: usize = 300;
 
 pub fn tests() -> Vec<Test> {
-    let mut tests = Vec::new();
-    for (tier, kind) in [
-        (Tier::Reflink, Kind::Reflink),
-        (Tier::Guest(Group::Lvm), Kind::Lvm),
-    ] {
-        tests.push(test(tier, "full::of_one_job", move || of_one_job(kind)));
-        tests.push(test(tier, "full::by_a_job_volume", move || {
-            by_a_job_volume(kind);
-        }));
-    }
+    let mut tests = with_each_store(
+        "full",
+        &[
+            ("of_one_job", of_one_job),
+            ("by_a_job_volume", by_a_job_volume),
+        ],
+    );
     let lost = || writes_are_lost(Kind::Reflink);
     tests.push(test(Tier::Reflink, "full::writes_are_lost", lost));
     tests

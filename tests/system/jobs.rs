@@ -23,14 +23,12 @@ use nix::unistd::Pid;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde_json::{Value, json};
 
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::{Test, Tier, test};
 use crate::support::census::{Known, mounts};
 use crate::support::content::Random;
 use crate::support::daemon::Daemon;
-use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::site::{Body, Kind, MOUNT_DIR, Site, with_each_store};
 use crate::support::wait_until;
-
-type Body = (&'static str, fn(Kind));
 
 const BODIES: &[Body] = &[
     ("what_the_article_asks_for", article),
@@ -57,20 +55,13 @@ const REFLINK_BODIES: &[Body] = &[
 ];
 
 pub fn tests() -> Vec<Test> {
-    let reflink = BODIES.iter().chain(REFLINK_BODIES);
-    let reflink = reflink.map(|(name, body)| {
-        test(Tier::Reflink, format!("jobs::{name}"), move || {
+    let mut tests = with_each_store("jobs", BODIES);
+    tests.extend(REFLINK_BODIES.iter().map(|(name, body)| {
+        test(Tier::Reflink, format!("jobs::{name}"), || {
             body(Kind::Reflink);
         })
-    });
-    let lvm = BODIES.iter().map(|(name, body)| {
-        test(
-            Tier::Guest(Group::Lvm),
-            format!("jobs::{name}"),
-            move || body(Kind::Lvm),
-        )
-    });
-    reflink.chain(lvm).collect()
+    }));
+    tests
 }
 
 struct Jobs {

@@ -10,26 +10,22 @@ use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use crate::damage::Written;
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::{Test, Tier, test};
 use crate::support::command::outcome;
 use crate::support::content::{self, Content};
 use crate::support::daemon::Plugin;
-use crate::support::site::{Broken, Kind, Site, Stuck};
+use crate::support::site::{Broken, Kind, Site, Stuck, with_each_store};
 use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
-    let mut tests = Vec::new();
-    for (tier, kind) in [
-        (Tier::Reflink, Kind::Reflink),
-        (Tier::Guest(Group::Lvm), Kind::Lvm),
-    ] {
-        let mut add = |name: &str, body: fn(Kind)| {
-            tests.push(test(tier, format!("leases::{name}"), move || body(kind)));
-        };
-        add("published_once_the_store_serves", once_it_serves);
-        add("none_is_published_for_another", for_another);
-        add("kept_volumes_are_not_formatted_again", not_formatted);
-    }
+    let mut tests = with_each_store(
+        "leases",
+        &[
+            ("published_once_the_store_serves", once_it_serves),
+            ("none_is_published_for_another", for_another),
+            ("kept_volumes_are_not_formatted_again", not_formatted),
+        ],
+    );
     let told = || failure_is_told(Kind::Reflink);
     tests.push(test(
         Tier::Reflink,

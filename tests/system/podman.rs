@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use crate::harness::{Group, Test, Tier, test};
 use crate::support::daemon::Daemon;
 use crate::support::podman::Podman;
-use crate::support::site::{Kind, MOUNT_DIR, Site};
+use crate::support::site::{Body, Kind, MOUNT_DIR, Site};
 use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
@@ -86,9 +86,6 @@ pub fn tests() -> Vec<Test> {
     tests.extend(selinux::tests());
     tests
 }
-
-/// A test by its name, for either store.
-type Body = (&'static str, fn(Kind));
 
 /// A host with the daemon and Podman. Parts are taken down in this order.
 struct Host {

@@ -18,7 +18,6 @@ mod runners;
 mod sets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,6 +35,7 @@ use http::{Said, answer, empty, exact, get, refused, violation};
 pub use runners::Runner;
 pub use sets::Set;
 
+use crate::support::background;
 use crate::support::command::run;
 
 /// The repository whose runners they are.
@@ -157,7 +157,7 @@ pub struct Job {
     /// What it wrote.
     pub log: String,
     /// No runner gets it.
-    nobodys: bool,
+    runnerless: bool,
     offered: bool,
 }
 
@@ -246,9 +246,8 @@ impl Fake {
             .arg(&key)
             .output()
             .unwrap();
-        let listener = std::net::TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (listener, address) = background::listener();
+        let url = format!("http://{address}");
         let state = Arc::new(Mutex::new(State {
             token_life: 3600,
             session_life: 3600,
@@ -266,16 +265,7 @@ impl Fake {
         let router = Router::new()
             .fallback(answer)
             .with_state(Arc::clone(&state));
-        thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
-            runtime.block_on(async {
-                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-                axum::serve(listener, router).await.unwrap();
-            });
-        });
+        background::serve(listener, router);
         let fake = Self { url, state, dir };
         std::fs::write(fake.file("token"), TOKEN).unwrap();
         run(
@@ -372,7 +362,7 @@ impl Fake {
                 stage: Stage::Queued,
                 runs: 0,
                 log: String::new(),
-                nobodys: false,
+                runnerless: false,
                 offered: false,
             },
         );
@@ -382,7 +372,7 @@ impl Fake {
     /// Queues a job that no runner gets.
     pub fn queue_for_nobody(&self, origin: &Origin) -> u64 {
         let job = self.queue(origin, "");
-        self.state().jobs.get_mut(&job).unwrap().nobodys = true;
+        self.state().jobs.get_mut(&job).unwrap().runnerless = true;
         job
     }
 

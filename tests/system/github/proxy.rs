@@ -4,7 +4,6 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
@@ -15,6 +14,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::fake::{Fake, REPOSITORY};
 use super::listening::Listening;
+use crate::support::background;
 use crate::support::command::sh;
 
 /// In the proxy's address; and as it is sent.
@@ -46,9 +46,7 @@ fn certificates(dir: &Path, hosts: &str) -> ServerConfig {
 
 /// Starts the proxy, which connects each host to `behind`; its address.
 fn start(tls: ServerConfig, behind: SocketAddr, heads: &Heads) -> SocketAddr {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let address = listener.local_addr().unwrap();
+    let (listener, address) = background::listener();
     let heads = Arc::clone(heads);
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let serve = async move {
@@ -62,13 +60,7 @@ fn start(tls: ServerConfig, behind: SocketAddr, heads: &Heads) -> SocketAddr {
             });
         }
     };
-    thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(serve);
-    });
+    background::spawn(serve);
     address
 }
 

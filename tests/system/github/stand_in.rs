@@ -8,13 +8,16 @@
 //!   it; the job's number
 //! - `await NUMBER FILE`: when that job has ended, its log is in the file; its result
 
+#[path = "../support/background.rs"]
+#[allow(dead_code)]
+mod background;
 #[path = "../support/command.rs"]
 #[allow(dead_code)]
 mod command;
 #[allow(dead_code)]
 mod fake;
 mod support {
-    pub(crate) use super::command;
+    pub(crate) use super::{background, command};
 }
 
 use std::fs;

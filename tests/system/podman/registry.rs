@@ -2,7 +2,6 @@
 //! A registry of one image, over plain HTTP: what pulling asks (OCI Distribution Specification, "Pull"), and no more.
 
 use std::fs;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use axum::Router;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse as _, Response};
 
+use crate::support::background;
 use crate::support::command::sh;
 
 /// A registry, for as long as the test lives; its files are what `podman push` leaves in a directory.
@@ -23,9 +23,8 @@ impl Registry {
     /// An empty one, which Podman is told of in the test's own /etc/containers.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let listener = std::net::TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let host = listener.local_addr().unwrap().to_string();
+        let (listener, host) = background::listener();
+        let host = host.to_string();
         let text = format!("[[registry]]\nlocation = '{host}'\ninsecure = true\n");
         fs::write("/etc/containers/registries.conf", text).unwrap();
         let files: Arc<Path> = dir.path().into();
@@ -33,16 +32,7 @@ impl Registry {
             let files = Arc::clone(&files);
             async move { answer(&files, uri.path()) }
         });
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
-            runtime.block_on(async {
-                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-                axum::serve(listener, router).await.unwrap();
-            });
-        });
+        background::serve(listener, router);
         Self {
             dir,
             image: format!("{host}/runner:latest"),

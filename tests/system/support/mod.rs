@@ -9,6 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub mod background;
 pub mod census;
 pub mod command;
 pub mod content;

@@ -12,6 +12,8 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::harness::{Group, Test, Tier, test};
+
 use super::command::{Outcome, outcome, outcome_of, run, succeed};
 use super::daemon::{Daemon, Plugin, SOCKET};
 use super::lvm::TestVg;
@@ -28,6 +30,23 @@ pub enum Kind {
     Reflink,
     /// A thin pool in the guest's group.
     Lvm,
+}
+
+/// A test's name within its part, and what it does with a store of a kind.
+pub type Body = (&'static str, fn(Kind));
+
+/// A part's tests with each kind of store: on this machine's own kernel, and on LVM in a guest.
+pub fn with_each_store(part: &str, bodies: &[Body]) -> Vec<Test> {
+    let stores = [
+        (Tier::Reflink, Kind::Reflink),
+        (Tier::Guest(Group::Lvm), Kind::Lvm),
+    ];
+    let tests = stores.iter().flat_map(|&(tier, kind)| {
+        let of =
+            move |&(name, body): &Body| test(tier, format!("{part}::{name}"), move || body(kind));
+        bodies.iter().map(of)
+    });
+    tests.collect()
 }
 
 enum Disk {

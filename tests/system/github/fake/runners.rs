@@ -119,7 +119,7 @@ impl State {
                     Stage::Queued
                 };
                 let mut jobs = self.jobs.values_mut();
-                let job = jobs.find(|job| job.stage == wanted && !job.nobodys);
+                let job = jobs.find(|job| job.stage == wanted && !job.runnerless);
                 let Some(job) = job else {
                     return Ok((StatusCode::ACCEPTED, Value::Null));
                 };
