@@ -252,6 +252,16 @@ async fn caches(worker: &Worker, view: &SlotView) -> (usize, usize) {
 
 fn row(worker: &Worker, slot: usize, view: &SlotView) -> Row {
     let paused = *worker.orders.borrow() == Orders::Pause;
+    let mut problem = view.problem.clone();
+    // A pool that hears of no jobs shows why where it has no runner.
+    if view.runner.is_empty()
+        && let Some(unheard) = &worker.board().set_problem
+    {
+        problem = Some(problem.map_or_else(
+            || unheard.clone(),
+            |problem| format!("{problem}; {unheard}"),
+        ));
+    }
     Row {
         slot: worker.pool.slot_name(slot),
         state: if paused && view.state == "empty" {
@@ -267,7 +277,7 @@ fn row(worker: &Worker, slot: usize, view: &SlotView) -> Row {
         hits: 0,
         caches: 0,
         last: view.last.as_ref().map(Verdict::to_string),
-        problem: view.problem.clone(),
+        problem,
     }
 }
 

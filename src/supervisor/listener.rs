@@ -42,8 +42,14 @@ pub(super) async fn listen(worker: &Worker, set: &ScaleSet, kept: PathBuf) {
     let mut trouble = Trouble::new(format!("scale set {}", set.name));
     loop {
         match listener.next().await {
-            Ok(()) => trouble.over(),
-            Err(error) => tokio::time::sleep(trouble.with(&error)).await,
+            Ok(()) => {
+                trouble.over();
+                worker.board().set_problem = None;
+            }
+            Err(error) => {
+                worker.board().set_problem = Some(error.to_string());
+                tokio::time::sleep(trouble.with(&error)).await;
+            }
         }
         if worker.ends() && worker.is_empty() {
             listener.close().await;

@@ -82,6 +82,8 @@ pub(super) struct Board {
     pub found: BTreeSet<String>,
     /// The scale set's number.
     pub set: Option<u64>,
+    /// Why its messages cannot be read.
+    pub set_problem: Option<String>,
     pub views: BTreeMap<usize, SlotView>,
     /// How many slots there are: those of the configuration, and those that an earlier one had.
     pub slots: usize,

@@ -12,15 +12,17 @@ use serde_json::{Value, json};
 use super::fake::{Fake, FaultKind, MAIN, REPOSITORY, Stage, TOKEN};
 use crate::harness::{Test, Tier, test};
 use crate::support::PROGRAM;
+use crate::support::command::outcome_of;
 
 pub fn tests() -> Vec<Test> {
-    let rows: [(&str, fn()); 6] = [
+    let rows: [(&str, fn()); 7] = [
         ("odd_events", odd_events),
         ("sessions_that_end", sessions_that_end),
         ("a_session_of_the_dead", session_of_the_dead),
         ("many_events", many_events),
         ("few_requests_left", few_requests_left),
         ("refused_acknowledgements", refused_acknowledgements),
+        ("why_no_job_comes", why_no_job_comes),
     ];
     let row = |(name, body): (&str, fn())| test(Tier::Host, format!("github::{name}"), body);
     rows.into_iter().map(row).collect()
@@ -319,7 +321,7 @@ fn session_of_the_dead() {
         listening.goes_on("in another life");
     }
     let log = listening.log();
-    assert_eq!(warnings(&log, "409"), 0, "{log}");
+    assert_eq!(warnings(&log, ": 409"), 0, "{log}");
     // One that says nothing that can be read is none.
     listening.kill();
     listening.fake.forget_sessions();
@@ -364,4 +366,24 @@ fn refused_acknowledgements() {
     });
     listening.fake.expire_sessions();
     listening.drained("all is told again");
+}
+
+/// `runners list` says what keeps a scale set's messages away, for as long as that is so.
+fn why_no_job_comes() {
+    let listening = Listening::new();
+    let problem = || {
+        let mut list = Command::new(PROGRAM);
+        list.arg("--config").arg(listening.file("config.toml"));
+        let listed = outcome_of(list.args(["runners", "list", "--json"])).stdout;
+        let rows: Vec<Value> = serde_json::from_str(&listed).unwrap_or_default();
+        let first = rows.first().map(|row| row["problem"].to_string());
+        first.unwrap_or_default()
+    };
+    let fault = FaultKind::Status(403, Vec::new(), "blocked by policy");
+    listening.fake.inject("/queue/", fault, usize::MAX);
+    listening.until("it is shown", |_| problem().contains("blocked by policy"));
+    listening.fake.state().faults_end();
+    listening.goes_on("when it is over");
+    let shown = problem();
+    assert!(!shown.contains("blocked by policy"), "{shown}");
 }
