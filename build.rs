@@ -8,10 +8,11 @@ use std::env;
 use std::path::Path;
 use std::process::Command;
 
-const SOURCE: &str = "src/client.rs";
+const SOURCE: &str = "src/job/client/mod.rs";
 
 fn main() {
-    println!("cargo::rerun-if-changed={SOURCE}");
+    let dir = Path::new(SOURCE).parent().expect("a directory");
+    println!("cargo::rerun-if-changed={}", dir.display());
     let variable = |name| env::var_os(name).unwrap_or_else(|| panic!("Cargo sets {name}"));
     let out = Path::new(&variable("OUT_DIR")).join("job-client");
     let mut rustc = Command::new(variable("RUSTC"));

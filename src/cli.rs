@@ -9,8 +9,8 @@ pub use clap_complete::Shell;
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
-use crate::client;
 use crate::config::DEFAULT_FILE;
+use crate::job::client;
 use crate::logging::LogLevel;
 
 const EXIT_CODES: &str = "\

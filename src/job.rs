@@ -5,6 +5,8 @@
 //! A job is not trusted. What it does on its socket costs its own connections and its own places
 //! among the threads that work for it, and nobody else's.
 
+pub mod client;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

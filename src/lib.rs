@@ -27,7 +27,7 @@
 //!   [`userns`]: as whose; [`selinux`]: with which label.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`], [`docker`]: how a container ended.
-//!   [`job`]: what containers ask for on a job volume's socket. [`client`]: the
+//!   [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
 //!   program that asks, which each job volume has in it.
 //!   [`status`]: metrics and a page. [`supervisor`]: GitHub runners, beside the daemon;
 //!   it uses its socket alone. [`cli`], [`config`], [`commands`],
@@ -44,7 +44,6 @@
 
 pub mod cache;
 pub mod cli;
-pub mod client;
 pub mod commands;
 pub mod config;
 pub mod docker;

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use lvm_cache_friend::cli::{Cli, Command};
-use lvm_cache_friend::client;
 use lvm_cache_friend::commands::{self, Failure};
+use lvm_cache_friend::job::client;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
