@@ -8,26 +8,30 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::http::uri::Scheme;
-use axum::http::{HeaderValue, Uri, header};
+use axum::http::{Uri, header, request};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::proxy::matcher::Matcher;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use octocrab::service::middleware::auth_header::AuthHeaderLayer;
-use octocrab::service::middleware::base_uri::BaseUriLayer;
-use octocrab::service::middleware::extra_headers::ExtraHeadersLayer;
-use octocrab::{AuthState, Octocrab, OctocrabBuilder};
 use tokio::net::TcpStream;
 use tower_service::Service;
+
+use super::answer::{Answer, GitHubError};
+use crate::plugin::wire::printable;
 
 /// For a connection, and for a proxy's to the host behind it.
 const CONNECT: Duration = Duration::from_secs(10);
 
 /// "All API requests must include a valid User-Agent header", with the application's name.
 const USER_AGENT: &str = concat!("lvm-cache-friend/", env!("CARGO_PKG_VERSION"));
+
+/// Longest answer, in bytes. A page of 100 runners has some 60 KiB.
+const MAX_ANSWER: usize = 8 << 20;
 
 type AnyError = Box<dyn Error + Send + Sync>;
 
@@ -62,30 +66,73 @@ impl Connector {
         Ok(Self(tls))
     }
 
-    /// A client that speaks to `api` where a request names no host, and says who it is with a token there, or as `state` has it.
-    pub(super) fn client(
-        &self,
-        api: &str,
-        token: Option<HeaderValue>,
-        state: AuthState,
-    ) -> Result<Octocrab, String> {
-        let api: Uri = api.parse().map_err(|e| format!("{api}: {e}"))?;
-        let client = Client::builder(TokioExecutor::new()).build(self.0.clone());
-        let headers = vec![(header::USER_AGENT, HeaderValue::from_static(USER_AGENT))];
-        let built = OctocrabBuilder::new_empty()
-            .with_service(client)
-            .with_layer(&ExtraHeadersLayer::new(Arc::new(headers)))
-            .with_layer(&BaseUriLayer::new(api.clone()))
-            .with_layer(&AuthHeaderLayer::new(token, api.clone(), api))
-            .with_auth(state)
-            .build();
-        Ok(built.unwrap_or_else(|never| match never {}))
+    /// A client of whichever host a request names.
+    pub(super) fn client(&self) -> Client {
+        Client(legacy::Client::builder(TokioExecutor::new()).build(self.0.clone()))
     }
+}
+
+/// Sends requests.
+pub(super) struct Client(legacy::Client<HttpsConnector<Tcp>, Full<Bytes>>);
+
+impl Client {
+    /// The whole answer to a request, of whatever status. `what` is its method and path, for messages.
+    ///
+    /// # Errors
+    /// When it is no request, or there is no whole answer within `limit`.
+    pub(super) async fn send(
+        &self,
+        what: String,
+        request: request::Builder,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<Answer, GitHubError> {
+        let away = |problem: &str| GitHubError::Away {
+            what: what.clone(),
+            problem: printable(problem),
+        };
+        let request = request.header(header::USER_AGENT, USER_AGENT);
+        let request = request.body(Full::new(body.into()));
+        let request = request.map_err(|e| away(&e.to_string()))?;
+        let whole = async {
+            let response = self.0.request(request).await;
+            let (parts, body) = response.map_err(|e| away(&causes(&e)))?.into_parts();
+            let body = Limited::new(body, MAX_ANSWER).collect().await;
+            let body = body.map_err(|e| away(&causes(&*e)))?;
+            Ok(Answer {
+                what: what.clone(),
+                status: parts.status,
+                headers: parts.headers,
+                body: body.to_bytes(),
+            })
+        };
+        let answer = tokio::time::timeout(limit, whole).await;
+        answer.unwrap_or_else(|_| {
+            Err(away(&format!(
+                "no whole answer within {} s",
+                limit.as_secs()
+            )))
+        })
+    }
+}
+
+/// An error and what it is due to, in one line.
+fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut texts = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if !texts.contains(&text) {
+            texts.push(text);
+        }
+        next = error.source();
+    }
+    texts.join(": ")
 }
 
 /// Connections without TLS yet: to a host, or to what a proxy has connected to it.
 #[derive(Clone)]
-struct Tcp {
+pub(super) struct Tcp {
     proxies: Arc<Matcher>,
     tcp: HttpConnector,
 }

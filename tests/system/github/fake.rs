@@ -211,6 +211,7 @@ pub struct State {
     pub remaining: u64,
     /// A poll that had nothing was answered with an empty 200 last.
     empties: bool,
+    /// The App's, in DER as PKCS #1 has it.
     public_key: Vec<u8>,
     /// The repository's branches and tags (`heads/main`), and the commit of each.
     pub refs: BTreeMap<String, String>,
@@ -242,7 +243,7 @@ impl Fake {
             ],
         );
         let public = Command::new("openssl")
-            .args(["rsa", "-pubout", "-in"])
+            .args(["rsa", "-RSAPublicKey_out", "-outform", "DER", "-in"])
             .arg(&key)
             .output()
             .unwrap();
