@@ -3,9 +3,12 @@
 //!
 //! There are two, and one body of tests for both (`tests/system/store.rs`):
 //! [`lvm`], a thin pool in a volume group, and [`reflink`], image files on XFS
-//! or btrfs with loop devices, for hosts without device-mapper.
+//! or btrfs with loop devices, for hosts without device-mapper. A third one, in memory, is held to
+//! the same and there for tests alone.
 
 pub mod lvm;
+#[cfg(any(test, feature = "failpoints"))]
+pub mod memory;
 pub mod reflink;
 
 use std::collections::HashMap;
@@ -185,7 +188,8 @@ pub trait Store: Send + Sync + 'static {
     /// What it is called in messages and in the job protocol's `VG LV` line.
     fn name(&self) -> &str;
 
-    /// Everything in the store, and how full it is.
+    /// Everything in the store, and how full it is. A change that was asked for before, and failed or was not answered in
+    /// time, shows in it, or is never made.
     ///
     /// # Errors
     /// When the store cannot be read.

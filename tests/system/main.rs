@@ -52,6 +52,8 @@ fn main() {
             quickstart::tests(),
             raw::tests(),
             reflink::tests(),
+            #[cfg(feature = "failpoints")]
+            store::tests_in_memory(),
             views::tests(),
             vm::tests(),
         ]

@@ -15,6 +15,8 @@ use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::fs::{is_clean, make};
 use lvm_cache_friend::mount::Mounted;
+#[cfg(feature = "failpoints")]
+use lvm_cache_friend::storage::memory::Memory;
 use lvm_cache_friend::storage::{Lv, NewLv, Store, StoreError};
 
 use crate::harness::{Test, Tier, test};
@@ -33,10 +35,65 @@ pub trait Ground: Send + Sync {
 /// A test's promise, on one store.
 type Promise = fn(&dyn Ground);
 
-/// All of them, for one kind of store: over what `ground` makes, which must have
+/// All of them, for one kind of store whose devices are the kernel's: over what `ground` makes, which must have
 /// room for 512 MiB of data.
 pub fn tests(tier: Tier, store: &str, ground: fn() -> Box<dyn Ground>) -> Vec<Test> {
-    let promises: [(&str, Promise); 19] = [
+    let promises = [&of_any_store()[..], &of_block_devices()[..]].concat();
+    held_to(&promises, tier, store, ground)
+}
+
+/// Those of the store in memory, which has no block devices; anywhere, in milliseconds.
+#[cfg(feature = "failpoints")]
+pub fn tests_in_memory() -> Vec<Test> {
+    held_to(&of_any_store(), Tier::Host, "memory", || {
+        Box::new(InMemory(Memory::new(Bytes::mib(64)).unwrap()))
+    })
+}
+
+#[cfg(feature = "failpoints")]
+struct InMemory(Memory);
+
+#[cfg(feature = "failpoints")]
+impl Ground for InMemory {
+    fn open(&self) -> Arc<dyn Store> {
+        Arc::new(self.0.clone())
+    }
+
+    /// An LV that has no tag of ours: there is nothing else beside our volumes.
+    fn others(&self) -> Box<dyn Fn() -> String + '_> {
+        self.0.create(&new("foreign", &["other"]), SIZE).unwrap();
+        Box::new(|| format!("{:?}", get(&self.0, "foreign")))
+    }
+}
+
+fn held_to(
+    promises: &[(&str, Promise)],
+    tier: Tier,
+    store: &str,
+    ground: fn() -> Box<dyn Ground>,
+) -> Vec<Test> {
+    promises
+        .iter()
+        .map(|&(name, promise)| {
+            let body = move || promise(&*ground());
+            test(tier, format!("store::{store}::{name}"), body)
+        })
+        .collect()
+}
+
+/// What a store promises of its devices, which are block devices that file systems can be mounted from.
+fn of_block_devices() -> [(&'static str, Promise); 5] {
+    [
+        ("block_devices", block_devices),
+        ("busy_while_mounted", busy_while_mounted),
+        ("grown_while_mounted", grown_while_mounted),
+        ("mounted_beside_its_origin", mounted_beside_its_origin),
+        ("snapshot_of_what_is_written", snapshot_of_what_is_written),
+    ]
+}
+
+fn of_any_store() -> [(&'static str, Promise); 16] {
+    [
         ("created", created),
         ("snapshot", snapshot),
         ("isolated", isolated),
@@ -46,24 +103,14 @@ pub fn tests(tier: Tier, store: &str, ground: fn() -> Box<dyn Ground>) -> Vec<Te
         ("many_tags", many_tags),
         ("exists", exists),
         ("not_found", not_found),
-        ("busy_while_mounted", busy_while_mounted),
         ("busy_while_open", busy_while_open),
         ("grown", grown),
-        ("mounted_beside_its_origin", mounted_beside_its_origin),
-        ("snapshot_of_what_is_written", snapshot_of_what_is_written),
         ("numbers_grow", numbers_grow),
         ("all_at_once", all_at_once),
         ("used", used),
         ("full", full),
         ("others_untouched", others_untouched),
-    ];
-    promises
-        .into_iter()
-        .map(|(name, promise)| {
-            let body = move || promise(&*ground());
-            test(tier, format!("store::{store}::{name}"), body)
-        })
-        .collect()
+    ]
 }
 
 const SIZE: Bytes = Bytes::mib(64);
@@ -251,7 +298,7 @@ fn isolated(ground: &dyn Ground) {
     assert!(holds(&copy, 2 << 20, 2 << 20, 1));
 }
 
-fn activated(ground: &dyn Ground) {
+fn block_devices(ground: &dyn Ground) {
     let store = ground.open();
     let device = store.create(&active("one"), SIZE).unwrap().unwrap();
     let stat = fs::metadata(&device).unwrap();
@@ -259,12 +306,19 @@ fn activated(ground: &dyn Ground) {
     let number = stat.rdev();
     let number = (libc::major(number), libc::minor(number));
     assert_eq!(get(&*store, "one").device, Some(number));
+}
+
+fn activated(ground: &dyn Ground) {
+    let store = ground.open();
+    let device = store.create(&active("one"), SIZE).unwrap().unwrap();
+    let number = get(&*store, "one").device;
+    assert!(number.is_some());
     assert_eq!(device_size(&device), get(&*store, "one").size.0);
     assert_eq!(store.activate(&lv("one")).unwrap(), device);
     fill(&device, 0, 1 << 20, 1);
     // The kernel, not the store's handle, holds it.
     let again = ground.open();
-    assert_eq!(get(&*again, "one").device, Some(number));
+    assert_eq!(get(&*again, "one").device, number);
     assert_eq!(again.activate(&lv("one")).unwrap(), device);
     again.deactivate(&lv("one")).unwrap();
     assert_eq!(get(&*store, "one").device, None);
@@ -459,7 +513,10 @@ fn grown(ground: &dyn Ground) {
         .unwrap();
     assert_eq!(device_size(&copy), size().0);
     assert!(holds(&copy, end, 1 << 20, 7));
-    // With an XFS in use.
+}
+
+fn grown_while_mounted(ground: &dyn Ground) {
+    let store = ground.open();
     let (device, mounted) = mounted_xfs(&*store, "used");
     store.grow(&lv("used"), Bytes(XFS_SIZE.0 * 2)).unwrap();
     assert_eq!(device_size(&device), XFS_SIZE.0 * 2);

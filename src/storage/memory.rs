@@ -1,0 +1,590 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A store in memory, for tests: it keeps what [`Store`] promises, and fails when it is asked to.
+//!
+//! Each volume's content is a memfd(2), and its device a path that leads to that, for as long as the volume is
+//! active. So content can be read and written through the path, copies are independent, and an open device is
+//! noticed, as long as this process has it open.
+//!
+//! What it does not model:
+//! - Block devices: nothing can be mounted, the device numbers that it lists are the kernel's for nothing, and
+//!   what another process has open is not seen.
+//! - Power cuts and restarts of the host: it ends with its last handle.
+//! - Sharing: a snapshot is a full copy. [`Store::usage`] counts as shared what two volumes have alike in the same
+//!   place, however that came about.
+//! - Metadata's room, which never runs out.
+//! - Changes by others: all that it holds came through the trait, and [`Store::watch`] tells of that.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{MemfdFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use crate::cache::names::{LvName, Tag};
+use crate::cache::units::Bytes;
+
+/// What sizes are rounded up to, in bytes: an extent of LVM's, as it is by default.
+const GRAIN: u64 = 4 * Bytes::MIB;
+
+/// What is compared for [`Store::usage`], in bytes: a chunk of a thin pool.
+const CHUNK: u64 = 64 * Bytes::KIB;
+
+/// Share of the data's room in use from which on no volume is made, in percent.
+const LIMIT: f64 = 90.0;
+
+/// The major number of its devices. Linux gives block devices none of 512 or more (`BLKDEV_MAJOR_MAX`,
+/// linux/blkdev.h), so no mount is ever taken for one of them.
+const MAJOR: u32 = 4095;
+
+/// What becomes of a change that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is done, and answered.
+    Done,
+    /// It is not done, and not answered in time.
+    Refused,
+    /// It is done, and not answered in time.
+    Unanswered,
+    /// It is not answered in time, and done after that: before whatever is asked for next and answered, since a
+    /// store does one thing after another.
+    Late,
+}
+
+/// A store in memory. Clones are handles of the same one.
+#[derive(Clone)]
+pub struct Memory(Arc<Shared>);
+
+struct Shared {
+    /// Has `dev/`, the devices of active volumes, and `changes/`, where changes show.
+    dir: PathBuf,
+    held: Mutex<Held>,
+    /// Notified when `Held::waiting` or `Held::listings_wait` change.
+    listings: Condvar,
+}
+
+/// What the store holds.
+struct Held {
+    volumes: BTreeMap<LvName, Volume>,
+    data_size: Bytes,
+    /// The number of the newest volume there ever was.
+    seq: u64,
+    /// The minor number of the newest device there ever was.
+    minor: u32,
+    full: bool,
+    /// How many more calls are not answered, as another command holds the lock.
+    locked: usize,
+    fates: VecDeque<Fate>,
+    late: Vec<Change>,
+    listings_wait: bool,
+    /// Listings that were read and are not answered yet.
+    waiting: usize,
+}
+
+struct Volume {
+    seq: u64,
+    created: u64,
+    size: Bytes,
+    tags: Vec<Tag>,
+    /// The number of what it is a snapshot of.
+    origin: Option<u64>,
+    content: File,
+    /// The minor number of its device.
+    device: Option<u32>,
+}
+
+/// What changes the store for good.
+enum Change {
+    Make {
+        origin: Option<LvName>,
+        size: Bytes,
+        new: NewLv,
+    },
+    Tags {
+        lv: LvName,
+        add: Vec<Tag>,
+        del: Vec<Tag>,
+    },
+    Remove(LvName),
+    Grow(LvName, Bytes),
+}
+
+/// For as long as this lives, listings are read, but not answered.
+pub struct HeldListings<'a>(&'a Memory);
+
+impl HeldListings<'_> {
+    /// Waits until `count` listings are read.
+    pub fn wait_for(&self, count: usize) {
+        let held = self.0.held();
+        let waited = self.0.0.listings.wait_while(held, |h| h.waiting < count);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Drop for HeldListings<'_> {
+    fn drop(&mut self) {
+        self.0.held().listings_wait = false;
+        self.0.0.listings.notify_all();
+    }
+}
+
+impl Memory {
+    /// An empty store with room for `data_size` of data.
+    ///
+    /// # Errors
+    /// When no directory for its devices can be made.
+    pub fn new(data_size: Bytes) -> io::Result<Self> {
+        let dir = nix::unistd::mkdtemp(&std::env::temp_dir().join("store-XXXXXX"))?;
+        for part in ["dev", "changes"] {
+            fs::create_dir(dir.join(part))?;
+        }
+        Ok(Self(Arc::new(Shared {
+            dir,
+            held: Mutex::new(Held {
+                volumes: BTreeMap::new(),
+                data_size,
+                seq: 0,
+                minor: 0,
+                full: false,
+                locked: 0,
+                fates: VecDeque::new(),
+                late: Vec::new(),
+                listings_wait: false,
+                waiting: 0,
+            }),
+            listings: Condvar::new(),
+        })))
+    }
+
+    /// What becomes of the next changes, in order: of volumes made, tagged, grown and removed. What comes after
+    /// these is done.
+    pub fn next(&self, fates: impl IntoIterator<Item = Fate>) {
+        self.held().fates.extend(fates);
+    }
+
+    /// Has the next `calls` calls not answered in time, and what they ask for not done: another command has the
+    /// store locked.
+    pub fn lock_for(&self, calls: usize) {
+        self.held().locked = calls;
+    }
+
+    /// Whether the store is locked still.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.held().locked > 0
+    }
+
+    /// Whether there is no room, whatever it holds.
+    pub fn set_full(&self, full: bool) {
+        self.held().full = full;
+    }
+
+    /// Has listings read and not answered, until the guard is dropped: they say what was so before it changed.
+    #[must_use]
+    pub fn hold_listings(&self) -> HeldListings<'_> {
+        self.held().listings_wait = true;
+        HeldListings(self)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        // A test that panics while it holds this has failed already.
+        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn timeout() -> StoreError {
+        StoreError::Timeout {
+            store: "memory".to_owned(),
+            seconds: 0,
+        }
+    }
+
+    /// The store, once it is one's turn and what is late is done.
+    fn turn(&self) -> Result<MutexGuard<'_, Held>, StoreError> {
+        let mut held = self.held();
+        if held.locked > 0 {
+            held.locked -= 1;
+            return Err(Self::timeout());
+        }
+        for change in std::mem::take(&mut held.late) {
+            // Nobody hears how that went.
+            let _ = self.apply(&mut held, change);
+        }
+        Ok(held)
+    }
+
+    fn change(&self, change: Change) -> Result<Option<PathBuf>, StoreError> {
+        let mut held = self.turn()?;
+        match held.fates.pop_front().unwrap_or(Fate::Done) {
+            Fate::Done => self.apply(&mut held, change),
+            Fate::Refused => Err(Self::timeout()),
+            Fate::Unanswered => {
+                let _ = self.apply(&mut held, change);
+                Err(Self::timeout())
+            }
+            Fate::Late => {
+                held.late.push(change);
+                Err(Self::timeout())
+            }
+        }
+    }
+
+    fn apply(&self, held: &mut Held, change: Change) -> Result<Option<PathBuf>, StoreError> {
+        let device = match change {
+            Change::Make { origin, size, new } => self.make(held, origin.as_ref(), size, new)?,
+            Change::Tags { lv, add, del } => {
+                let volume = held.get(&lv)?;
+                volume.tags.retain(|tag| !del.contains(tag));
+                for tag in add {
+                    if !volume.tags.contains(&tag) {
+                        volume.tags.push(tag);
+                    }
+                }
+                None
+            }
+            Change::Remove(lv) => {
+                if held.volumes.contains_key(&lv) {
+                    self.take_device(held, &lv)?;
+                    held.volumes.remove(&lv);
+                }
+                None
+            }
+            Change::Grow(lv, size) => {
+                let size = size.round_up(GRAIN);
+                if held.get(&lv)?.size < size {
+                    held.check_room()?;
+                    let volume = held.get(&lv)?;
+                    volume.content.set_len(size.0).map_err(failed("growing"))?;
+                    volume.size = size;
+                }
+                None
+            }
+        };
+        let changes = self.0.dir.join("changes/seq");
+        fs::write(changes, held.seq.to_string()).map_err(failed("telling of a change"))?;
+        Ok(device)
+    }
+
+    fn make(
+        &self,
+        held: &mut Held,
+        origin: Option<&LvName>,
+        size: Bytes,
+        new: NewLv,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        if held.volumes.contains_key(&new.name) {
+            return Err(StoreError::Exists(new.name));
+        }
+        let content = rustix::fs::memfd_create(new.name.as_str(), MemfdFlags::CLOEXEC)
+            .map(File::from)
+            .map_err(|e| failed("making a volume")(e.into()))?;
+        let (size, origin) = match origin {
+            Some(origin) => {
+                let origin = held.get(origin)?;
+                copy(&origin.content, &content).map_err(failed("copying"))?;
+                (origin.size, Some(origin.seq))
+            }
+            None => (size.round_up(GRAIN), None),
+        };
+        content.set_len(size.0).map_err(failed("making a volume"))?;
+        held.check_room()?;
+        held.seq += 1;
+        let mut tags: Vec<Tag> = Vec::new();
+        for tag in new.tags {
+            if !tags.contains(&tag) {
+                tags.push(tag);
+            }
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let volume = Volume {
+            seq: held.seq,
+            created: now.map_or(0, |now| now.as_secs()),
+            size,
+            tags,
+            origin,
+            content,
+            device: None,
+        };
+        held.volumes.insert(new.name.clone(), volume);
+        new.active
+            .then(|| self.give_device(held, &new.name))
+            .transpose()
+    }
+
+    fn give_device(&self, held: &mut Held, lv: &LvName) -> Result<PathBuf, StoreError> {
+        let path = self.0.dir.join("dev").join(lv.as_str());
+        let minor = held.minor + 1;
+        let volume = held.get(lv)?;
+        if volume.device.is_none() {
+            let content = format!(
+                "/proc/{}/fd/{}",
+                std::process::id(),
+                volume.content.as_raw_fd()
+            );
+            symlink(content, &path).map_err(failed("activating"))?;
+            volume.device = Some(minor);
+            held.minor = minor;
+        }
+        Ok(path)
+    }
+
+    fn take_device(&self, held: &mut Held, lv: &LvName) -> Result<(), StoreError> {
+        let volume = held.get(lv)?;
+        if volume.device.is_none() {
+            return Ok(());
+        }
+        if volume.is_open(&open_files()?)? {
+            return Err(StoreError::Busy(lv.clone()));
+        }
+        let path = self.0.dir.join("dev").join(lv.as_str());
+        fs::remove_file(path).map_err(failed("deactivating"))?;
+        volume.device = None;
+        Ok(())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Held {
+    fn get(&mut self, lv: &LvName) -> Result<&mut Volume, StoreError> {
+        self.volumes
+            .get_mut(lv)
+            .ok_or_else(|| StoreError::NotFound(lv.clone()))
+    }
+
+    fn check_room(&self) -> Result<(), StoreError> {
+        let capacity = self.capacity()?;
+        if self.full || capacity.data_percent >= capacity.data_limit {
+            let detail = format!("{:.0} % of its data are in use", capacity.data_percent);
+            return Err(StoreError::Full {
+                store: "memory".to_owned(),
+                detail,
+            });
+        }
+        Ok(())
+    }
+
+    fn capacity(&self) -> Result<Capacity, StoreError> {
+        Ok(Capacity {
+            data_size: self.data_size,
+            data_percent: (self.taken()? as f64 * 100.0 / self.data_size.0 as f64).min(100.0),
+            data_limit: LIMIT,
+            metadata_limit: 100.0,
+            ..Capacity::default()
+        })
+    }
+
+    /// Bytes that all volumes take together.
+    fn taken(&self) -> Result<u64, StoreError> {
+        let alike = self.alike()?;
+        Ok(alike
+            .values()
+            .map(|groups| groups.len() as u64 * CHUNK)
+            .sum())
+    }
+
+    /// The volumes that have something written in a chunk, in groups that have the same in it; by the chunk's number in
+    /// a volume.
+    fn alike(&self) -> Result<HashMap<u64, Vec<Vec<&LvName>>>, StoreError> {
+        let mut written: HashMap<u64, Vec<(&LvName, &File)>> = HashMap::new();
+        for (name, volume) in &self.volumes {
+            for extent in extents(&volume.content).map_err(failed("reading"))? {
+                for chunk in extent.start / CHUNK..extent.end.div_ceil(CHUNK) {
+                    let volumes = written.entry(chunk).or_default();
+                    if volumes.last().is_none_or(|(last, _)| *last != name) {
+                        volumes.push((name, &volume.content));
+                    }
+                }
+            }
+        }
+        let mut alike = HashMap::new();
+        for (chunk, volumes) in written {
+            let mut groups: Vec<(Vec<u8>, Vec<&LvName>)> = Vec::new();
+            let is_alone = volumes.len() == 1;
+            for (name, file) in volumes {
+                let mut content = vec![0; if is_alone { 0 } else { CHUNK as usize }];
+                let read = file.read_exact_at(&mut content, chunk * CHUNK);
+                read.map_err(failed("reading"))?;
+                match groups.iter_mut().find(|(known, _)| *known == content) {
+                    Some((_, group)) => group.push(name),
+                    None => groups.push((content, vec![name])),
+                }
+            }
+            alike.insert(chunk, groups.into_iter().map(|(_, group)| group).collect());
+        }
+        Ok(alike)
+    }
+}
+
+impl Volume {
+    /// Whether it is among `open`, beside this store's own descriptor.
+    fn is_open(&self, open: &HashMap<(u64, u64), usize>) -> Result<bool, StoreError> {
+        let metadata = self.content.metadata().map_err(failed("looking at"))?;
+        let count = open.get(&(metadata.dev(), metadata.ino()));
+        Ok(count.is_some_and(|count| *count > 1))
+    }
+}
+
+/// The files that this process has open, by device and inode, and how often.
+fn open_files() -> Result<HashMap<(u64, u64), usize>, StoreError> {
+    let mut open = HashMap::new();
+    let descriptors = fs::read_dir("/proc/self/fd").map_err(failed("looking for open files in"))?;
+    for descriptor in descriptors.flatten() {
+        // One may be closed meanwhile.
+        if let Ok(metadata) = fs::metadata(descriptor.path()) {
+            *open.entry((metadata.dev(), metadata.ino())).or_default() += 1;
+        }
+    }
+    Ok(open)
+}
+
+/// Where a sparse file holds something.
+fn extents(file: &File) -> io::Result<Vec<Range<u64>>> {
+    let mut extents = Vec::new();
+    let mut end = 0;
+    loop {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(end)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(extents),
+            Err(error) => return Err(error.into()),
+        };
+        end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+        extents.push(start..end);
+    }
+}
+
+fn copy(from: &File, to: &File) -> io::Result<()> {
+    for extent in extents(from)? {
+        let mut content = vec![0; Bytes::MIB as usize];
+        for at in extent.clone().step_by(content.len()) {
+            let length = (extent.end - at).min(Bytes::MIB) as usize;
+            from.read_exact_at(&mut content[..length], at)?;
+            to.write_all_at(&content[..length], at)?;
+        }
+    }
+    Ok(())
+}
+
+fn failed(doing: &str) -> impl Fn(io::Error) -> StoreError {
+    move |source| StoreError::Io {
+        what: format!("{doing} a store in memory"),
+        source,
+    }
+}
+
+impl Store for Memory {
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn list(&self) -> Result<Listing, StoreError> {
+        let mut held = self.turn()?;
+        let open = open_files()?;
+        let mut lvs = Vec::new();
+        for (name, volume) in &held.volumes {
+            let origin = |of: u64| held.volumes.iter().find(|(_, other)| other.seq == of);
+            lvs.push(Lv {
+                name: name.clone(),
+                seq: volume.seq,
+                created: volume.created,
+                size: volume.size,
+                tags: volume.tags.clone(),
+                origin: volume.origin.and_then(origin).map(|(name, _)| name.clone()),
+                device: volume.device.map(|minor| (MAJOR, minor)),
+                open: volume.is_open(&open)?,
+            });
+        }
+        let capacity = held.capacity()?;
+        held.waiting += 1;
+        self.0.listings.notify_all();
+        let waited = self.0.listings.wait_while(held, |held| held.listings_wait);
+        let mut held = waited.unwrap_or_else(PoisonError::into_inner);
+        held.waiting -= 1;
+        Ok(Listing { lvs, capacity })
+    }
+
+    fn room(&self) -> Result<Capacity, StoreError> {
+        let held = self.held();
+        held.check_room()?;
+        held.capacity()
+    }
+
+    fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError> {
+        let held = self.turn()?;
+        let mut usage: HashMap<LvName, Usage> = held
+            .volumes
+            .keys()
+            .map(|name| (name.clone(), Usage::default()))
+            .collect();
+        for group in held.alike()?.values().flatten() {
+            for name in group {
+                let usage = usage.get_mut(*name).expect("each volume is in it");
+                usage.mapped.0 += CHUNK;
+                if group.len() == 1 {
+                    usage.exclusive.0 += CHUNK;
+                }
+            }
+        }
+        Ok(usage)
+    }
+
+    fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
+        self.change(Change::Make {
+            origin: Some(origin.clone()),
+            size: Bytes(0),
+            new: new.clone(),
+        })
+    }
+
+    fn create(&self, new: &NewLv, size: Bytes) -> Result<Option<PathBuf>, StoreError> {
+        self.change(Change::Make {
+            origin: None,
+            size,
+            new: new.clone(),
+        })
+    }
+
+    fn change_tags(&self, lv: &LvName, add: &[Tag], del: &[Tag]) -> Result<(), StoreError> {
+        self.change(Change::Tags {
+            lv: lv.clone(),
+            add: add.to_vec(),
+            del: del.to_vec(),
+        })
+        .map(drop)
+    }
+
+    fn remove(&self, lv: &LvName) -> Result<(), StoreError> {
+        self.change(Change::Remove(lv.clone())).map(drop)
+    }
+
+    fn grow(&self, lv: &LvName, size: Bytes) -> Result<(), StoreError> {
+        self.change(Change::Grow(lv.clone(), size)).map(drop)
+    }
+
+    fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError> {
+        let mut held = self.turn()?;
+        self.give_device(&mut held, lv)
+    }
+
+    fn deactivate(&self, lv: &LvName) -> Result<(), StoreError> {
+        let mut held = self.turn()?;
+        self.take_device(&mut held, lv)
+    }
+
+    fn watch(&self) -> Watch {
+        Watch {
+            dir: self.0.dir.join("changes"),
+            file: None,
+        }
+    }
+}
