@@ -20,11 +20,15 @@
 //! cache tag; a volume that a client was told of has no LV.
 
 pub mod bounds;
+#[cfg(test)]
+mod catalog;
 mod job;
 mod prepare;
 mod settle;
 mod start;
 mod tally;
+#[cfg(test)]
+mod tests;
 mod told;
 mod upkeep;
 mod volume;
@@ -288,11 +292,20 @@ impl Engine {
     pub fn start(store: Arc<dyn Store>, settings: Settings) -> Result<Arc<Self>, EngineError> {
         mount::ensure_shared(&settings.mount_dir)
             .map_err(|source| io_error("making", &settings.mount_dir, source))?;
+        let engine = Self::new(store, settings)?;
+        engine.take_up()?;
+        engine.upkeep.tidy();
+        engine.start_upkeep()?;
+        Ok(engine)
+    }
+
+    /// An engine that knows nothing of the store yet, and has no threads.
+    fn new(store: Arc<dyn Store>, settings: Settings) -> Result<Arc<Self>, EngineError> {
         let boot_file = Path::new("/proc/sys/kernel/random/boot_id");
         let mut boot =
             fs::read_to_string(boot_file).map_err(|e| io_error("reading", boot_file, e))?;
         boot.truncate(8);
-        let engine = Arc::new(Self {
+        Ok(Arc::new(Self {
             telling: Telling::new(settings.docker.clone()),
             store,
             settings,
@@ -305,11 +318,7 @@ impl Engine {
             unmapped: AtomicBool::default(),
             tally: Tally::default(),
             missing: Mutex::new(()),
-        });
-        engine.take_up()?;
-        engine.upkeep.tidy();
-        engine.start_upkeep()?;
-        Ok(engine)
+        }))
     }
 
     /// Makes a volume; no error where it is there with the same options.

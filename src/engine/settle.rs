@@ -31,7 +31,11 @@ use crate::userns::Ids;
 const STILL_MOUNTED: Duration = Duration::from_secs(10);
 
 /// The first and the longest pause before a store that does not serve is asked again at the end of a lease.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+const AGAIN: (Duration, Duration) = if cfg!(test) {
+    (Duration::from_millis(1), Duration::from_millis(1))
+} else {
+    (Duration::from_secs(1), Duration::from_secs(30))
+};
 
 /// A lease that has ended, until it is settled.
 #[derive(Debug)]

@@ -332,7 +332,7 @@ impl Engine {
     fn removals_thread(self: &Arc<Self>) {
         let mut waiting: Vec<Ask> = Vec::new();
         while let Some(work) = self.upkeep.next_removal() {
-            let mut removal = match work {
+            let removal = match work {
                 Work::Remove(removal) => removal,
                 Work::Evict(asks) => {
                     waiting.extend(asks);
@@ -340,13 +340,25 @@ impl Engine {
                     continue;
                 }
             };
-            match self.remove_lv(&mut removal) {
-                Ok(()) | Err(StoreError::NotFound(_)) => debug!(lv = %removal.lv, "LV removed"),
-                Err(error) => {
-                    debug!(lv = %removal.lv, %error, "removal put off");
-                    self.upkeep.retry(removal);
-                }
+            self.try_removal(removal);
+        }
+    }
+
+    fn try_removal(&self, mut removal: Removal) {
+        match self.remove_lv(&mut removal) {
+            Ok(()) | Err(StoreError::NotFound(_)) => debug!(lv = %removal.lv, "LV removed"),
+            Err(error) => {
+                debug!(lv = %removal.lv, %error, "removal put off");
+                self.upkeep.retry(removal);
             }
+        }
+    }
+
+    /// Tries each removal that waits once, due or not.
+    #[cfg(test)]
+    pub(super) fn try_removals(&self) {
+        for removal in mem::take(&mut lock(&self.upkeep.removals).waiting) {
+            self.try_removal(removal);
         }
     }
 
@@ -362,7 +374,7 @@ impl Engine {
     }
 
     /// Replaces the copies that wait by better ones.
-    fn refresh_waiting(self: &Arc<Self>) {
+    pub(super) fn refresh_waiting(self: &Arc<Self>) {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         for volume in volumes {
             if lock(&self.state).stopping {
@@ -439,7 +451,7 @@ impl Engine {
 
     /// Reads the store and takes over what others changed. Gives whether that is to be done again
     /// soon, whatever happens.
-    fn relist(self: &Arc<Self>) -> bool {
+    pub(super) fn relist(self: &Arc<Self>) -> bool {
         let asked = Instant::now();
         match self.store.list() {
             Ok(mut listing) => {

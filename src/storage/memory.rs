@@ -66,7 +66,7 @@ struct Shared {
     /// Has `dev/`, the devices of active volumes, and `changes/`, where changes show.
     dir: PathBuf,
     held: Mutex<Held>,
-    /// Notified when `Held::waiting` or `Held::listings_wait` change.
+    /// Notified when `Held::waits` changes.
     listings: Condvar,
 }
 
@@ -83,9 +83,17 @@ struct Held {
     locked: usize,
     fates: VecDeque<Fate>,
     late: Vec<Change>,
-    listings_wait: bool,
-    /// Listings that were read and are not answered yet.
-    waiting: usize,
+    /// Whether a listing waits, so that it is answered once it is out of date.
+    waits: Waits,
+}
+
+#[derive(PartialEq, Eq)]
+enum Waits {
+    No,
+    /// The next one will.
+    Next,
+    /// One is read, and not answered yet.
+    Read,
 }
 
 struct Volume {
@@ -116,21 +124,21 @@ enum Change {
     Grow(LvName, Bytes),
 }
 
-/// For as long as this lives, listings are read, but not answered.
-pub struct HeldListings<'a>(&'a Memory);
+/// For as long as this lives, one listing is read and not answered.
+pub struct HeldListing<'a>(&'a Memory);
 
-impl HeldListings<'_> {
-    /// Waits until `count` listings are read.
-    pub fn wait_for(&self, count: usize) {
+impl HeldListing<'_> {
+    /// Waits until that listing is read.
+    pub fn wait_until_read(&self) {
         let held = self.0.held();
-        let waited = self.0.0.listings.wait_while(held, |h| h.waiting < count);
+        let waited = (self.0.0.listings).wait_while(held, |held| held.waits != Waits::Read);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-impl Drop for HeldListings<'_> {
+impl Drop for HeldListing<'_> {
     fn drop(&mut self) {
-        self.0.held().listings_wait = false;
+        self.0.held().waits = Waits::No;
         self.0.0.listings.notify_all();
     }
 }
@@ -156,8 +164,7 @@ impl Memory {
                 locked: 0,
                 fates: VecDeque::new(),
                 late: Vec::new(),
-                listings_wait: false,
-                waiting: 0,
+                waits: Waits::No,
             }),
             listings: Condvar::new(),
         })))
@@ -186,11 +193,11 @@ impl Memory {
         self.held().full = full;
     }
 
-    /// Has listings read and not answered, until the guard is dropped: they say what was so before it changed.
+    /// Has the next listing read and not answered until the guard is dropped: it says what was so before that changed.
     #[must_use]
-    pub fn hold_listings(&self) -> HeldListings<'_> {
-        self.held().listings_wait = true;
-        HeldListings(self)
+    pub fn hold_listing(&self) -> HeldListing<'_> {
+        self.held().waits = Waits::Next;
+        HeldListing(self)
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -505,11 +512,12 @@ impl Store for Memory {
             });
         }
         let capacity = held.capacity()?;
-        held.waiting += 1;
-        self.0.listings.notify_all();
-        let waited = self.0.listings.wait_while(held, |held| held.listings_wait);
-        let mut held = waited.unwrap_or_else(PoisonError::into_inner);
-        held.waiting -= 1;
+        if held.waits == Waits::Next {
+            held.waits = Waits::Read;
+            self.0.listings.notify_all();
+            let waited = (self.0.listings).wait_while(held, |held| held.waits == Waits::Read);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+        }
         Ok(Listing { lvs, capacity })
     }
 
