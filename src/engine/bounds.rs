@@ -277,13 +277,9 @@ impl Engine {
         let mounts = mounts()?;
         let entries = {
             let mut state = lock(&self.state);
-            let entries = entries(listing, &mounts, &state.used, since);
+            let entries = entries(listing, &mounts, state.catalog.uses(), since);
             let there: HashSet<_> = entries.iter().map(|entry| &entry.lv).collect();
-            // Those just published, too, are in the store's listing soon enough.
-            state
-                .used
-                .retain(|lv, used| *used > since || there.contains(lv));
-            state.noted.retain(|lv, _| there.contains(lv));
+            state.catalog.forget_uses(since, &there);
             entries
         };
         let policy = &self.settings.policy;
@@ -327,7 +323,7 @@ impl Engine {
     /// Takes note that something is restored from an entry.
     pub(super) fn note_copy(&self, source: &Source) {
         if let Some(entry) = entry_of(source) {
-            lock(&self.state).used.insert(entry.clone(), unix_now());
+            lock(&self.state).catalog.restore_from(entry, unix_now());
         }
     }
 
@@ -335,15 +331,7 @@ impl Engine {
     pub(super) fn note_lease(&self, source: &Source) {
         let now = unix_now();
         let mut state = lock(&self.state);
-        let due = entry_of(source).filter(|entry| {
-            state.used.insert((*entry).clone(), now);
-            let noted = state.noted.get(*entry);
-            let due = noted.is_none_or(|noted| now.abs_diff(*noted) >= USED_GRAIN);
-            if due {
-                state.noted.insert((*entry).clone(), now);
-            }
-            due
-        });
+        let due = entry_of(source).filter(|entry| state.catalog.lease_from(entry, now));
         drop(state);
         self.upkeep.lease_begins(due.cloned());
     }

@@ -9,19 +9,29 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Base;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::USED_GRAIN;
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::Scope;
+use crate::cache::units::Bytes;
 use crate::storage::Listing;
+
+/// The base, as the listing has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Base {
+    pub lv: LvName,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+    /// Virtual size.
+    pub size: Bytes,
+}
 
 /// What can be restored from, and what has happened to the store since it was last listed.
 #[derive(Default)]
 pub(super) struct Catalog {
     index: Arc<Index>,
     base: Option<Base>,
-    /// Grows whenever `index` or `base` change.
+    /// Grows whenever `index` or `base` change; 0 before the first listing.
     generation: u64,
     /// LVs that we made, and when.
     made: HashMap<LvName, Instant>,
@@ -52,7 +62,7 @@ impl Catalog {
         self.base.as_ref()
     }
 
-    /// A number that grows whenever [`Catalog::index`] or [`Catalog::base`] change.
+    /// A number that grows whenever [`Catalog::index`] or [`Catalog::base`] change, and is 0 before the first listing.
     pub fn generation(&self) -> u64 {
         self.generation
     }
@@ -68,9 +78,12 @@ impl Catalog {
         self.gone.retain(|_, when| *when >= asked);
         self.born.retain(|_, (when, _)| *when >= asked);
         entries.retain(|entry| !self.gone.contains_key(&entry.lv));
-        let listed: HashSet<_> = entries.iter().map(|entry| entry.lv.clone()).collect();
-        let newer = self.born.values().map(|(_, entry)| entry);
-        entries.extend(newer.filter(|entry| !listed.contains(&entry.lv)).cloned());
+        let born = self.born.values().map(|(_, entry)| entry);
+        let newer: Vec<_> = born
+            .filter(|born| entries.iter().all(|entry| entry.lv != born.lv))
+            .cloned()
+            .collect();
+        entries.extend(newer);
         self.replace(
             Index::new(entries),
             base.filter(|base| !self.gone.contains_key(&base.lv)),
@@ -78,7 +91,8 @@ impl Catalog {
     }
 
     fn replace(&mut self, index: Index, base: Option<Base>) {
-        if index.entries() != self.index.entries() || base != self.base {
+        let is_first = self.generation == 0;
+        if is_first || index.entries() != self.index.entries() || base != self.base {
             self.index = Arc::new(index);
             self.base = base;
             self.generation += 1;
@@ -98,6 +112,12 @@ impl Catalog {
     /// Notes that the store was to make `lv`, and has not said by `now` that it did.
     pub fn doubt(&mut self, lv: LvName, now: Instant) {
         self.doubtful.insert(lv, now);
+    }
+
+    /// Whether it is not known of an LV if the store has made it.
+    #[cfg(test)]
+    pub fn is_in_doubt(&self) -> bool {
+        !self.doubtful.is_empty()
     }
 
     /// Takes out of a listing that was asked for at `asked` what the store did not say it made, and gives that: it is to
@@ -214,7 +234,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cache::units::Bytes;
     use crate::storage::Lv;
 
     /// Times by the tick of a clock of the test's own.
@@ -340,6 +359,8 @@ mod tests {
             changed
         };
         let listed = || vec![entry("one", 1)];
+        catalog.take_over(vec![], None, clock.at(0));
+        assert!(changes(&catalog));
         catalog.take_over(listed(), Some(base("base")), clock.at(1));
         assert!(changes(&catalog));
         catalog.take_over(listed(), Some(base("base")), clock.at(2));
@@ -563,6 +584,7 @@ mod tests {
         #[test]
         fn whatever_happens_while_listings_are_on_their_way(steps in steps()) {
             let (clock, mut catalog, mut naive) = (clock(), Catalog::default(), Naive::default());
+            catalog.take_over(vec![], None, clock.at(0));
             let mut on_its_way = None;
             let last = steps.len() as u64;
             for (tick, step) in (0..).zip(steps) {

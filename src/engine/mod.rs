@@ -7,6 +7,7 @@
 //! of sight, and what takes long happens behind the answer, in a thread for that
 //! lease alone: flush, last close, publish, the next copy, removal.
 //!
+//! - `catalog`: what is known of the store
 //! - `prepare`: choosing an entry and making a copy of it
 //! - `settle`: the end of a lease
 //! - `told`: how containers ended, as hooks and Docker tell
@@ -20,7 +21,6 @@
 //! cache tag; a volume that a client was told of has no LV.
 
 pub mod bounds;
-#[cfg(test)]
 mod catalog;
 mod job;
 mod prepare;
@@ -48,7 +48,6 @@ use tracing::{error, info, warn};
 use crate::cache::evict::Policy;
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
-use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
 use crate::cache::units::Bytes;
 use crate::failpoint::reach;
@@ -56,6 +55,7 @@ use crate::mount::{self, Mounted};
 use crate::storage::{Listing, Store, StoreError};
 use crate::userns::Ids;
 use bounds::REQUEST_PATIENCE;
+use catalog::Catalog;
 pub use job::{Job, JobSocket, LateView, Saved};
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 pub use told::DockerAsk;
@@ -203,43 +203,16 @@ pub struct Engine {
     missing: Mutex<()>,
 }
 
-/// What is known of the store, in memory. Never locked over I/O.
+/// What is known in memory. Never locked over I/O.
 #[derive(Default)]
 struct State {
     volumes: HashMap<VolumeName, Arc<Volume>>,
-    index: Arc<Index>,
-    base: Option<Base>,
-    /// Grows whenever `index` or `base` change.
-    generation: u64,
-    /// LVs that we made, and when: a listing begun before does not have them.
-    made: HashMap<LvName, Instant>,
-    /// LVs that we could not make, as far as we were told, and when that was: one that a listing has all the same is removed.
-    doubtful: HashMap<LvName, Instant>,
-    /// Entries that we published, and when: a listing begun before does not have them.
-    born: HashMap<LvName, (Instant, Entry)>,
-    /// LVs that we gave up, and when: a listing begun before has them still.
-    gone: HashMap<LvName, Instant>,
+    catalog: Catalog,
     /// Volumes that are no more, and since when: in a listing begun before, LVs have their names still.
     dropped: HashMap<VolumeName, Instant>,
-    /// Entries found damaged while somebody else had them active: not used until nobody has.
-    unready: HashSet<LvName>,
-    /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
-    used: HashMap<LvName, u64>,
-    /// When a use of an entry was last written to the store, or was about to be, in seconds since 1970.
-    noted: HashMap<LvName, u64>,
-    /// LVs that are not clearly ours, and were reported.
-    reported: HashMap<LvName, String>,
     stopping: bool,
     /// Requests and settlements that are being worked on.
     under_way: usize,
-}
-
-/// The base, as the listing has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Base {
-    lv: LvName,
-    created: u64,
-    size: Bytes,
 }
 
 /// A Mount that did not succeed, and what the volume goes on from.

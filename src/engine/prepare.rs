@@ -13,7 +13,7 @@ use super::volume::{OpenFs, Premounted, Prepared, Restored, Slot, Source, Volume
 use super::{Engine, EngineError, io_error, lock, tag, unix_now};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, MAKING, SNAPSHOT, late_tags, volume_tags};
-use crate::cache::select::{Choice, Index};
+use crate::cache::select::Choice;
 use crate::cache::spec::{OnMiss, Spec};
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
@@ -69,10 +69,11 @@ impl Engine {
     pub(super) fn choose(&self, volume: &Volume) -> Result<(u64, Source), EngineError> {
         let (index, base, generation) = {
             let state = lock(&self.state);
+            let catalog = &state.catalog;
             (
-                Arc::clone(&state.index),
-                state.base.clone(),
-                state.generation,
+                Arc::clone(catalog.index()),
+                catalog.base().cloned(),
+                catalog.generation(),
             )
         };
         let source = match (index.choose(&volume.spec), volume.spec.on_miss) {
@@ -94,7 +95,7 @@ impl Engine {
     /// Whether `copy` is still what its volume's next use should start from.
     pub(super) fn is_best(&self, volume: &Volume, copy: &Prepared) -> bool {
         let generation = copy.generation.load(Ordering::Relaxed);
-        if volume.keeps() || generation == lock(&self.state).generation {
+        if volume.keeps() || generation == lock(&self.state).catalog.generation() {
             return true;
         }
         match self.choose(volume) {
@@ -203,15 +204,12 @@ impl Engine {
             Of::Lv(origin) => self.store.snapshot(origin, new),
             Of::Nothing(size) => self.store.create(new, size),
         };
-        let mut state = lock(&self.state);
+        let catalog = &mut lock(&self.state).catalog;
         match &made {
-            Ok(_) => {
-                state.made.insert(new.name.clone(), Instant::now());
-            }
+            Ok(_) => catalog.make(new.name.clone(), Instant::now()),
             Err(StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. }) => {}
             Err(_) => {
-                state.doubtful.insert(new.name.clone(), Instant::now());
-                drop(state);
+                catalog.doubt(new.name.clone(), Instant::now());
                 self.upkeep.list();
             }
         }
@@ -241,7 +239,7 @@ impl Engine {
     }
 
     fn empty_size(&self, spec: &Spec) -> Bytes {
-        let base = lock(&self.state).base.as_ref().map(|base| base.size);
+        let base = lock(&self.state).catalog.base().map(|base| base.size);
         spec.size.or(base).unwrap_or(self.settings.empty_size)
     }
 
@@ -340,12 +338,7 @@ impl Engine {
     /// Gives up an entry, if that is what it is, whose file system its checker
     /// finds damaged. `false`: it is whole, or that cannot be told now.
     pub(super) fn give_up_if_damaged(&self, entry: &LvName) -> bool {
-        if lock(&self.state)
-            .index
-            .entries()
-            .iter()
-            .all(|e| e.lv != *entry)
-        {
+        if !lock(&self.state).catalog.has(entry) {
             return false;
         }
         match self.is_whole(entry) {
@@ -384,7 +377,7 @@ impl Engine {
     fn give_up(&self, entry: &LvName, fault: &str) -> bool {
         if self.is_active(entry) {
             warn!(%entry, fault, "an entry that somebody has active is damaged, or not finished: it is not used");
-            lock(&self.state).unready.insert(entry.clone());
+            lock(&self.state).catalog.hold_back(entry.clone());
             self.forget(entry);
             return true;
         }
@@ -409,18 +402,7 @@ impl Engine {
     /// Forgets an entry or base that is gone.
     pub(super) fn forget(&self, lv: &LvName) {
         self.tally.forget(lv);
-        let mut state = lock(&self.state);
-        state.gone.insert(lv.clone(), Instant::now());
-        state.born.remove(lv);
-        if state.base.as_ref().is_some_and(|base| base.lv == *lv) {
-            state.base = None;
-            state.generation += 1;
-        }
-        if state.index.entries().iter().any(|entry| entry.lv == *lv) {
-            let left = state.index.entries().iter().filter(|e| e.lv != *lv);
-            state.index = Arc::new(Index::new(left.cloned().collect()));
-            state.generation += 1;
-        }
+        lock(&self.state).catalog.give_up(lv, Instant::now());
     }
 
     /// Commits that an LV is to be removed, and has it removed; where the first

@@ -18,7 +18,6 @@ use super::volume::{
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
-use crate::cache::select::{Entry, Index};
 use crate::cache::spec::{Publish, Spec};
 use crate::failpoint::reach;
 use crate::fs::Content;
@@ -141,7 +140,7 @@ fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
 impl Engine {
     /// With `publish=if-missing`, the entry that is there already.
     pub(super) fn there(&self, spec: &Spec) -> Option<LvName> {
-        let index = Arc::clone(&lock(&self.state).index);
+        let index = Arc::clone(lock(&self.state).catalog.index());
         let found = (spec.publish == Publish::IfMissing).then(|| index.saved(spec));
         found.flatten().map(|entry| entry.lv.clone())
     }
@@ -462,24 +461,10 @@ impl Engine {
 
     /// Puts an entry that was just published into the index.
     fn born(&self, lv: LvName, spec: &Spec) {
-        let mut state = lock(&self.state);
-        let newest = state.index.entries().first().map_or(0, |entry| entry.seq);
-        let entry = Entry {
-            lv,
-            // The next listing says the real one; until then it is the newest.
-            seq: newest + 1,
-            created: unix_now(),
-            scope: spec.scope.clone(),
-            tags: spec.save.clone(),
-        };
-        let mut entries = state.index.entries().to_vec();
-        entries.push(entry.clone());
-        state.index = Arc::new(Index::new(entries));
-        state.generation += 1;
-        // Nor does it go at once: it is what the next job looks for.
-        state.used.insert(entry.lv.clone(), entry.created);
-        state.born.insert(entry.lv.clone(), (Instant::now(), entry));
-        drop(state);
+        let (scope, tags) = (spec.scope.clone(), spec.save.clone());
+        lock(&self.state)
+            .catalog
+            .publish(lv, scope, tags, unix_now(), Instant::now());
         self.upkeep.tidy();
     }
 

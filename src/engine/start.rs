@@ -4,20 +4,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use tracing::{info, warn};
 
+use super::catalog::Base;
 use super::settle::Ended;
 use super::told::Told;
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Base, Engine, EngineError, Happened, Verdict, job, lock, tag};
+use super::{Engine, EngineError, Happened, Verdict, job, lock, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{CHECKPOINT, LEASE, Role};
-use crate::cache::select::{Entry, Index};
+use crate::cache::select::Entry;
 use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
 use crate::storage::{Listing, Lv};
@@ -344,6 +345,7 @@ impl Engine {
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
         let (mut mounts, lates) = self.own_mounts()?;
+        let asked = Instant::now();
         let mut listing = self.store.list()?;
         if self.hold_back(&mut listing) {
             self.upkeep.list();
@@ -355,16 +357,10 @@ impl Engine {
             .collect();
         let late_devices = lates.iter().map(|m| m.device).collect();
         let mut seen = Seen::with_mounts(&listing, &self.boot, &devices, &late_devices);
-        for (lv, why) in &seen.unclear {
-            warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
-        }
-        {
-            let mut state = lock(&self.state);
-            state.index = Arc::new(Index::new(seen.entries));
-            state.base = seen.base;
-            state.generation = 1;
-            state.reported = seen.unclear.into_iter().collect();
-        }
+        self.report_unclear(&seen.unclear);
+        lock(&self.state)
+            .catalog
+            .take_over(seen.entries, seen.base, asked);
         let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
         for plan in seen.volumes {
             let volume = Arc::new(plan.volume());

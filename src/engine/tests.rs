@@ -99,7 +99,7 @@ impl Bench {
 
     /// The entries that can be restored from.
     fn entries(&self) -> Vec<LvName> {
-        let index = Arc::clone(&lock(&self.engine.state).index);
+        let index = Arc::clone(lock(&self.engine.state).catalog.index());
         index
             .entries()
             .iter()
@@ -376,7 +376,7 @@ fn a_publish_waits_while_the_store_is_locked() {
     assert!(doomed() && bench.is_there(&lv));
     bench.assert_published_once("locked");
     assert!(!bench.is_there(&lv));
-    assert!(lock(&bench.engine.state).doubtful.is_empty());
+    assert!(!lock(&bench.engine.state).catalog.is_in_doubt());
 }
 
 #[test]
@@ -433,7 +433,7 @@ fn a_full_store_refuses_a_volume_and_keeps_nothing_of_it() {
         "{refused:?}"
     );
     assert!(!bench.has_volume("v"));
-    assert!(lock(&bench.engine.state).doubtful.is_empty());
+    assert!(!lock(&bench.engine.state).catalog.is_in_doubt());
     bench.store.set_full(false);
     bench.create("v", RESTORES).unwrap();
 }

@@ -14,10 +14,9 @@ use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
 use super::volume::{Phase, Premounted, Prepared, Volume};
-use super::{Engine, EngineError, State, lock, start, tag};
+use super::{Engine, EngineError, lock, start, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role};
-use crate::cache::select::{Entry, Index};
 use crate::cache::spec::Kind;
 use crate::failpoint::reach;
 use crate::fs::Content;
@@ -396,7 +395,8 @@ impl Engine {
         match &now.phase {
             Phase::Ready(copy) => {
                 !volume.keeps()
-                    && copy.generation.load(Ordering::Relaxed) != lock(&self.state).generation
+                    && copy.generation.load(Ordering::Relaxed)
+                        != lock(&self.state).catalog.generation()
             }
             // The settlement of its last lease makes the next copy itself.
             Phase::Stale(lv) => {
@@ -470,7 +470,7 @@ impl Engine {
     /// Takes entries out of a listing that somebody is still making, with tools of his own: active,
     /// as entries of ours never are, and blank, or seen to be damaged. Gives whether one is blank.
     pub(super) fn hold_back(&self, listing: &mut Listing) -> bool {
-        let damaged = lock(&self.state).unready.clone();
+        let damaged = lock(&self.state).catalog.held_back().clone();
         let mut active = HashSet::new();
         let mut blank = HashSet::new();
         listing.lvs.retain(|lv| {
@@ -491,27 +491,15 @@ impl Engine {
             !is_blank && !damaged.contains(&lv.name)
         });
         // What is blank has not been begun: it is judged anew once there is something on it.
-        let settled =
-            |lv: &LvName| damaged.contains(lv) && (!active.contains(lv) || blank.contains(lv));
-        lock(&self.state).unready.retain(|lv| !settled(lv));
+        let settled = |lv: &&LvName| !active.contains(*lv) || blank.contains(*lv);
+        let settled = damaged.iter().filter(settled).cloned().collect();
+        lock(&self.state).catalog.release(&settled);
         !blank.is_empty()
     }
 
-    /// Takes out of a listing what we were told could not be made, and has it removed. What a listing does not have that
-    /// was asked for later will not be made any more: a store does one thing after another.
+    /// Takes out of a listing what the store did not say it made, and has it removed.
     fn remove_doubtful(&self, listing: &mut Listing, asked: Instant) {
-        let mut made = HashSet::new();
-        {
-            let doubtful = &mut lock(&self.state).doubtful;
-            listing.lvs.retain(|lv| {
-                let is_doubtful = doubtful.contains_key(&lv.name);
-                if is_doubtful {
-                    made.insert(lv.name.clone());
-                }
-                !is_doubtful
-            });
-            doubtful.retain(|lv, when| *when >= asked || made.contains(lv));
-        }
+        let made = lock(&self.state).catalog.settle_doubts(listing, asked);
         for lv in made {
             info!(%lv, "made after all, though the store did not say so: it is removed");
             self.upkeep.remove(lv, false);
@@ -520,36 +508,10 @@ impl Engine {
 
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {
         let seen = start::Seen::of(listing, &self.boot);
+        self.report_unclear(&seen.unclear);
         let mut state = lock(&self.state);
-        state.made.retain(|_, when| *when >= asked);
-        state.gone.retain(|_, when| *when >= asked);
-        state.born.retain(|_, (when, _)| *when >= asked);
+        state.catalog.take_over(seen.entries, seen.base, asked);
         state.dropped.retain(|_, when| *when >= asked);
-        for (lv, why) in &seen.unclear {
-            if state.reported.insert(lv.clone(), why.clone()).as_ref() != Some(why) {
-                warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
-            }
-        }
-        let gone = &state.gone;
-        let mut entries: Vec<Entry> = seen
-            .entries
-            .into_iter()
-            .filter(|entry| !gone.contains_key(&entry.lv))
-            .collect();
-        let newer: Vec<Entry> = state
-            .born
-            .values()
-            .filter(|(_, born)| entries.iter().all(|entry| entry.lv != born.lv))
-            .map(|(_, born)| born.clone())
-            .collect();
-        entries.extend(newer);
-        let index = Index::new(entries);
-        let base = seen.base.filter(|base| !gone.contains_key(&base.lv));
-        if index.entries() != state.index.entries() || base != state.base {
-            state.index = Arc::new(index);
-            state.base = base;
-            state.generation += 1;
-        }
         // Volumes that somebody made with LVM's own tools.
         for plan in &seen.volumes {
             let known = state.volumes.contains_key(&plan.name);
@@ -570,6 +532,15 @@ impl Engine {
         }
     }
 
+    /// Reports LVs that are not clearly ours.
+    pub(super) fn report_unclear(&self, unclear: &[(LvName, String)]) {
+        for (lv, why) in unclear {
+            if lock(&self.state).catalog.report(lv, why) {
+                warn!(%lv, why, "this LV has tags of ours that make no sense: it is left alone");
+            }
+        }
+    }
+
     /// Forgets a volume whose LV somebody removed.
     fn drop_if_lost(&self, volume: &Arc<Volume>, there: impl Fn(&LvName) -> bool) {
         // Whoever holds it knows better.
@@ -580,9 +551,7 @@ impl Engine {
         let (Phase::Ready(Prepared { lv, .. }) | Phase::Stale(Some(lv))) = &now.phase else {
             return;
         };
-        // What became of it since the listing began, it does not say.
-        let newer = |state: &State| state.made.contains_key(lv) || state.gone.contains_key(lv);
-        if !there(lv) && !newer(&lock(&self.state)) {
+        if !there(lv) && !lock(&self.state).catalog.is_newer(lv) {
             warn!(volume = %volume.name, "its LV was removed by somebody else: the volume is gone");
             now.removed = true;
             drop(now);
