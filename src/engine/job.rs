@@ -597,11 +597,8 @@ impl Engine {
     pub fn lookup(&self, job: &Job, criteria: &[Criterion]) -> Result<LateView, EngineError> {
         let began = Instant::now();
         let spec = job.spec()?.of_request(criteria, &[])?;
-        let path = LatePath::parse("lookup", &[]).expect("a name");
-        let source = match self.choose(&Volume::late_of(&job.volume, &path, spec)) {
-            Err(EngineError::Miss(_)) => Source::of(Restored::Empty),
-            chosen => chosen?.1,
-        };
+        let (_, source) = self.choose(&spec);
+        let source = source.unwrap_or(Source::of(Restored::Empty));
         Ok(LateView::of(&source, None, began.elapsed()))
     }
 

@@ -65,8 +65,9 @@ impl From<StoreError> for OpenError {
 }
 
 impl Engine {
-    /// What `volume` restores from now, and the index's generation that says so.
-    pub(super) fn choose(&self, volume: &Volume) -> Result<(u64, Source), EngineError> {
+    /// What a volume with `spec` restores from now, and the catalog's generation that says so. `None`: nothing matches, and
+    /// it does not want to start from anything else (`on-miss=fail`).
+    pub(super) fn choose(&self, spec: &Spec) -> (u64, Option<Source>) {
         let (index, base, generation) = {
             let state = lock(&self.state);
             let catalog = &state.catalog;
@@ -76,20 +77,20 @@ impl Engine {
                 catalog.generation(),
             )
         };
-        let source = match (index.choose(&volume.spec), volume.spec.on_miss) {
-            (Some(choice), _) => entry_source(&volume.spec, choice),
-            (None, OnMiss::Fail) => return Err(EngineError::Miss(volume.name.clone())),
-            (None, OnMiss::Empty) => Source::of(Restored::Empty),
-            (None, OnMiss::Base) => match base {
+        let source = match (index.choose(spec), spec.on_miss) {
+            (Some(choice), _) => Some(entry_source(spec, choice)),
+            (None, OnMiss::Fail) => None,
+            (None, OnMiss::Empty) => Some(Source::of(Restored::Empty)),
+            (None, OnMiss::Base) => Some(match base {
                 Some(base) => Source {
                     lv: Some(base.lv),
                     created: Some(base.created),
                     ..Source::of(Restored::Base)
                 },
                 None => Source::of(Restored::Empty),
-            },
+            }),
         };
-        Ok((generation, source))
+        (generation, source)
     }
 
     /// Whether `copy` is still what its volume's next use should start from.
@@ -98,8 +99,8 @@ impl Engine {
         if volume.keeps() || generation == lock(&self.state).catalog.generation() {
             return true;
         }
-        match self.choose(volume) {
-            Ok((generation, best)) if best.lv == copy.source.lv => {
+        match self.choose(&volume.spec) {
+            (generation, Some(best)) if best.lv == copy.source.lv => {
                 copy.generation.store(generation, Ordering::Relaxed);
                 true
             }
@@ -154,7 +155,8 @@ impl Engine {
         let mut round = 0;
         loop {
             round += 1;
-            let (generation, source) = self.choose(volume)?;
+            let (generation, source) = self.choose(&volume.spec);
+            let source = source.ok_or_else(|| EngineError::Miss(volume.name.clone()))?;
             let new = self.new_lv(volume, source.lv.as_ref(), volume.keeps(), true)?;
             let of = match &source.lv {
                 Some(origin) => Of::Lv(origin),
