@@ -137,6 +137,16 @@ impl Tag {
     }
 }
 
+impl VolumeName {
+    /// What a volume is called of which only that LV is left: as that, where a volume can be.
+    #[must_use]
+    pub fn of_lv(lv: &LvName) -> Self {
+        lv.as_str()
+            .parse()
+            .unwrap_or_else(|_| Self(format!("lv{}", lv.as_str().replace('+', "-")).into()))
+    }
+}
+
 impl LvName {
     /// A new name of ours: `friend-` and the base64url of the time and four
     /// random bytes, as the original script made them (it had no random part).
@@ -188,6 +198,19 @@ pub fn unescape(text: &str) -> Option<String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn every_lv_can_name_a_volume() {
+        for (lv, volume) in [
+            ("friend-x", "friend-x"),
+            ("a+b", "lva-b"),
+            ("_a", "lv_a"),
+            ("+", "lv-"),
+        ] {
+            let named = VolumeName::of_lv(&lv.parse().unwrap());
+            assert_eq!(named, volume.parse().unwrap());
+        }
+    }
 
     #[test]
     fn names() {

@@ -557,9 +557,7 @@ impl Engine {
             Some(volume) => Arc::clone(volume),
             None => {
                 // Its volume was removed meanwhile: only the publishing is left.
-                let Ok(name) = lease.lv.as_str().parse() else {
-                    return;
-                };
+                let name = VolumeName::of_lv(&lease.lv);
                 let gone = Volume::new(name, lease.spec.clone(), 0, Phase::Stale(None));
                 lock(&gone.now).removed = true;
                 Arc::new(gone)

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::settle::Ended;
 use super::told::{self, Told};
-use super::volume::{Heard, Phase};
+use super::volume::{Heard, Phase, Prepared, Volume};
 use super::{Engine, EngineError, Settings, Verdict, lock};
 use crate::cache::evict::Policy;
 use crate::cache::names::LvName;
@@ -28,7 +28,7 @@ use crate::cache::units::Bytes;
 use crate::fs::{Content, is_clean, probe};
 use crate::storage::memory::Fate::{self, Done, Late, Refused, Unanswered};
 use crate::storage::memory::Memory;
-use crate::storage::{Store, StoreError};
+use crate::storage::{NewLv, Store, StoreError};
 
 /// Ways in which a change ends in doubt.
 const IN_DOUBT: [Fate; 3] = [Refused, Late, Unanswered];
@@ -42,7 +42,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let store = Memory::new(Bytes::mib(64)).unwrap();
+        Self::over(Memory::new(Bytes::mib(64)).unwrap())
+    }
+
+    /// An engine that starts over what another has left.
+    fn over(store: Memory) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (jobs, _) = mpsc::unbounded_channel();
         let settings = Settings {
@@ -109,13 +113,7 @@ impl Bench {
 
     /// An entry in the store that the engine knows of.
     fn entry(&self, name: &str) -> LvName {
-        let new = crate::storage::NewLv {
-            name: name.parse().unwrap(),
-            tags: ["friend:snapshot", "friend:cache:a"]
-                .map(|tag| tag.parse().unwrap())
-                .to_vec(),
-            active: false,
-        };
+        let new = new_lv(name, &["friend:snapshot", "friend:cache:a"]);
         self.store.create(&new, Bytes::mib(8)).unwrap();
         self.engine.relist();
         new.name
@@ -138,42 +136,42 @@ impl Bench {
         self.engine.try_removals();
     }
 
-    /// Ends a lease of a volume that waits for its use, whose content is a clean file system. Gives its LV.
-    fn end_lease(&self, name: &str) -> LvName {
+    /// A lease of a volume that waits for its use: a clean file system is written to it.
+    fn lease(&self, name: &str) -> (Arc<Volume>, Prepared) {
         let volume = self.engine.volume(&name.parse().unwrap()).unwrap();
-        let copy = {
-            let mut now = lock(&volume.now);
-            match mem::replace(&mut now.phase, Phase::Stale(None)) {
-                Phase::Ready(copy) => {
-                    now.settling.push(copy.lv.clone());
-                    copy
-                }
-                other => panic!("{other:?}"),
-            }
+        let phase = mem::replace(&mut lock(&volume.now).phase, Phase::Stale(None));
+        let Phase::Ready(copy) = phase else {
+            panic!("{phase:?}");
         };
         write_file_system(copy.device.as_ref().unwrap());
+        let mark = [self.engine.lease_tag()];
+        self.store.change_tags(&copy.lv, &mark, &[]).unwrap();
+        lock(&volume.now).settling.push(copy.lv.clone());
+        (volume, copy)
+    }
+
+    /// Ends a lease. Gives its LV.
+    fn end(&self, (volume, copy): (Arc<Volume>, Prepared)) -> LvName {
         let lv = copy.lv.clone();
-        self.engine.settle_behind(
-            volume,
-            Ended {
-                lv: copy.lv,
-                device: copy.device,
-                source: copy.source,
-                open: None,
-                baseline: None,
-                heard: Heard {
-                    by_job: Verdict::Success,
-                    told: Arc::new(Told::since(told::now())),
-                },
-                discarded: false,
-                lost: false,
-                cut_short: false,
-                mark: self.engine.lease_tag(),
-                mount: Duration::ZERO,
-                lasted: Duration::ZERO,
-                nth: 1,
+        let ended = Ended {
+            lv: copy.lv,
+            device: copy.device,
+            source: copy.source,
+            open: None,
+            baseline: None,
+            heard: Heard {
+                by_job: Verdict::Success,
+                told: Arc::new(Told::since(told::now())),
             },
-        );
+            discarded: false,
+            lost: false,
+            cut_short: false,
+            mark: self.engine.lease_tag(),
+            mount: Duration::ZERO,
+            lasted: Duration::ZERO,
+            nth: 1,
+        };
+        self.engine.settle_behind(volume, ended);
         lv
     }
 
@@ -217,6 +215,14 @@ fn write_file_system(device: &Path) {
     let file = File::options().write(true).open(device).unwrap();
     file.write_all_at(&superblock, 1024).unwrap();
     assert!(is_clean(device, FsType::Ext4).unwrap());
+}
+
+fn new_lv(name: &str, tags: &[&str]) -> NewLv {
+    NewLv {
+        name: name.parse().unwrap(),
+        tags: tags.iter().map(|tag| tag.parse().unwrap()).collect(),
+        active: false,
+    }
 }
 
 const RESTORES: &[(&str, &str)] = &[("restore", "a"), ("save", "a")];
@@ -329,15 +335,17 @@ fn a_publish_in_doubt_ends_in_one_entry() {
     for fate in IN_DOUBT {
         let bench = Bench::new();
         bench.create("v", RESTORES).unwrap();
+        let lease = bench.lease("v");
         bench.store.next([fate]);
-        bench.end_lease("v");
+        bench.end(lease);
         bench.assert_published_once(&format!("{fate:?}"));
         // Twice in doubt, each in another way, with the next copy in doubt too.
         for other in IN_DOUBT {
             let bench = Bench::new();
             bench.create("v", RESTORES).unwrap();
+            let lease = bench.lease("v");
             bench.store.next([fate, other, Done, fate]);
-            bench.end_lease("v");
+            bench.end(lease);
             bench.wait_until_quiet();
             bench.engine.refresh_waiting();
             bench.assert_published_once(&format!("{fate:?}, {other:?}"));
@@ -350,9 +358,10 @@ fn a_publish_in_doubt_is_not_found_by_a_listing_either() {
     for fate in IN_DOUBT {
         let bench = Bench::new();
         bench.create("v", RESTORES).unwrap();
+        let lease = bench.lease("v");
         bench.while_listing(|| {
             bench.store.next([fate]);
-            bench.end_lease("v");
+            bench.end(lease);
             bench.wait_until_quiet();
         });
         bench.assert_published_once(&format!("{fate:?}"));
@@ -368,8 +377,9 @@ fn a_publish_waits_while_the_store_is_locked() {
         lvs.iter()
             .any(|lv| lv.tags.iter().any(|tag| tag.as_str() == DOOMED))
     };
+    let lease = bench.lease("v");
     bench.store.lock_for(8);
-    let lv = bench.end_lease("v");
+    let lv = bench.end(lease);
     bench.wait_until_quiet();
     // It was asked for until then, and its data were there at the end.
     assert!(!bench.store.is_locked());
@@ -381,14 +391,41 @@ fn a_publish_waits_while_the_store_is_locked() {
 
 #[test]
 fn a_stop_leaves_a_publish_that_waits_to_the_next_start() {
-    let bench = Bench::new();
-    bench.create("v", RESTORES).unwrap();
-    bench.store.lock_for(usize::MAX);
-    let lv = bench.end_lease("v");
-    assert!(bench.engine.stop(Duration::from_secs(60)));
-    bench.store.lock_for(0);
-    assert!(bench.is_there(&lv));
-    assert_eq!(bench.stored(), ["v"]);
+    for fate in IN_DOUBT {
+        let bench = Bench::new();
+        bench.create("v", RESTORES).unwrap();
+        let lease = bench.lease("v");
+        // In doubt once, and refused from then on.
+        let refused = std::iter::repeat_n(Refused, 100_000);
+        bench.store.next(std::iter::once(fate).chain(refused));
+        let lv = bench.end(lease);
+        assert!(bench.engine.stop(Duration::from_secs(60)), "{fate:?}");
+        bench.store.serve();
+        assert!(bench.is_there(&lv), "{fate:?}");
+        let next = Bench::over(bench.store.clone());
+        next.assert_published_once(&format!("{fate:?}"));
+        assert!(!next.is_there(&lv), "{fate:?}");
+    }
+}
+
+#[test]
+fn a_lease_of_a_removed_volume_is_published_whatever_its_lv_is_called() {
+    for name in ["friend-x", "a+b", "_a", "+"] {
+        let bench = Bench::new();
+        let mark = bench.engine.lease_tag();
+        let tags = ["friend:snapshot", "friend:save:a", mark.as_str()];
+        let new = NewLv {
+            active: true,
+            ..new_lv(name, &tags)
+        };
+        let device = bench.store.create(&new, Bytes::mib(8)).unwrap().unwrap();
+        write_file_system(&device);
+        let next = Bench::over(bench.store.clone());
+        next.wait_until_quiet();
+        next.settle();
+        assert_eq!(next.stored(), ["entry"], "{name}");
+        assert!(!next.is_there(&new.name), "{name}");
+    }
 }
 
 #[test]
@@ -399,8 +436,9 @@ fn entries_follow_the_store_whatever_a_listing_from_before_says() {
     bench.while_listing(|| bench.engine.doom(&entry).unwrap());
     assert!(bench.entries().is_empty());
     bench.create("v", RESTORES).unwrap();
+    let lease = bench.lease("v");
     bench.while_listing(|| {
-        bench.end_lease("v");
+        bench.end(lease);
         bench.wait_until_quiet();
     });
     let known: HashSet<_> = bench.entries().into_iter().collect();
@@ -424,7 +462,7 @@ fn what_is_known_stays_while_the_store_cannot_be_read() {
 #[test]
 fn a_full_store_refuses_a_volume_and_keeps_nothing_of_it() {
     let bench = Bench::new();
-    bench.store.set_full(true);
+    bench.store.fill();
     // Nobody evicts here, and who asks sees that.
     bench.engine.upkeep.stop();
     let refused = bench.create("v", RESTORES);
@@ -434,6 +472,6 @@ fn a_full_store_refuses_a_volume_and_keeps_nothing_of_it() {
     );
     assert!(!bench.has_volume("v"));
     assert!(!lock(&bench.engine.state).catalog.is_in_doubt());
-    bench.store.set_full(false);
+    bench.store.serve();
     bench.create("v", RESTORES).unwrap();
 }

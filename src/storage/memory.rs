@@ -188,9 +188,17 @@ impl Memory {
         self.held().locked > 0
     }
 
-    /// Whether there is no room, whatever it holds.
-    pub fn set_full(&self, full: bool) {
-        self.held().full = full;
+    /// Leaves no room, whatever it holds.
+    pub fn fill(&self) {
+        self.held().full = true;
+    }
+
+    /// Serves again: it is neither locked nor full, and the changes to come are done.
+    pub fn serve(&self) {
+        let mut held = self.held();
+        held.locked = 0;
+        held.full = false;
+        held.fates.clear();
     }
 
     /// Has the next listing read and not answered until the guard is dropped: it says what was so before that changed.
