@@ -41,6 +41,8 @@ pub(super) struct Catalog {
     born: HashMap<LvName, (Instant, Entry)>,
     /// LVs that we gave up, and when.
     gone: HashMap<LvName, Instant>,
+    /// Those of them that do not say so in the store until they are removed.
+    leaving: HashSet<LvName>,
     /// Entries found damaged while another program had them active: not used until none has.
     unready: HashSet<LvName>,
     /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
@@ -77,7 +79,7 @@ impl Catalog {
         self.made.retain(|_, when| *when >= asked);
         self.gone.retain(|_, when| *when >= asked);
         self.born.retain(|_, (when, _)| *when >= asked);
-        entries.retain(|entry| !self.gone.contains_key(&entry.lv));
+        entries.retain(|entry| !self.is_gone(&entry.lv));
         let born = self.born.values().map(|(_, entry)| entry);
         let newer: Vec<_> = born
             .filter(|born| entries.iter().all(|entry| entry.lv != born.lv))
@@ -86,8 +88,12 @@ impl Catalog {
         entries.extend(newer);
         self.replace(
             Index::new(entries),
-            base.filter(|base| !self.gone.contains_key(&base.lv)),
+            base.filter(|base| !self.is_gone(&base.lv)),
         );
+    }
+
+    fn is_gone(&self, lv: &LvName) -> bool {
+        self.gone.contains_key(lv) || self.leaving.contains(lv)
     }
 
     fn replace(&mut self, index: Index, base: Option<Base>) {
@@ -171,6 +177,20 @@ impl Catalog {
         } else if base != self.base {
             self.base = base;
             self.generation += 1;
+        }
+    }
+
+    /// As [`Catalog::give_up`], for what is to be removed and is not marked so in the store: listings have it until
+    /// then.
+    pub fn discard(&mut self, lv: &LvName, now: Instant) {
+        self.give_up(lv, now);
+        self.leaving.insert(lv.clone());
+    }
+
+    /// Notes that `lv` was removed by `now`.
+    pub fn remove(&mut self, lv: &LvName, now: Instant) {
+        if self.leaving.remove(lv) {
+            self.gone.insert(lv.clone(), now);
         }
     }
 
@@ -350,6 +370,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_discarded_stays_away_until_it_is_removed() {
+        let (clock, mut catalog) = (clock(), Catalog::default());
+        let all = || vec![entry("one", 1), entry("two", 2)];
+        catalog.take_over(all(), Some(base("base")), clock.at(0));
+        catalog.discard(&lv("one"), clock.at(1));
+        catalog.discard(&lv("base"), clock.at(1));
+        for asked in [2, 3] {
+            catalog.take_over(all(), Some(base("base")), clock.at(asked));
+            assert_eq!((entries(&catalog), catalog.base()), (vec!["two"], None));
+        }
+        for name in ["one", "base", "two"] {
+            catalog.remove(&lv(name), clock.at(5));
+        }
+        catalog.take_over(all(), Some(base("base")), clock.at(4));
+        assert_eq!((entries(&catalog), catalog.base()), (vec!["two"], None));
+        catalog.take_over(vec![entry("two", 2)], None, clock.at(6));
+        assert!(catalog.leaving.is_empty() && catalog.gone.is_empty());
+    }
+
+    #[test]
     fn generations_count_changes_alone() {
         let (clock, mut catalog) = (clock(), Catalog::default());
         let mut before = catalog.generation();
@@ -481,6 +521,10 @@ mod tests {
         Publish,
         /// We give an entry up that is known: that one of them.
         GiveUp(usize),
+        /// The same, but the store does not take the mark.
+        Discard(usize),
+        /// What was discarded is removed.
+        Remove,
         /// The store is to publish an entry and does not answer; it does so now, later, or never.
         Doubt(Option<bool>),
         /// Another program makes an entry, or removes one.
@@ -498,6 +542,8 @@ mod tests {
         let step = prop_oneof![
             3 => Just(Step::Publish),
             2 => any::<usize>().prop_map(Step::GiveUp),
+            1 => any::<usize>().prop_map(Step::Discard),
+            1 => Just(Step::Remove),
             2 => prop::option::of(any::<bool>()).prop_map(Step::Doubt),
             1 => Just(Step::OtherMakes),
             1 => any::<usize>().prop_map(Step::OtherRemoves),
@@ -519,6 +565,8 @@ mod tests {
         late: Vec<LvName>,
         /// What the store did not say it published.
         doubtful: HashSet<LvName>,
+        /// What was discarded, and is not removed yet.
+        discarded: HashSet<LvName>,
         /// What we published (`true`) or gave up, by the tick.
         history: Vec<(u64, LvName, bool)>,
         /// What the last listing to arrive says, and when it was asked for.
@@ -551,7 +599,7 @@ mod tests {
                     known.remove(lv);
                 }
             }
-            known.retain(|lv| !self.doubtful.contains(lv));
+            known.retain(|lv| !self.doubtful.contains(lv) && !self.discarded.contains(lv));
             known
         }
     }
@@ -606,6 +654,21 @@ mod tests {
                             catalog.give_up(&lv, clock.at(tick));
                         }
                     }
+                    Step::Discard(which) => {
+                        let known = catalog.index().entries();
+                        if !known.is_empty() {
+                            let lv = known[which % known.len()].lv.clone();
+                            naive.discarded.insert(lv.clone());
+                            catalog.discard(&lv, clock.at(tick));
+                        }
+                    }
+                    Step::Remove => {
+                        for lv in naive.discarded.drain() {
+                            naive.store.remove(&lv);
+                            catalog.remove(&lv, clock.at(tick));
+                            naive.history.push((tick, lv, false));
+                        }
+                    }
                     Step::Doubt(done) => {
                         match done {
                             Some(true) => naive.add(fresh.clone()),
@@ -640,15 +703,19 @@ mod tests {
                 let same = before.0.entries() == catalog.index().entries() && before.1.as_ref() == catalog.base();
                 prop_assert_eq!(same, before.2 == catalog.generation());
             }
+            for lv in naive.discarded.drain() {
+                naive.store.remove(&lv);
+                catalog.remove(&lv, clock.at(last));
+            }
             // Once nothing happens any more, two listings say all: the first may find what was in doubt.
-            for tick in [last, last + 1] {
+            for tick in [last + 1, last + 2] {
                 let listed = naive.list(tick);
                 arrive(&mut catalog, &mut naive, &clock, listed);
             }
             let known: BTreeMap<_, _> = catalog.index().entries().iter().map(|e| (e.lv.clone(), e.seq)).collect();
             prop_assert_eq!(known, naive.store);
             prop_assert!(catalog.doubtful.is_empty() && catalog.made.is_empty());
-            prop_assert!(catalog.born.is_empty() && catalog.gone.is_empty());
+            prop_assert!(catalog.born.is_empty() && catalog.gone.is_empty() && catalog.leaving.is_empty());
         }
     }
 }

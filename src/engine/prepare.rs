@@ -432,7 +432,8 @@ impl Engine {
     /// the same volume has replaced already. To unmount one takes longer than to
     /// mount its successor.
     pub(super) fn discard(&self, lv: LvName, premounted: Option<Premounted>) {
-        self.forget(&lv);
+        self.tally.forget(&lv);
+        lock(&self.state).catalog.discard(&lv, Instant::now());
         self.upkeep.discard(lv, premounted);
     }
 }

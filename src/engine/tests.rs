@@ -448,6 +448,24 @@ fn entries_follow_the_store_whatever_a_listing_from_before_says() {
 }
 
 #[test]
+fn an_entry_that_could_not_be_marked_does_not_come_back_until_it_is_removed() {
+    for fate in IN_DOUBT {
+        let bench = Bench::new();
+        let entry = bench.entry("one");
+        bench.store.next([fate]);
+        bench.engine.doom(&entry).unwrap_err();
+        for _ in 0..2 {
+            bench.engine.relist();
+            assert!(bench.entries().is_empty(), "{fate:?}");
+        }
+        bench.while_listing(|| bench.engine.try_removals());
+        assert!(bench.entries().is_empty(), "{fate:?}");
+        bench.engine.relist();
+        assert_eq!(bench.stored(), [""; 0], "{fate:?}");
+    }
+}
+
+#[test]
 fn what_is_known_stays_while_the_store_cannot_be_read() {
     let bench = Bench::new();
     let entry = bench.entry("one");

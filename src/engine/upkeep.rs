@@ -345,7 +345,11 @@ impl Engine {
 
     fn try_removal(&self, mut removal: Removal) {
         match self.remove_lv(&mut removal) {
-            Ok(()) | Err(StoreError::NotFound(_)) => debug!(lv = %removal.lv, "LV removed"),
+            Ok(()) | Err(StoreError::NotFound(_)) => {
+                let now = Instant::now();
+                lock(&self.state).catalog.remove(&removal.lv, now);
+                debug!(lv = %removal.lv, "LV removed");
+            }
             Err(error) => {
                 debug!(lv = %removal.lv, %error, "removal put off");
                 self.upkeep.retry(removal);
