@@ -128,18 +128,27 @@ pub fn plan(
 }
 
 /// Commits that an entry is to be removed, and removes it. [`StoreError::Busy`] where that has to be
-/// tried again: it is out of every choice by then.
+/// tried again: it is out of every choice by then. A store too full to take that mark still removes.
 ///
 /// # Errors
 /// What the store says.
 pub fn evict(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<(), StoreError> {
     let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
-    match store.change_tags(lv, &[tag(DOOMED)], &[]) {
+    let marked = store.change_tags(lv, &[tag(DOOMED)], &[]);
+    match &marked {
         Err(StoreError::NotFound(_)) => return Ok(()),
-        marked => marked?,
+        Ok(()) | Err(StoreError::Full { .. }) => {}
+        Err(_) => return marked,
+    }
+    let removed = store.remove(lv);
+    match &removed {
+        // Neither marked nor gone.
+        Err(StoreError::Busy(_)) => marked?,
+        Err(_) if marked.is_err() => return removed,
+        _ => {}
     }
     info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
-    store.remove(lv)
+    removed
 }
 
 fn mounts() -> Result<Vec<MountPoint>, StoreError> {
@@ -255,16 +264,23 @@ impl Engine {
         if plan.is_empty() && self.is_short(&listing.capacity) {
             self.upkeep.fruitless();
         }
-        for (lv, evicted) in &plan {
-            match evict(&*self.store, lv, evicted) {
+        let mut gone = Vec::with_capacity(plan.len());
+        for (lv, evicted) in plan {
+            match evict(&*self.store, &lv, &evicted) {
                 Ok(()) => {}
                 Err(StoreError::Busy(_)) => self.upkeep.remove(lv.clone(), true),
+                // In use, and no room for the mark: another one makes it.
+                Err(error @ StoreError::Full { .. }) => {
+                    warn!(%lv, %error, "not evicted");
+                    continue;
+                }
                 Err(error) => return Err(error),
             }
             self.tally.evicted();
-            self.forget(lv);
+            self.forget(&lv);
+            gone.push(evicted);
         }
-        Ok(plan.into_iter().map(|(_, evicted)| evicted).collect())
+        Ok(gone)
     }
 
     fn plan(

@@ -368,8 +368,14 @@ impl Engine {
     fn remove_lv(&self, removal: &mut Removal) -> Result<(), StoreError> {
         removal.premounted = None;
         if !removal.doomed {
-            self.store.change_tags(&removal.lv, &[tag(DOOMED)], &[])?;
-            removal.doomed = true;
+            match self.store.change_tags(&removal.lv, &[tag(DOOMED)], &[]) {
+                // The mark has no room: removing needs none.
+                Err(StoreError::Full { .. }) => {}
+                marked => {
+                    marked?;
+                    removal.doomed = true;
+                }
+            }
         }
         self.store.remove(&removal.lv)?;
         reach("remove", 3);

@@ -7,7 +7,7 @@
 //! DIR/friend-…/tags.json   its tags, and what else LVM would know of it
 //! DIR/~new                 one that is being made
 //! DIR/~old.…               one that is being removed
-//! DIR/~seq                 the highest number given so far; written at each change
+//! DIR/~seq                 the highest number given so far; written at each change, for those who watch
 //! DIR/~lock                empty
 //! ```
 //! A volume is made complete under a name that no volume can have, and appears by
@@ -18,6 +18,9 @@
 //! Changes take turns, by a lock on a file: threads and processes alike.
 //! Listings take no lock.
 //!
+//! Removing works on a file system without a free block: it is a rename, and `~seq` is written over in place. Where
+//! even that fails, the change that it announces holds all the same.
+//!
 //! A snapshot of a mounted volume is consistent as LVM's is, where device-mapper
 //! freezes the file system: this freezes it, too, through one more mount of the
 //! same device. Killed in that moment, it would leave the file system frozen:
@@ -26,10 +29,11 @@
 mod loops;
 
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -187,8 +191,14 @@ impl ReflinkStore {
         for entry in fs::read_dir(&self.dir).map_err(&what)? {
             let entry = entry.map_err(&what)?;
             let name = entry.file_name();
-            if name == NEW || name.to_string_lossy().starts_with(OLD) {
+            if name == NEW {
                 remove_tree(&entry.path())?;
+            } else if is_old(&name) {
+                // What cannot be freed now is tried again at the next removal.
+                let freed = remove_tree(&entry.path());
+                if let Err(error) = freed {
+                    warn!(%error, "what a removed volume held is not freed yet");
+                }
             } else if let Some(lv) = name.to_str().and_then(|name| name.parse().ok())
                 && self.record(&lv)?.is_none()
             {
@@ -221,6 +231,20 @@ impl ReflinkStore {
             self.commit(turn, last)?;
         }
         Ok(())
+    }
+
+    /// Frees what removed volumes held, also those that an earlier removal could not free. Another thread or process
+    /// may be at the same.
+    fn sweep(&self) -> Result<(), StoreError> {
+        let what = failed("clearing away in", &self.dir);
+        let mut first = Ok(());
+        for entry in fs::read_dir(&self.dir).map_err(&what)? {
+            let entry = entry.map_err(&what)?;
+            if is_old(&entry.file_name()) {
+                first = first.and(remove_tree(&entry.path()));
+            }
+        }
+        first
     }
 
     fn lv_dir(&self, lv: &LvName) -> PathBuf {
@@ -415,26 +439,54 @@ impl ReflinkStore {
             let _ = remove_tree(&unfinished);
             return Err(error);
         }
-        self.commit(turn, seq)?;
-        if !new.active {
-            return Ok(None);
-        }
-        match loops::attach(&self.image(&new.name)) {
-            Ok(device) => Ok(Some(device.path())),
-            Err(error) => {
-                remove_tree(&self.discard(turn, &new.name)?)?;
-                Err(failed("a loop device for", self.image(&new.name))(error))
+        let ready = self.commit(turn, seq).and_then(|()| {
+            if !new.active {
+                return Ok(None);
+            }
+            let attached = loops::attach(&self.image(&new.name));
+            attached
+                .map(|device| Some(device.path()))
+                .map_err(failed("a loop device for", self.image(&new.name)))
+        });
+        if ready.is_err() {
+            // All or nothing: what its caller is told was not made is not there.
+            let undone = self.discard(turn, &new.name).and_then(|()| self.sweep());
+            if let Err(error) = undone {
+                warn!(lv = %new.name, %error, "a volume that could not be made whole is left");
             }
         }
+        ready
     }
 
-    /// Takes a volume away; what it held is freed when the returned place is.
-    fn discard(&self, turn: &Turn<'_>, lv: &LvName) -> Result<PathBuf, StoreError> {
-        let seq = self.next_seq()?;
-        let place = self.dir.join(format!("{OLD}{seq}"));
-        fs::rename(self.lv_dir(lv), &place).map_err(failed("removing", self.lv_dir(lv)))?;
-        self.commit(turn, seq)?;
-        Ok(place)
+    /// Takes a volume away; what it held is freed by [`ReflinkStore::sweep`].
+    fn discard(&self, turn: &Turn<'_>, lv: &LvName) -> Result<(), StoreError> {
+        let mut seq = self.next_seq()?;
+        let from = self.lv_dir(lv);
+        loop {
+            let place = self.dir.join(format!("{OLD}{seq}"));
+            match rustix::fs::renameat_with(CWD, &from, CWD, &place, RenameFlags::NOREPLACE) {
+                Ok(()) => break,
+                // Of a removal whose number could not be noted.
+                Err(rustix::io::Errno::EXIST) => seq += 1,
+                Err(error) => return Err(failed("removing", &from)(error.into())),
+            }
+        }
+        self.commit(turn, seq)
+    }
+
+    /// Takes a volume away where it is there and not in use.
+    fn take_away(&self, lv: &LvName) -> Result<(), StoreError> {
+        if self.record(lv)?.is_none() {
+            return Ok(());
+        }
+        let turn = match self.lock_inactive(lv) {
+            Err(StoreError::NotFound(_)) => return Ok(()),
+            turn => turn?,
+        };
+        if self.record(lv)?.is_none() {
+            return Ok(());
+        }
+        self.discard(&turn, lv)
     }
 
     fn noted_seq(&self) -> u64 {
@@ -458,19 +510,29 @@ impl ReflinkStore {
         Ok(last + 1)
     }
 
-    /// Makes the renames so far last, and tells whoever watches. That the number
-    /// itself lasts is not needed: opening the store looks for the highest.
+    /// Makes the renames so far last, and tells those who watch. That the number itself lasts is not needed: opening
+    /// the store looks for the highest.
     fn commit(&self, _turn: &Turn<'_>, seq: u64) -> Result<(), StoreError> {
         sync_dir(&self.dir)?;
-        let path = self.dir.join(SEQ);
-        File::options()
+        if let Err(error) = self.note_seq(seq) {
+            // The change is made, and closing the file has told of it.
+            debug!(%error, "the highest number is not noted");
+        }
+        Ok(())
+    }
+
+    /// Writes the highest number given so far.
+    fn note_seq(&self, seq: u64) -> io::Result<()> {
+        let file = File::options()
             .write(true)
             .create(true)
-            .truncate(true)
+            .truncate(false)
             .mode(0o600)
-            .open(&path)
-            .and_then(|mut file| writeln!(file, "{seq}"))
-            .map_err(failed("writing", &path))
+            .open(self.dir.join(SEQ))?;
+        // In place and always as long, which takes no block on a full file system.
+        let written = file.write_all_at(format!("{seq:020}\n").as_bytes(), 0);
+        // Rather none than an old one: then the volumes tell which is the highest.
+        written.inspect_err(|_| drop(file.set_len(0)))
     }
 
     fn capacity(&self) -> Result<Capacity, StoreError> {
@@ -624,26 +686,20 @@ impl Store for ReflinkStore {
         }
         let dir = self.lv_dir(lv);
         let (new, old) = (dir.join(NEW_TAGS), dir.join(TAGS));
-        write_record(&new, &record)?;
-        fs::rename(&new, &old).map_err(failed("writing", &old))?;
+        let written = write_record(&new, &record)
+            .and_then(|()| fs::rename(&new, &old).map_err(failed("writing", &old)));
+        if written.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        written?;
         sync_dir(&dir)?;
         self.commit(&turn, self.noted_seq().max(record.seq))
     }
 
     fn remove(&self, lv: &LvName) -> Result<(), StoreError> {
-        if self.record(lv)?.is_none() {
-            return Ok(());
-        }
-        let turn = match self.lock_inactive(lv) {
-            Err(StoreError::NotFound(_)) => return Ok(()),
-            turn => turn?,
-        };
-        if self.record(lv)?.is_none() {
-            return Ok(());
-        }
-        let removed = self.discard(&turn, lv)?;
-        drop(turn);
-        remove_tree(&removed)
+        let taken_away = self.take_away(lv);
+        // What an earlier try could not free too: its volume is not there to be removed again.
+        taken_away.and(self.sweep())
     }
 
     fn grow(&self, lv: &LvName, size: Bytes) -> Result<(), StoreError> {
@@ -839,6 +895,11 @@ fn sync_dir(path: &Path) -> Result<(), StoreError> {
     File::open(path)
         .and_then(|dir| dir.sync_all())
         .map_err(failed("writing", path))
+}
+
+/// Whether a name in the store's directory is that of a volume that was taken away.
+fn is_old(name: &OsStr) -> bool {
+    name.to_string_lossy().starts_with(OLD)
 }
 
 fn remove_tree(path: &Path) -> Result<(), StoreError> {

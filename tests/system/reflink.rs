@@ -2,9 +2,10 @@
 //! The reflink store, on XFS and on btrfs, on this machine's own kernel.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,10 +16,12 @@ use lvm_cache_friend::cache::names::{LvName, Tag};
 use lvm_cache_friend::cache::record::Role;
 use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::cache::units::Bytes;
+use lvm_cache_friend::engine::bounds::{self, Evicted};
 use lvm_cache_friend::fs::{Content, is_clean, make, probe};
 use lvm_cache_friend::mount::Mounted;
 use lvm_cache_friend::storage::reflink::{self, ReflinkStore};
 use lvm_cache_friend::storage::{NewLv, Store, StoreError};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::harness::{Test, Tier, test, this_binary};
 use crate::mounts::shut_down_now;
@@ -33,10 +36,12 @@ pub fn tests() -> Vec<Test> {
     tests.extend(store::tests(Tier::Reflink, "reflink_btrfs", || {
         Box::new(Disk::new("btrfs"))
     }));
-    let own: [(&str, fn()); 6] = [
+    let own: [(&str, fn()); 8] = [
         ("prepared_once", prepared_once),
         ("not_everywhere", not_everywhere),
         ("left_over", left_over),
+        ("not_one_free_block", not_one_free_block),
+        ("freed_in_the_end", freed_in_the_end),
         ("frozen", frozen),
         ("killed", killed),
         ("names_of_files", names_of_files),
@@ -228,6 +233,105 @@ fn left_over() {
         6,
         "base, one, two, four, ~seq, ~lock"
     );
+}
+
+/// An entry is evicted where nothing at all can be written, and those who watch see it.
+fn not_one_free_block() {
+    for fs in ["xfs", "btrfs"] {
+        let disk = Disk::new(fs);
+        let (dir, store) = (disk.dir(), disk.open());
+        for name in ["one", "two"] {
+            let entry = new(name, &["friend:snapshot", "friend:cache:a"]);
+            store.create(&entry, BASE).unwrap();
+        }
+        let image = File::options().write(true).open(dir.join("one/image"));
+        image.unwrap().write_all_at(&vec![1; 8 << 20], 0).unwrap();
+        run("sync", ["--file-system".as_ref(), dir.as_os_str()]);
+        let highest = store.list().unwrap().lvs.iter().map(|lv| lv.seq).max();
+
+        let ballast = disk.0.path().join("ballast");
+        let mut file = File::create(&ballast).unwrap();
+        for size in [1 << 20, 4096, 1] {
+            while file.write_all(&vec![1; size]).is_ok() && file.sync_data().is_ok() {}
+        }
+        // What is left in half-used blocks, too.
+        for number in 0.. {
+            if fs::write(disk.0.path().join(format!("small{number}")), [1; 4096]).is_err() {
+                break;
+            }
+        }
+        let watch = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        watch
+            .add_watch(&dir, AddWatchFlags::IN_CLOSE_WRITE)
+            .unwrap();
+
+        let evicted = Evicted {
+            lv: "one".into(),
+            reason: "full".into(),
+            scope: None,
+            tags: vec!["a".into()],
+            created: 0,
+            used: 0,
+            exclusive: None,
+        };
+        bounds::evict(&store, &lv("one"), &evicted).unwrap();
+        let told = watch.read_events().unwrap();
+        assert!(told.iter().any(|event| event.name == Some("~seq".into())));
+        let left: BTreeSet<_> = fs::read_dir(&dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert!(
+            !left
+                .iter()
+                .any(|name| name == "one" || name.starts_with("~old"))
+        );
+        assert!(left.contains("two"));
+
+        drop(file);
+        fs::remove_file(&ballast).unwrap();
+        wait_until(|| match store.create(&new("three", &[]), BASE) {
+            Ok(_) => true,
+            // Freed behind the scenes.
+            Err(StoreError::Full { .. }) => false,
+            Err(error) => panic!("{error}"),
+        });
+        let made = store.list().unwrap().lvs;
+        let made = made.iter().find(|lv| lv.name.as_str() == "three").unwrap();
+        assert!(Some(made.seq) > highest);
+    }
+}
+
+/// What a removal cannot free is freed by the next try, and its number is not given again.
+fn freed_in_the_end() {
+    let disk = Disk::new("xfs");
+    let (dir, store) = (disk.dir(), disk.open());
+    for name in ["one", "two"] {
+        store.create(&new(name, &[]), BASE).unwrap();
+    }
+    let olds = || {
+        let names = fs::read_dir(&dir).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("~old")).count()
+    };
+    let image = dir.join("one/image");
+    run("chattr", ["+i".as_ref(), image.as_os_str()]);
+    assert!(store.remove(&lv("one")).is_err());
+    assert_eq!((store.list().unwrap().lvs.len(), olds()), (2, 1));
+    // The number that this one's removal was given is lost.
+    fs::write(dir.join("~seq"), "").unwrap();
+    assert!(store.remove(&lv("two")).is_err());
+    assert_eq!(store.list().unwrap().lvs.len(), 1);
+    disk.open();
+    let old = fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let stuck = old
+        .map(|old| old.join("image"))
+        .find(|image| File::options().append(true).open(image).is_err() && image.exists());
+    run("chattr", ["-i".as_ref(), stuck.unwrap().as_os_str()]);
+    store.remove(&lv("one")).unwrap();
+    assert_eq!(olds(), 0);
 }
 
 mod ioctl {
