@@ -285,6 +285,72 @@ pub struct Victim<'a> {
     pub reason: Reason,
 }
 
+/// No clock that is right shows an earlier time, in seconds since 1970: 2026-01-01.
+const NOT_BEFORE: u64 = 1_767_225_600;
+
+/// How far a clock may be behind what it showed before, in seconds, and be right.
+const SLACK: u64 = 5 * 60;
+
+/// Whether ages can be told by a clock that shows `now`: not before that of the entry published last.
+#[must_use]
+pub fn is_plausible(now: u64, entries: &[Entry]) -> bool {
+    let last = entries.iter().max_by_key(|entry| entry.seq);
+    now >= NOT_BEFORE && last.is_none_or(|last| last.created <= now + SLACK)
+}
+
+/// Puts right the times that a wrong clock gave to entries: before [`NOT_BEFORE`], or after `now`. Such an entry counts
+/// as published when the next one was of which that is known, or else now; it was published earlier. A use in the
+/// future was one at some time until now.
+pub fn correct_times(entries: &mut [Entry], now: u64) {
+    let mut newest_first: Vec<&mut Entry> = entries.iter_mut().collect();
+    newest_first.sort_unstable_by_key(|entry| Reverse(entry.seq));
+    let mut next = now;
+    for entry in newest_first {
+        if (NOT_BEFORE..=now).contains(&entry.created) {
+            next = entry.created;
+        } else {
+            entry.created = next;
+        }
+        entry.used = entry.used.min(now);
+    }
+}
+
+/// The time by a clock that may be set while it is looked at.
+///
+/// What it shows beside what has passed since it was looked at before, by a clock that nobody sets, is believed once it
+/// has been so for an hour; until then time only passes. Set back, it is believed at once: then things are younger.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Steady {
+    /// The time when the other clock began, in seconds since 1970, as far as it is believed.
+    began: Option<u64>,
+    /// What it would be, and since when, by the other clock, in seconds.
+    claimed: Option<(u64, u64)>,
+}
+
+impl Steady {
+    /// The time in seconds since 1970, where the clock shows `wall` at `passed` seconds of the other one.
+    pub fn now(&mut self, passed: u64, wall: u64) -> u64 {
+        const TRUSTED_AFTER: u64 = 60 * 60;
+        let began = wall.saturating_sub(passed);
+        let believed = *self.began.get_or_insert(began);
+        if began <= believed + SLACK {
+            self.claimed = None;
+            // Small steps and drift, either way.
+            self.began = Some(began);
+        } else {
+            match self.claimed {
+                Some((claim, since)) if claim.abs_diff(began) <= SLACK => {
+                    if passed.saturating_sub(since) >= TRUSTED_AFTER {
+                        (self.began, self.claimed) = (Some(began), None);
+                    }
+                }
+                _ => self.claimed = Some((began, passed)),
+            }
+        }
+        self.began.unwrap_or(began) + passed
+    }
+}
+
 /// What has to go now, first first.
 ///
 /// `gives` says how many bytes of data the removal of one entry gives back, where that
@@ -409,6 +475,24 @@ impl Entry {
 }
 
 impl Policy {
+    /// The same, but for ages.
+    #[must_use]
+    pub fn without_ages(&self) -> Self {
+        let without = |limits: &Limits| Limits {
+            max_entries: limits.max_entries,
+            ..Limits::default()
+        };
+        let scopes = self.scopes.iter();
+        Self {
+            all: without(&self.all),
+            each_scope: without(&self.each_scope),
+            scopes: scopes
+                .map(|(scope, limits)| (scope.clone(), without(limits)))
+                .collect(),
+            ..self.clone()
+        }
+    }
+
     fn of(&self, scope: &Scope) -> &Limits {
         self.scopes.get(scope).unwrap_or(&self.each_scope)
     }
@@ -504,6 +588,103 @@ mod tests {
             .iter()
             .map(|victim| format!("{}: {}", victim.entry.lv, victim.reason));
         told.collect::<Vec<_>>().join("; ")
+    }
+
+    #[test]
+    fn a_clock_that_is_wrong() {
+        const NOW: u64 = NOT_BEFORE + 100 * DAY;
+        let entries = |times: &[(u64, u64)]| {
+            let mut all = super::tests::entries(&"e x; ".repeat(times.len()));
+            for (entry, (created, used)) in all.iter_mut().zip(times) {
+                (entry.created, entry.used) = (*created, *used);
+            }
+            all
+        };
+        let good = entries(&[(NOW - DAY, 0), (NOW - 60, 0)]);
+        for (now, want) in [
+            (0, false),
+            (NOT_BEFORE - 1, false),
+            (NOW - DAY, false),
+            (NOW - 120, true),
+            (NOW, true),
+        ] {
+            assert_eq!(is_plausible(now, &good), want, "{now}");
+        }
+        assert!(is_plausible(NOW, &[]) && !is_plausible(1000, &[]));
+        // One from the future is believed only as long as it is the last.
+        assert!(!is_plausible(NOW, &entries(&[(NOW, 0), (NOW + DAY, 0)])));
+        assert!(is_plausible(NOW, &entries(&[(NOW + DAY, 0), (NOW, 0)])));
+
+        let day = |n: u64| NOT_BEFORE + n * DAY;
+        for (given, want) in [
+            (vec![], vec![]),
+            (
+                vec![(day(1), 0), (day(2), day(3))],
+                vec![(day(1), 0), (day(2), day(3))],
+            ),
+            // Published in 1970, and in the future.
+            (vec![(7, 0), (day(9), 0)], vec![(day(9), 0), (day(9), 0)]),
+            (vec![(7, 7)], vec![(NOW, 7)]),
+            (
+                vec![
+                    (day(1), NOW + DAY),
+                    (NOW + DAY, 0),
+                    (day(2), 0),
+                    (NOW + 1, 0),
+                ],
+                vec![(day(1), NOW), (day(2), 0), (day(2), 0), (NOW, 0)],
+            ),
+        ] {
+            let mut corrected = entries(&given);
+            correct_times(&mut corrected, NOW);
+            let times: Vec<_> = corrected.iter().map(|e| (e.created, e.used)).collect();
+            assert_eq!(times, want, "{given:?}");
+        }
+
+        let policy = Policy {
+            all: limits(3, 7, 7),
+            each_scope: limits(4, 0, 7),
+            scopes: [(None, limits(0, 7, 0))].into(),
+            ..Policy::default()
+        };
+        let left = Policy {
+            all: limits(3, 0, 0),
+            each_scope: limits(4, 0, 0),
+            scopes: [(None, limits(0, 0, 0))].into(),
+            ..Policy::default()
+        };
+        assert_eq!(policy.without_ages(), left);
+    }
+
+    #[test]
+    fn a_clock_that_jumps() {
+        const HOUR: u64 = 3600;
+        const START: u64 = NOT_BEFORE;
+        // What has passed; what the clock shows beyond that; what is believed beyond that.
+        let mut clock = Steady::default();
+        for (passed, ahead, want) in [
+            (0, 0, 0),
+            (HOUR, 2, 2),
+            (2 * HOUR, 0, 0),
+            // A year ahead, and back again.
+            (3 * HOUR, 365 * DAY, 0),
+            (3 * HOUR + 600, 365 * DAY, 0),
+            (3 * HOUR + 700, 0, 0),
+            // Ahead for good.
+            (4 * HOUR, 365 * DAY, 0),
+            (5 * HOUR - 1, 365 * DAY + 1, 0),
+            (5 * HOUR, 365 * DAY, 365 * DAY),
+            // Set back.
+            (6 * HOUR, 9, 9),
+        ] {
+            let now = clock.now(passed, START + passed + ahead);
+            assert_eq!(now, START + passed + want, "{passed} {ahead}");
+        }
+        // Started before the time was known.
+        let mut clock = Steady::default();
+        assert_eq!(clock.now(10, 10), 10);
+        assert_eq!(clock.now(20, START), 20);
+        assert_eq!(clock.now(20 + HOUR, START + HOUR), START + HOUR);
     }
 
     #[test]

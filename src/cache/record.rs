@@ -47,6 +47,9 @@ pub const NOTE: &str = "friend:note:";
 /// On an entry that was published while its job went on: of the same lease there may be another, of its end. Earlier
 /// versions may pass over it.
 pub const CHECKPOINT: &str = "friend:note:checkpoint";
+/// Prefix of the highest number of a volume ([`crate::storage::Lv::seq`]) that there was when an entry was published, on
+/// one whose volume was made before: it is newer than that one. Earlier versions may pass over it.
+pub const AFTER: &str = "friend:note:after:";
 
 /// What all tags of ours begin with. Others' tags are never looked at.
 const OURS: &str = "friend:";
@@ -246,6 +249,25 @@ fn time(text: &str) -> Option<u64> {
     (time.to_string() == text).then_some(seconds)
 }
 
+/// The tag of an entry that is published when `highest` is the highest number of a volume.
+#[must_use]
+pub fn after_tag(highest: u64) -> Tag {
+    tag(AFTER, &highest.to_string())
+}
+
+/// Where an entry is in the order of publishing, the later the higher: `seq` is the number of its volume, and `tags` may
+/// say that it was published after others were made.
+#[must_use]
+pub fn place(seq: u64, tags: &[Tag]) -> u64 {
+    let after = |tag: &Tag| tag.as_str().strip_prefix(AFTER)?.parse::<u64>().ok();
+    // Between the volume of that number and the next one.
+    let between = |number: u64, rest: u64| number.saturating_mul(1 << 32).saturating_add(rest);
+    match tags.iter().filter_map(after).max() {
+        Some(after) if after > seq => between(after, seq),
+        _ => between(seq, 0),
+    }
+}
+
 /// Fills `slot` with what only one tag may say.
 fn once<T: PartialEq>(slot: &mut Option<T>, prefix: &str, value: T) -> Result<(), String> {
     match slot {
@@ -381,6 +403,26 @@ mod tests {
                 text
             }
         }
+    }
+
+    #[test]
+    fn the_order_of_publishing() {
+        let in_order = [
+            (1, ""),
+            (2, ""),
+            (9, ""),
+            // Made as the first and the third, published after the ninth.
+            (1, "friend:note:after:9"),
+            (3, "friend:note:after:9 friend:note:after:2"),
+            (10, "friend:note:after:9"),
+            (11, "friend:note:after:x"),
+        ];
+        let places = in_order.map(|(seq, given)| place(seq, &tags(given)));
+        assert!(places.is_sorted_by(|a, b| a < b), "{places:?}");
+        assert!(place(u64::MAX, &[]) > places[6]);
+        let entry = "friend:snapshot friend:cache:a friend:note:after:9";
+        assert_eq!(told(&Role::from_tags(&tags(entry))), "entry a");
+        assert_eq!(after_tag(9).as_str(), "friend:note:after:9");
     }
 
     /// An LV's tags, and what it is. Any row may be added.

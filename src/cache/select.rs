@@ -177,7 +177,7 @@ impl fmt::Display for Criteria {
 pub struct Entry {
     /// Its LV.
     pub lv: LvName,
-    /// Its place in the order of publishing ([`crate::storage::Lv::seq`]).
+    /// Its place in the order of publishing ([`super::record::place`]).
     pub seq: u64,
     /// When it was published, seconds since 1970; for people, never for order:
     /// clocks are set back.

@@ -61,9 +61,11 @@ fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Ev
         let listing = store.list()?;
         let mounts = mount::table().map_err(failed("the mount table"))?;
         // Nobody began a lease in a daemon that does not run.
-        let entries = bounds::entries(&listing, &mounts, &HashMap::new(), u64::MAX);
+        let now = bounds::wall_clock();
+        let entries = bounds::entries(&listing, &mounts, &HashMap::new(), Duration::ZERO);
         let capacity = &listing.capacity;
-        let round = bounds::plan(&entries, capacity, &settings.policy, usage.as_ref(), false);
+        let policy = &settings.policy;
+        let round = bounds::plan(entries, capacity, policy, now, usage.as_ref(), false);
         let last = dry_run || round.is_empty();
         for (lv, evicted) in round {
             if !dry_run {

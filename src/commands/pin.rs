@@ -30,6 +30,7 @@ pub fn run(config: &Path, args: &cli::Pin, pinned: bool) -> Result<(), Failure> 
     let pin: [Tag; 1] = [PIN.parse().expect("a tag")];
     let (add, delete): (&[Tag], &[Tag]) = if pinned { (&pin, &[]) } else { (&[], &pin) };
     store.change_tags(&lv.name, add, delete)?;
+    store.persist()?;
     let what = if pinned { "pinned" } else { "not pinned" };
     print(&format!("{name} {what}\n"))
 }

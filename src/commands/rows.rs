@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::Role;
+use crate::cache::record::{Role, place};
 use crate::mount::MountPoint;
 use crate::plugin::wire::rfc3339;
 use crate::storage::{Listing, Lv, Usage};
@@ -174,7 +174,7 @@ fn row(lv: &Lv, role: Role, usage: Option<&HashMap<LvName, Usage>>, mounts: &[Mo
         last_use,
         mounted: mountpoint.is_some(),
         mountpoint,
-        seq: lv.seq,
+        seq: place(lv.seq, &lv.tags),
         created_seconds: lv.created,
         cache_tags,
     }

@@ -16,7 +16,7 @@ use super::volume::{Phase, Restored, Source};
 use super::{Engine, EngineError, lock, tag, unix_now};
 use crate::cache::evict::{self, Entry, Policy};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, used_tag};
+use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, place, used_tag};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint};
 use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
@@ -51,17 +51,43 @@ pub struct Evicted {
     pub exclusive: Option<u64>,
 }
 
-/// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not
-/// settled, or whose volume is mounted now; and what `used` says was used after `since`, seconds since 1970.
+/// When something was last restored from an entry.
+#[derive(Debug, Clone, Copy)]
+pub struct Use {
+    /// In seconds since 1970, by a clock that may be set.
+    pub at: u64,
+    /// By one that nobody sets.
+    pub when: Instant,
+}
+
+impl Use {
+    /// Just now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self {
+            at: unix_now(),
+            when: Instant::now(),
+        }
+    }
+
+    /// Whether it was less than that before `now`.
+    pub(super) fn is_within(&self, time: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.when) < time
+    }
+}
+
+/// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not settled, or whose
+/// volume is mounted now; and what `used` says was used within the time of `keep`.
 #[must_use]
 pub fn entries(
     listing: &Listing,
     mounts: &[MountPoint],
-    used: &HashMap<LvName, u64>,
-    since: u64,
+    used: &HashMap<LvName, Use>,
+    keep: Duration,
 ) -> Vec<Entry> {
     let mut found = Vec::new();
     let mut in_use = HashSet::new();
+    let now = Instant::now();
     for lv in &listing.lvs {
         match Role::from_tags(&lv.tags) {
             Role::Entry {
@@ -72,11 +98,13 @@ pub fn entries(
                 ..
             } => found.push(Entry {
                 lv: lv.name.clone(),
-                seq: lv.seq,
+                seq: place(lv.seq, &lv.tags),
                 created: lv.created,
-                used: used.get(&lv.name).map_or(noted, |used| noted.max(*used)),
+                used: used.get(&lv.name).map_or(noted, |used| noted.max(used.at)),
                 pinned,
-                in_use: used.get(&lv.name).is_some_and(|used| *used > since),
+                in_use: used
+                    .get(&lv.name)
+                    .is_some_and(|used| used.is_within(keep, now)),
                 scope,
                 tags,
             }),
@@ -99,18 +127,42 @@ pub fn entries(
     found
 }
 
-/// What is to go of `entries`.
+/// The time for [`plan`], where no life of a daemon's says how the clock went.
+#[must_use]
+pub fn wall_clock() -> u64 {
+    unix_now()
+}
+
+/// Seconds since the machine started, also those that it slept.
+fn uptime() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/uptime").ok()?;
+    text.split('.').next()?.parse().ok()
+}
+
+/// What is to go of `entries` at `now`, seconds since 1970. For its age nothing goes by a clock that cannot be right.
 #[must_use]
 pub fn plan(
-    entries: &[Entry],
+    mut entries: Vec<Entry>,
     capacity: &Capacity,
     policy: &Policy,
+    now: u64,
     usage: Option<&HashMap<LvName, Usage>>,
     refused: bool,
 ) -> Vec<(LvName, Evicted)> {
     let exclusive = |lv: &LvName| Some(usage?.get(lv)?.exclusive);
-    let now = unix_now();
-    let victims = evict::plan(entries, &capacity.fill(), policy, now, exclusive, refused);
+    let ageless;
+    let policy = if evict::is_plausible(now, &entries) {
+        policy
+    } else {
+        debug!(
+            now,
+            "this clock cannot be right: nothing is evicted for its age"
+        );
+        ageless = policy.without_ages();
+        &ageless
+    };
+    evict::correct_times(&mut entries, now);
+    let victims = evict::plan(&entries, &capacity.fill(), policy, now, exclusive, refused);
     let told = victims.into_iter().map(|victim| {
         let entry = victim.entry;
         let evicted = Evicted {
@@ -289,17 +341,26 @@ impl Engine {
         usage: Option<&HashMap<LvName, Usage>>,
         refused: bool,
     ) -> Result<Vec<(LvName, Evicted)>, StoreError> {
-        let since = unix_now().saturating_sub(self.settings.keep_used.as_secs());
+        let wall = unix_now();
+        let now = uptime().map_or(wall, |passed| lock(&self.clock).now(passed, wall));
+        let keep = self.settings.keep_used;
         let mounts = mounts()?;
         let entries = {
             let mut state = lock(&self.state);
-            let entries = entries(listing, &mounts, state.catalog.uses(), since);
+            let entries = entries(listing, &mounts, state.catalog.uses(), keep);
             let there: HashSet<_> = entries.iter().map(|entry| &entry.lv).collect();
-            state.catalog.forget_uses(since, &there);
+            state.catalog.forget_uses(keep, Instant::now(), &there);
             entries
         };
         let policy = &self.settings.policy;
-        Ok(plan(&entries, &listing.capacity, policy, usage, refused))
+        Ok(plan(
+            entries,
+            &listing.capacity,
+            policy,
+            now,
+            usage,
+            refused,
+        ))
     }
 
     /// Has entries evicted where a lease that goes on leaves less free than there should be.
@@ -307,6 +368,10 @@ impl Engine {
         let short = match self.store.room() {
             Ok(capacity) => self.is_short(&capacity),
             Err(StoreError::Full { .. }) => true,
+            Err(error @ StoreError::OutOfService { .. }) => {
+                warn!(%error, "leases go on in a store that takes no writes");
+                false
+            }
             Err(error) => {
                 debug!(%error, "how full the store is cannot be told");
                 false
@@ -324,10 +389,12 @@ impl Engine {
             .any(|(_, space, floor)| space.missing(*floor) > 0)
     }
 
-    /// Refuses a lease that would begin in a store without room, for its first writes would fail.
+    /// Refuses a lease that would begin in a store without room or out of service, for its first writes would fail.
     pub(super) fn room_for_lease(&self) -> Result<(), EngineError> {
         match self.store.room() {
-            Err(full @ StoreError::Full { .. }) => Err(full.into()),
+            Err(why @ (StoreError::Full { .. } | StoreError::OutOfService { .. })) => {
+                Err(why.into())
+            }
             Err(error) => {
                 debug!(%error, "how full the store is cannot be told");
                 Ok(())
@@ -339,15 +406,14 @@ impl Engine {
     /// Takes note that something is restored from an entry.
     pub(super) fn note_copy(&self, source: &Source) {
         if let Some(entry) = entry_of(source) {
-            lock(&self.state).catalog.restore_from(entry, unix_now());
+            lock(&self.state).catalog.restore_from(entry, Use::now());
         }
     }
 
     /// Takes note that a lease begins with what was restored from `source`.
     pub(super) fn note_lease(&self, source: &Source) {
-        let now = unix_now();
         let mut state = lock(&self.state);
-        let due = entry_of(source).filter(|entry| state.catalog.lease_from(entry, now));
+        let due = entry_of(source).filter(|entry| state.catalog.lease_from(entry, Use::now()));
         drop(state);
         self.upkeep.lease_begins(due.cloned());
     }

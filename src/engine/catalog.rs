@@ -7,8 +7,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::bounds::Use;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::USED_GRAIN;
 use crate::cache::select::{Entry, Index};
@@ -45,8 +46,8 @@ pub(super) struct Catalog {
     leaving: HashSet<LvName>,
     /// Entries found damaged while another program had them active: not used until none has.
     unready: HashSet<LvName>,
-    /// When something was last restored from an entry, in this life of the daemon, in seconds since 1970.
-    used: HashMap<LvName, u64>,
+    /// When something was last restored from an entry, in this life of the daemon.
+    used: HashMap<LvName, Use>,
     /// When a use of an entry was last written to the store, or was about to be, in seconds since 1970.
     noted: HashMap<LvName, u64>,
     /// LVs that are not clearly ours, and why, as far as that was reported.
@@ -140,21 +141,14 @@ impl Catalog {
         made
     }
 
-    /// Adds an entry that we published by `now` (`created` in seconds since 1970). It is the newest until a listing says
-    /// its number, and counts as used: it is what the next job looks for.
-    pub fn publish(
-        &mut self,
-        lv: LvName,
-        scope: Scope,
-        tags: Vec<Tag>,
-        created: u64,
-        now: Instant,
-    ) {
+    /// Adds an entry that we published by `now`. It is the newest until a listing says its number, and counts as used: it
+    /// is what the next job looks for.
+    pub fn publish(&mut self, lv: LvName, scope: Scope, tags: Vec<Tag>, now: Use) {
         let newest = self.index.entries().first().map_or(0, |entry| entry.seq);
         let entry = Entry {
             lv: lv.clone(),
             seq: newest + 1,
-            created,
+            created: now.at,
             scope,
             tags,
         };
@@ -162,8 +156,8 @@ impl Catalog {
         entries.push(entry.clone());
         self.index = Arc::new(Index::new(entries));
         self.generation += 1;
-        self.used.insert(lv.clone(), created);
-        self.born.insert(lv, (now, entry));
+        self.used.insert(lv.clone(), now);
+        self.born.insert(lv, (now.when, entry));
     }
 
     /// Forgets `lv`, if it is an entry or the base, as it was given up by `now`.
@@ -209,33 +203,33 @@ impl Catalog {
         self.unready.retain(|lv| !lvs.contains(lv));
     }
 
-    /// Notes that something is restored from an entry at `now`, in seconds since 1970.
-    pub fn restore_from(&mut self, entry: &LvName, now: u64) {
+    /// Notes that something is restored from an entry now.
+    pub fn restore_from(&mut self, entry: &LvName, now: Use) {
         self.used.insert(entry.clone(), now);
     }
 
-    /// Notes that a lease begins at `now`, in seconds since 1970, with what was restored from an entry. Gives whether
-    /// that is to be written to the store, which is so once in [`USED_GRAIN`].
-    pub fn lease_from(&mut self, entry: &LvName, now: u64) -> bool {
+    /// Notes that a lease begins now with what was restored from an entry. Gives whether that is to be written to the
+    /// store, which is so once in [`USED_GRAIN`].
+    pub fn lease_from(&mut self, entry: &LvName, now: Use) -> bool {
         self.restore_from(entry, now);
         let noted = self.noted.get(entry);
-        let due = noted.is_none_or(|noted| now.abs_diff(*noted) >= USED_GRAIN);
+        let due = noted.is_none_or(|noted| now.at.abs_diff(*noted) >= USED_GRAIN);
         if due {
-            self.noted.insert(entry.clone(), now);
+            self.noted.insert(entry.clone(), now.at);
         }
         due
     }
 
-    /// When something was last restored from entries, in this life of the daemon, in seconds since 1970.
-    pub fn uses(&self) -> &HashMap<LvName, u64> {
+    /// When something was last restored from entries, in this life of the daemon.
+    pub fn uses(&self) -> &HashMap<LvName, Use> {
         &self.used
     }
 
-    /// Forgets the uses of entries that are not `there`, but for those after `since` (seconds since 1970): what was just
+    /// Forgets the uses of entries that are not `there`, but for those of the time `keep` before `now`: what was just
     /// published is in the next listing only.
-    pub fn forget_uses(&mut self, since: u64, there: &HashSet<&LvName>) {
+    pub fn forget_uses(&mut self, keep: Duration, now: Instant, there: &HashSet<&LvName>) {
         self.used
-            .retain(|lv, used| *used > since || there.contains(lv));
+            .retain(|lv, used| used.is_within(keep, now) || there.contains(lv));
         self.noted.retain(|lv, _| there.contains(lv));
     }
 
@@ -310,7 +304,12 @@ mod tests {
 
     fn publish(catalog: &mut Catalog, name: &str, now: Instant) {
         let tags = vec!["a".parse().unwrap()];
-        catalog.publish(lv(name), None, tags, 1, now);
+        catalog.publish(lv(name), None, tags, Use { at: 1, when: now });
+    }
+
+    /// A use at a second of the clock that may be set, and a tick of the other.
+    fn used(at: u64, when: Instant) -> Use {
+        Use { at, when }
     }
 
     /// The names of the entries, newest first.
@@ -409,7 +408,7 @@ mod tests {
         catalog.make(lv("of-another"), clock.at(3));
         catalog.doubt(lv("none"), clock.at(3));
         catalog.hold_back(lv("one"));
-        catalog.lease_from(&lv("one"), 1);
+        catalog.lease_from(&lv("one"), used(1, clock.at(3)));
         assert!(!changes(&catalog));
         catalog.take_over(listed(), Some(base("another")), clock.at(4));
         assert!(changes(&catalog));
@@ -469,25 +468,27 @@ mod tests {
 
     #[test]
     fn uses_are_written_once_an_hour() {
-        let mut catalog = Catalog::default();
+        let (clock, mut catalog) = (clock(), Catalog::default());
         let one = lv("one");
-        catalog.restore_from(&one, 5);
-        assert!(catalog.lease_from(&one, 10));
-        assert!(!catalog.lease_from(&one, 9 + USED_GRAIN));
-        assert!(catalog.lease_from(&one, 10 + USED_GRAIN));
+        let at = |seconds| used(seconds, clock.at(0));
+        catalog.restore_from(&one, at(5));
+        assert!(catalog.lease_from(&one, at(10)));
+        assert!(!catalog.lease_from(&one, at(9 + USED_GRAIN)));
+        assert!(catalog.lease_from(&one, at(10 + USED_GRAIN)));
         // The clock was set back.
-        assert!(!catalog.lease_from(&one, 11));
-        assert!(catalog.lease_from(&one, 9));
-        assert_eq!(catalog.uses()[&one], 9);
+        assert!(!catalog.lease_from(&one, at(11)));
+        assert!(catalog.lease_from(&one, at(9)));
+        assert_eq!(catalog.uses()[&one].at, 9);
     }
 
     #[test]
     fn uses_are_forgotten_with_their_entries() {
-        let mut catalog = Catalog::default();
-        for (name, at) in [("there", 1), ("removed", 1), ("just-published", 9)] {
-            catalog.lease_from(&lv(name), at);
+        let (clock, mut catalog) = (clock(), Catalog::default());
+        for (name, tick) in [("there", 1), ("removed", 1), ("just-published", 9)] {
+            catalog.lease_from(&lv(name), used(1, clock.at(tick)));
         }
-        catalog.forget_uses(5, &HashSet::from([&lv("there")]));
+        let keep = clock.at(10) - clock.at(5);
+        catalog.forget_uses(keep, clock.at(10), &HashSet::from([&lv("there")]));
         let mut left: Vec<_> = catalog.uses().keys().map(LvName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["just-published", "there"]);

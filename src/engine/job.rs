@@ -696,6 +696,7 @@ impl Engine {
             .collect();
         if !save.is_empty() {
             self.store.change_tags(&lv, &[], &save)?;
+            self.persist();
         }
         Ok(())
     }
@@ -713,6 +714,7 @@ impl Engine {
         for lv in job.lvs() {
             self.note_failure(&lv, !success)?;
         }
+        self.persist();
         Ok(())
     }
 

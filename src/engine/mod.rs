@@ -45,7 +45,7 @@ use rustix::fs::{Gid, Uid};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, info, warn};
 
-use crate::cache::evict::Policy;
+use crate::cache::evict::{Policy, Steady};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
 use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
@@ -199,6 +199,8 @@ pub struct Engine {
     unmapped: AtomicBool,
     tally: Tally,
     telling: Telling,
+    /// The time for the rules about age.
+    clock: Mutex<Steady>,
     /// Held at a lease's end from looking whether an entry is missing until it is there.
     missing: Mutex<()>,
 }
@@ -290,6 +292,7 @@ impl Engine {
             premounted: Arc::default(),
             unmapped: AtomicBool::default(),
             tally: Tally::default(),
+            clock: Mutex::default(),
             missing: Mutex::new(()),
         }))
     }
@@ -901,6 +904,7 @@ impl Engine {
         };
         match self.remove_lvs(&volume, current) {
             Ok(()) => {
+                self.persist();
                 let mut now = lock(&volume.now);
                 now.phase = Phase::Stale(None);
                 now.removed = true;
@@ -913,6 +917,13 @@ impl Engine {
                 lock(&volume.now).phase = phase;
                 Err(error)
             }
+        }
+    }
+
+    /// Has what was answered last outlast a power cut. It is done, whether that succeeds or not.
+    fn persist(&self) {
+        if let Err(error) = self.store.persist() {
+            warn!(%error, "a power cut may undo what was just changed");
         }
     }
 

@@ -9,7 +9,7 @@ use std::{fs, thread};
 use serde_json::json;
 use tracing::{debug, info, warn};
 
-use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
+use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE, Use};
 use super::prepare::{Of, fresh_lv_name};
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
@@ -17,7 +17,7 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
+use crate::cache::record::{FAILED, MAKING, SNAPSHOT, after_tag, entry_tags};
 use crate::cache::spec::{Publish, Spec};
 use crate::failpoint::reach;
 use crate::fs::Content;
@@ -464,7 +464,7 @@ impl Engine {
         let (scope, tags) = (spec.scope.clone(), spec.save.clone());
         lock(&self.state)
             .catalog
-            .publish(lv, scope, tags, unix_now(), Instant::now());
+            .publish(lv, scope, tags, Use::now());
         self.upkeep.tidy();
     }
 
@@ -552,7 +552,13 @@ impl Engine {
                 )));
             }
             self.store.deactivate(&making.name)?;
-            Ok(self.store.change_tags(&making.name, tags, &[tag(MAKING)])?)
+            // Others may have been published since it was made.
+            let lvs = self.store.list()?.lvs;
+            let mut tags = tags.to_vec();
+            tags.extend(lvs.iter().map(|lv| lv.seq).max().map(after_tag));
+            (self.store).change_tags(&making.name, &tags, &[tag(MAKING)])?;
+            self.persist();
+            Ok(())
         })();
         match recovered {
             Ok(()) => {
@@ -600,6 +606,7 @@ type Outcome = Result<LvName, &'static str>;
 const fn passes(error: &StoreError) -> bool {
     match error {
         StoreError::Timeout { .. }
+        | StoreError::OutOfService { .. }
         | StoreError::Unusable(_)
         | StoreError::Failed(_)
         | StoreError::Busy(_)

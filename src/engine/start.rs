@@ -17,7 +17,7 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Happened, Verdict, job, lock, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{CHECKPOINT, LEASE, Role};
+use crate::cache::record::{CHECKPOINT, LEASE, Role, place};
 use crate::cache::select::Entry;
 use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
@@ -165,7 +165,7 @@ impl Seen {
                     }
                     seen.entries.push(Entry {
                         lv: lv.name.clone(),
-                        seq: lv.seq,
+                        seq: place(lv.seq, &lv.tags),
                         created: lv.created,
                         scope,
                         tags,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
 use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
@@ -37,6 +37,10 @@ const HOMELESS: Duration = Duration::from_secs(10);
 /// How often is looked how full leases have made the store: faster than a disk fills what is
 /// kept free.
 const FILLING: Duration = Duration::from_secs(5);
+
+/// How often a directory is looked for that changes by others showed in and that was removed; until it is there again,
+/// the store is read as often.
+const UNWATCHED: Duration = Duration::from_secs(10);
 
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
@@ -271,11 +275,19 @@ impl Engine {
         loop {
             match inotify.read_events() {
                 Ok(events) => {
-                    let ours = |name: Option<&std::ffi::OsString>| match &watch.file {
-                        None => true,
-                        Some(file) => name.is_some_and(|name| name == file.as_str()),
-                    };
-                    if events.iter().any(|event| ours(event.name.as_ref())) {
+                    if events.iter().any(|event| may_be_a_change(watch, event)) {
+                        self.upkeep.list();
+                    }
+                    // Its directory was removed, or its file system unmounted.
+                    let ended =
+                        |event: &InotifyEvent| event.mask.contains(AddWatchFlags::IN_IGNORED);
+                    if events.iter().any(ended) {
+                        warn!(dir = %watch.dir.display(), "what shows changes by others was removed");
+                        while let Err(error) = add_watch(inotify, watch) {
+                            debug!(dir = %watch.dir.display(), %error, "changes by others are not noticed");
+                            thread::sleep(UNWATCHED);
+                            self.upkeep.list();
+                        }
                         self.upkeep.list();
                     }
                 }
@@ -329,6 +341,7 @@ impl Engine {
     }
 
     fn removals_thread(self: &Arc<Self>) {
+        self.look_at_store();
         let mut waiting: Vec<Ask> = Vec::new();
         while let Some(work) = self.upkeep.next_removal() {
             let removal = match work {
@@ -362,6 +375,25 @@ impl Engine {
     pub(super) fn try_removals(&self) {
         for removal in mem::take(&mut lock(&self.upkeep.removals).waiting) {
             self.try_removal(removal);
+        }
+    }
+
+    /// Clears away what an earlier life left that no listing shows, and says what is wrong with the store beside.
+    fn look_at_store(&self) {
+        if let Err(error) = self.store.clear_away() {
+            warn!(%error, "what killed commands left is not cleared away");
+        }
+        match self.store.troubles() {
+            Ok(troubles) => {
+                for trouble in troubles {
+                    warn!(
+                        finding = trouble.finding,
+                        fix = trouble.fix,
+                        "something is wrong with the store"
+                    );
+                }
+            }
+            Err(error) => debug!(%error, "what is wrong with the store is not known"),
         }
     }
 
@@ -570,8 +602,26 @@ impl Engine {
     }
 }
 
+/// Whether an event may mean that others changed the store: one that says that others were lost may.
+fn may_be_a_change(watch: &Watch, event: &InotifyEvent) -> bool {
+    let lost = AddWatchFlags::IN_Q_OVERFLOW | AddWatchFlags::IN_IGNORED;
+    event.mask.intersects(lost)
+        || match &watch.file {
+            None => true,
+            Some(file) => event
+                .name
+                .as_ref()
+                .is_some_and(|name| name == file.as_str()),
+        }
+}
+
 fn watch_dir(watch: &Watch) -> io::Result<Inotify> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    add_watch(&inotify, watch)?;
+    Ok(inotify)
+}
+
+fn add_watch(inotify: &Inotify, watch: &Watch) -> nix::Result<()> {
     inotify.add_watch(
         &watch.dir,
         AddWatchFlags::IN_CLOSE_WRITE
@@ -579,5 +629,44 @@ fn watch_dir(watch: &Watch) -> io::Result<Inotify> {
             | AddWatchFlags::IN_MOVED_FROM
             | AddWatchFlags::IN_DELETE,
     )?;
-    Ok(inotify)
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::*;
+
+    #[test]
+    fn what_may_be_a_change() {
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let wd = inotify
+            .add_watch(dir.path(), AddWatchFlags::IN_CREATE)
+            .unwrap();
+        let watch = |file: Option<&str>| Watch {
+            dir: dir.path().into(),
+            file: file.map(str::to_owned),
+        };
+        for (mask, name, want) in [
+            (AddWatchFlags::IN_MOVED_TO, Some("vg"), true),
+            (AddWatchFlags::IN_MOVED_TO, Some("other"), false),
+            (AddWatchFlags::IN_Q_OVERFLOW, None, true),
+            (AddWatchFlags::IN_IGNORED, None, true),
+        ] {
+            let event = InotifyEvent {
+                wd,
+                mask,
+                cookie: 0,
+                name: name.map(OsString::from),
+            };
+            assert_eq!(
+                may_be_a_change(&watch(Some("vg")), &event),
+                want,
+                "{event:?}"
+            );
+            assert!(may_be_a_change(&watch(None), &event));
+        }
+    }
 }

@@ -129,6 +129,15 @@ pub struct Watch {
     pub file: Option<String>,
 }
 
+/// Something is wrong with a store, or may come to be, that no listing shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// What.
+    pub finding: String,
+    /// What to do about it, a command mostly.
+    pub fix: String,
+}
+
 /// A store's operation did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -162,6 +171,14 @@ pub enum StoreError {
     /// The store is not there or cannot be used: not prepared, no such group.
     #[error("{0}")]
     Unusable(String),
+    /// It is there, but takes no writes until it is repaired: a thin pool that has failed, is read-only, or needs a check.
+    #[error("{store} is out of service: {detail}")]
+    OutOfService {
+        /// Which store.
+        store: String,
+        /// What is wrong, and which command helps.
+        detail: String,
+    },
     /// A command of the store failed.
     #[error("{0}")]
     Failed(String),
@@ -200,12 +217,37 @@ pub trait Store: Send + Sync + 'static {
         None
     }
 
+    /// What is wrong with it beside. Slow, and for people.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn troubles(&self) -> Result<Vec<Trouble>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    /// Removes what commands that were killed left of ours and no listing shows. Changes nothing where there is none;
+    /// a daemon calls it once it serves.
+    ///
+    /// # Errors
+    /// What kept it from that; nothing is lost by it.
+    fn clear_away(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Has all changes of tags that were answered so far outlast a power cut. New volumes do without.
+    ///
+    /// # Errors
+    /// When a disk cannot be written to.
+    fn persist(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// How full it is, as far as that changes without a change to the volumes. So cheap that
     /// it may be asked for each lease.
     ///
     /// # Errors
     /// [`StoreError::Full`] where no volume would be made: a write that finds no room is an
-    /// I/O error to whoever has written before.
+    /// I/O error to whoever has written before. [`StoreError::OutOfService`] where all writes are.
     fn room(&self) -> Result<Capacity, StoreError>;
 
     /// What each volume takes, active or not. Slower than [`Store::list`], and

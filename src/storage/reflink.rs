@@ -578,6 +578,10 @@ impl Store for ReflinkStore {
         NAME
     }
 
+    fn clear_away(&self) -> Result<(), StoreError> {
+        self.sweep()
+    }
+
     fn list(&self) -> Result<Listing, StoreError> {
         let records = self.records()?;
         let numbers: HashMap<LvName, u64> = records

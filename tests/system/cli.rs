@@ -43,6 +43,7 @@ pub fn tests() -> Vec<Test> {
         reflink("init_again_changes_nothing", init_again),
         reflink("list_and_show_without_a_daemon", list_and_show),
         reflink("import_keeps_everything", import_keeps_everything),
+        reflink("import_is_newest", import_is_newest),
         reflink("import_leaves_nothing_when_it_fails", import_fails),
         reflink("remove", remove),
         reflink("exit_codes", exit_codes),
@@ -584,6 +585,61 @@ fn import_keeps_everything(kind: Kind) {
         (7, 8, 0o700)
     );
     daemon.plugin().unmount("v2", "x");
+}
+
+/// What is published while it copies is older.
+fn import_is_newest(kind: Kind) {
+    let site = Site::new(kind);
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    let content = temp_dir();
+    let mut big = File::create(content.path().join("big")).unwrap();
+    for number in 0..64 {
+        big.write_all(&vec![number; 1 << 20]).unwrap();
+    }
+    fs::write(content.path().join("imported"), "").unwrap();
+    let dir = content.path().to_str().unwrap();
+    let mut import = site.command(&["import", dir, "--tags", "a"]);
+    let mut import = import.spawn().unwrap();
+    let pid = Pid::from_raw(import.id().try_into().unwrap());
+    let making = || {
+        site.census()
+            .lvs
+            .values()
+            .any(|tags| tags.contains("friend:making"))
+    };
+    wait_until(making);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    assert!(making());
+
+    plugin.create("w", &json!({"save": "a"}));
+    let at = plugin.mount("w", "x");
+    fs::write(at.join("published"), "").unwrap();
+    plugin.unmount("w", "x");
+    wait_until(|| site.census().entries().len() == 1);
+    kill(pid, Signal::SIGCONT).unwrap();
+    assert!(import.wait().unwrap().success());
+
+    wait_until(|| site.census().entries().len() == 2);
+    // The daemon may not have noticed yet.
+    wait_until(|| {
+        plugin.create("v", &json!({"restore": "a"}));
+        let at = plugin.mount("v", "x");
+        let newest = at.join("imported").exists();
+        plugin.unmount("v", "x");
+        plugin.remove("v");
+        newest
+    });
+    let listed = site.list();
+    let entry = listed
+        .iter()
+        .find(|row| row["tags"].to_string().contains("friend:cache:a"));
+    assert!(
+        entry.unwrap()["tags"]
+            .to_string()
+            .contains("friend:note:after:")
+    );
+    daemon.stop();
 }
 
 fn import_fails(kind: Kind) {

@@ -41,6 +41,13 @@ pub fn tests() -> Vec<Test> {
         lvm("every_tag_there_can_be", every_tag_there_can_be),
         lvm("usage_of_inactive_volumes", usage_of_inactive_volumes),
         lvm(
+            "thin_devices_that_lvm_does_not_know",
+            thin_devices_that_lvm_does_not_know,
+        ),
+        lvm("out_of_service", out_of_service),
+        lvm("zeroing", zeroing),
+        lvm("tags_outlast_a_power_cut", tags_outlast_a_power_cut),
+        lvm(
             "changes_by_hand_show_in_the_watch",
             changes_by_hand_show_in_the_watch,
         ),
@@ -355,7 +362,7 @@ fn usage_of_inactive_volumes() {
     assert_eq!(usage()[&name("one")], of(8, 2));
     assert_eq!(usage()[&name("two")], of(8, 2));
 
-    // Left reserved by someone who died over it.
+    // Left reserved by a process of ours that died over it.
     let held = || {
         sh("dmsetup status --noflush testvg-pool-tpool")
             .split(' ')
@@ -363,13 +370,229 @@ fn usage_of_inactive_volumes() {
             .unwrap()
             != "-"
     };
-    sh("dmsetup message testvg-pool-tpool 0 reserve_metadata_snap");
-    assert!(held());
+    let mark = fixture.runtime.path().join("lvm/usage.lock");
+    let left_by_us = || {
+        fs::write(&mark, "reserved\n").unwrap();
+        sh("dmsetup message testvg-pool-tpool 0 reserve_metadata_snap");
+        assert!(held());
+    };
+    left_by_us();
     assert_eq!(usage()[&name("two")], of(8, 2));
     assert!(!held());
-    sh("dmsetup message testvg-pool-tpool 0 reserve_metadata_snap");
+    left_by_us();
     drop(fixture.open());
     assert!(!held());
+
+    // By another program, which may be reading it.
+    sh("dmsetup message testvg-pool-tpool 0 reserve_metadata_snap");
+    drop(fixture.open());
+    assert!(store.usage().is_err() && held());
+    let told = troubles(&store);
+    assert!(
+        told.contains("dmsetup message testvg-pool-tpool 0 release_metadata_snap"),
+        "{told}"
+    );
+    sh("dmsetup message testvg-pool-tpool 0 release_metadata_snap");
+    assert_eq!(usage()[&name("two")], of(8, 2));
+    assert_eq!(troubles(&store), "");
+}
+
+/// What is wrong with it, and what helps.
+fn troubles(store: &LvmStore) -> String {
+    let troubles = store.troubles().unwrap();
+    let lines = troubles
+        .iter()
+        .map(|it| format!("{}: {}\n", it.finding, it.fix));
+    lines.collect()
+}
+
+/// The ids of all thin devices in the pool.
+fn thin_ids() -> Vec<u64> {
+    let dump = sh("dmsetup message testvg-pool-tpool 0 reserve_metadata_snap
+        thin_dump --metadata-snap --skip-mappings /dev/mapper/testvg-pool_tmeta
+        dmsetup message testvg-pool-tpool 0 release_metadata_snap");
+    let parts = dump.split("dev_id=\"").skip(1);
+    parts
+        .map(|part| part.split_once('"').unwrap().0.parse().unwrap())
+        .collect()
+}
+
+/// Thin devices that LVM does not know are in nobody's way, are deleted in a pool of our own, and nowhere else.
+fn thin_devices_that_lvm_does_not_know() {
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    store
+        .create(&new("zero", &[], true), Bytes::mib(16))
+        .unwrap();
+    let known = thin_ids();
+    let last = *known.iter().max().unwrap();
+    let add = || {
+        for id in last + 1..=last + 3 {
+            sh(&format!(
+                "dmsetup message testvg-pool-tpool 0 'create_thin {id}'"
+            ));
+        }
+    };
+    add();
+    let strays = format!("{}, {}, {}", last + 1, last + 2, last + 3);
+    let told = troubles(&store);
+    assert!(
+        told.contains(&strays) && told.contains("delete ID"),
+        "{told}"
+    );
+    // Another's pool: left alone, but for what LVM itself deletes.
+    store.clear_away().unwrap();
+    assert_eq!(thin_ids().len(), known.len() + 3);
+    for text in ["one", "two", "three", "four"] {
+        store
+            .create(&new(text, &["a"], true), Bytes::mib(16))
+            .unwrap();
+    }
+    for text in ["one", "two", "three", "four"] {
+        assert!(listed(&store, text).is_some());
+        store.remove(&name(text)).unwrap();
+    }
+    assert_eq!(thin_ids(), known);
+
+    // One of our own.
+    sh("lvchange -q --addtag friend:pool testvg/pool");
+    add();
+    let told = troubles(&store);
+    assert!(
+        told.contains(&strays) && told.contains("restart the daemon"),
+        "{told}"
+    );
+    assert_eq!(thin_ids().len(), known.len() + 3);
+    store
+        .snapshot(&name("zero"), &new("one", &["a"], true))
+        .unwrap();
+    store.remove(&name("one")).unwrap();
+    assert_eq!(thin_ids(), known);
+    // Not one that is in use.
+    add();
+    let size = sh("blockdev --getsz /dev/testvg/zero");
+    sh(&format!(
+        "dmsetup create stray --table '0 {} thin /dev/mapper/testvg-pool-tpool {}'",
+        size.trim(),
+        last + 2
+    ));
+    store.clear_away().unwrap();
+    assert_eq!(thin_ids().len(), known.len() + 1);
+    sh("dmsetup remove stray");
+    // Not while a command of others may be at work.
+    let lock = File::create("/run/lock/lvm/V_testvg").unwrap();
+    let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+    let impatient = thread::scope(|scope| {
+        let waits = scope.spawn(|| fixture.open_impatient().clear_away());
+        waits.join().unwrap()
+    });
+    assert!(impatient.is_err());
+    assert_eq!(thin_ids().len(), known.len() + 1);
+    drop(lock);
+    store.clear_away().unwrap();
+    assert_eq!(thin_ids(), known);
+    assert_eq!(troubles(&store), "");
+}
+
+/// A pool that takes no writes is no room, and what is said helps.
+fn out_of_service() {
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    store
+        .create(&new("one", &[], true), Bytes::mib(16))
+        .unwrap();
+    let table = sh("dmsetup table testvg-pool-tpool");
+    let table = table.trim();
+    // START LENGTH thin-pool METADATA DATA BLOCK LOW-WATER FEATURES …
+    let words: Vec<&str> = table.split(' ').collect();
+    let features: Vec<&str> = words[8..].to_vec();
+    let read_only = format!(
+        "{} {} read_only {}",
+        words[..7].join(" "),
+        features.len() + 1,
+        features.join(" ")
+    );
+    let load = |table: &str| {
+        sh(&format!(
+            "dmsetup suspend testvg-pool-tpool && dmsetup reload testvg-pool-tpool --table '{table}' && dmsetup resume testvg-pool-tpool"
+        ))
+    };
+    load(&read_only);
+    for failed in [
+        store.room().map(drop),
+        store
+            .create(&new("two", &[], false), Bytes::mib(16))
+            .map(drop),
+    ] {
+        match failed {
+            Err(error @ StoreError::OutOfService { .. }) => {
+                let text = error.to_string();
+                assert!(text.contains("lvconvert --repair testvg/pool"), "{text}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(troubles(&store).contains("read-only"));
+    load(table);
+    store.room().unwrap();
+    assert_eq!(troubles(&store), "");
+}
+
+/// Pools zero new blocks, whatever lvm.conf says; one of others that does not is told of.
+fn zeroing() {
+    let off = || sh("lvs --noheadings -o zero testvg/friend-pool");
+    let _vg = TestVg::fresh();
+    let runtime = temp_dir();
+    sh(
+        "mkdir /run/lvm-zero && cp /etc/lvm/*.conf /run/lvm-zero/ && echo allocation/thin_pool_zero=0 >>/run/lvm-zero/lvm.conf",
+    );
+    sh("mount --bind /run/lvm-zero /etc/lvm");
+    let said = std::panic::catch_unwind(|| prepare("friend-pool", runtime.path()).unwrap());
+    sh("umount /etc/lvm && rm -r /run/lvm-zero");
+    assert_eq!(said.unwrap().len(), 2);
+    assert_eq!(off().trim(), "zero");
+
+    let open = || LvmStore::open(TestVg::NAME, "friend-pool", runtime.path()).unwrap();
+    sh("lvchange -q --zero n testvg/friend-pool");
+    let told = troubles(&open());
+    assert!(
+        told.contains("lvchange --zero y testvg/friend-pool"),
+        "{told}"
+    );
+    let said = prepare("friend-pool", runtime.path()).unwrap();
+    assert_eq!((said.len(), off().trim()), (1, "zero"), "{said:?}");
+    assert_eq!(troubles(&open()), "");
+    sh("lvchange -q --zero n --deltag friend:pool testvg/friend-pool");
+    let said = prepare("friend-pool", runtime.path()).unwrap();
+    assert!(
+        said[0].contains("lvchange --zero y") && off().trim() != "zero",
+        "{said:?}"
+    );
+}
+
+/// A change of tags alone is followed by a flush of the group's disk.
+fn tags_outlast_a_power_cut() {
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    store
+        .create(&new("one", &[], false), Bytes::mib(16))
+        .unwrap();
+    // Documentation/block/stat.rst in Linux: the last but one is the number of flushes.
+    let flushes = || -> u64 {
+        let stat = fs::read_to_string("/sys/block/vda/stat").unwrap();
+        stat.split_whitespace().nth(15).unwrap().parse().unwrap()
+    };
+    let before = flushes();
+    store.change_tags(&name("one"), &tags(&["a"]), &[]).unwrap();
+    let between = flushes();
+    let began = std::time::Instant::now();
+    store.persist().unwrap();
+    println!("the first takes {:?}", began.elapsed());
+    let began = std::time::Instant::now();
+    store.persist().unwrap();
+    println!("the second takes {:?}", began.elapsed());
+    println!("flushes: {before}, {between}, {}", flushes());
+    assert!(flushes() >= between + 2);
 }
 
 fn changes_by_hand_show_in_the_watch() {

@@ -278,6 +278,8 @@ fn pool(facts: &Facts) -> Vec<Judged> {
             format!("lvchange --errorwhenfull y {}/{}", lvm.vg, lvm.pool),
         ));
     }
+    let troubles = store.troubles.iter();
+    found.extend(troubles.map(|trouble| wrong(&trouble.finding, &trouble.fix)));
     if let Some(drawback) = &store.drawback {
         found.push(note(
             drawback,
@@ -835,7 +837,7 @@ mod tests {
     use crate::mount::MountPoint;
     use crate::podman::Engine;
     use crate::selinux::{Label, Labels};
-    use crate::storage::Capacity;
+    use crate::storage::{Capacity, Trouble};
 
     fn file(path: &str, mode: u32, kind: FileKind) -> FileFact {
         FileFact {
@@ -910,6 +912,7 @@ mod tests {
                     group_percent: 10.0,
                 },
                 when_full: Some("error".into()),
+                troubles: Vec::new(),
                 drawback: None,
                 doomed: 0,
                 making: 0,
@@ -1058,7 +1061,7 @@ mod tests {
     #[test]
     fn each_fault_is_found() {
         use State::{Note, Skipped, Wrong};
-        let cases: [(&str, State, &str, Break); 56] = [
+        let cases: [(&str, State, &str, Break); 57] = [
             ("configuration", Wrong, "init", |f| {
                 f.config = Config::Missing;
             }),
@@ -1105,6 +1108,12 @@ mod tests {
             }),
             ("pool", Wrong, "--errorwhenfull y vg0/friend-pool", |f| {
                 the_store(f).when_full = Some("queue".into());
+            }),
+            ("pool", Wrong, "lvconvert --repair vg0/friend-pool", |f| {
+                the_store(f).troubles = vec![Trouble {
+                    finding: "it is read-only".into(),
+                    fix: "lvconvert --repair vg0/friend-pool".into(),
+                }];
             }),
             ("pool", Note, "built with its shell", |f| {
                 the_store(f).drawback = Some("LVM's shell cannot be used".into());

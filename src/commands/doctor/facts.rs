@@ -22,7 +22,7 @@ use crate::plugin::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::podman;
 use crate::selinux::{self, LabelError, Labels, Setting};
-use crate::storage::{Capacity, Listing, lvm};
+use crate::storage::{Capacity, Listing, Trouble, lvm};
 use crate::supervisor::config::Supervise;
 use crate::supervisor::github::Auth;
 use crate::supervisor::run;
@@ -126,6 +126,8 @@ pub struct Store {
     pub when_full: Option<String>,
     /// What makes it slower than it could be.
     pub drawback: Option<String>,
+    /// What else is wrong with it.
+    pub troubles: Vec<Trouble>,
     pub doomed: usize,
     pub making: usize,
     pub unclear: Vec<(String, String)>,
@@ -350,6 +352,7 @@ fn store(config: &StoreConfig) -> Result<Store, String> {
         capacity: listing.capacity,
         when_full,
         drawback: store.drawback(),
+        troubles: store.troubles().map_err(|e| e.to_string())?,
         doomed: sorted.doomed,
         making: sorted.making,
         unclear: sorted.unclear.into_iter().map(name).collect(),

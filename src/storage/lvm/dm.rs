@@ -4,13 +4,14 @@
 //! What each thin volume takes, active or not, is in the pool's own metadata.
 //! device-mapper keeps a copy-on-write copy of a pool's metadata on request, for
 //! programs to read while the pool works on (Documentation/admin-guide/
-//! device-mapper/thin-provisioning.rst in Linux); thin_ls of
-//! thin-provisioning-tools reads it. There is one such copy a pool, and as long
-//! as it is held the pool's metadata grows with each change.
+//! device-mapper/thin-provisioning.rst in Linux); thin_ls and thin_dump of
+//! thin-provisioning-tools read it. There is one such copy a pool, and as long
+//! as it is held the pool's metadata grows with each change. A copy that another
+//! program holds is never released: it may be reading it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::super::{StoreError, Usage};
+use super::super::{StoreError, Trouble, Usage};
 use super::process::{Channel, Process, Progress};
 use super::{io_error, runner, tool};
 use crate::cache::names::LvName;
@@ -27,6 +28,12 @@ use crate::cache::units::Bytes;
 /// How long thin_ls may read. It visits each mapping of each volume: some
 /// seconds for a pool of some hundred gigabytes in use.
 const READING: Duration = Duration::from_secs(120);
+
+/// How long thin_dump may read what volumes there are, without their mappings.
+const READING_IDS: Duration = Duration::from_secs(10);
+
+/// What the lock's file holds as long as a copy of the metadata is ours.
+const OURS: &[u8] = b"reserved\n";
 
 /// How long device-mapper may take for a message.
 const MESSAGE: Duration = Duration::from_secs(15);
@@ -59,6 +66,11 @@ impl PoolDevices {
         [format!("{}-tpool", self.name), self.name.clone()]
     }
 
+    /// The pool's own device; what is below it has suffixes.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The device of a volume.
     pub(super) fn of(&self, lv: &str) -> String {
         format!("{}-{}", self.vg, doubled(lv))
@@ -88,34 +100,77 @@ impl PoolDevices {
 
     /// What each volume takes, by its thin device id.
     pub(super) fn usage(&self, system_dir: &Path) -> Result<HashMap<u64, Usage>, StoreError> {
-        let _lock = lock(system_dir, FlockArg::LockExclusive)?;
-        self.release()?;
-        self.message("reserve_metadata_snap")?;
-        let usage = self.thin_ls();
-        self.release()?;
-        usage
+        let mut lock = lock(system_dir, FlockArg::LockExclusive)?;
+        self.with_copy(&mut lock, || self.thin_ls())
     }
 
-    /// Releases a copy of the metadata that a killed process left reserved.
+    /// The thin device ids of all that is in the pool, whether LVM knows it or not. Not while another process of this
+    /// program reads the metadata.
+    pub(super) fn ids(&self, system_dir: &Path) -> Result<BTreeSet<u64>, StoreError> {
+        let mut lock = lock(system_dir, FlockArg::LockExclusiveNonblock)?;
+        self.with_copy(&mut lock, || self.thin_dump())
+    }
+
+    fn with_copy<T>(
+        &self,
+        lock: &mut File,
+        read: impl FnOnce() -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.release(lock)?;
+        if self.is_copied()? {
+            return Err(StoreError::Failed(format!(
+                "another program holds a snapshot of the metadata of {}, of which there is one at a time",
+                self.name
+            )));
+        }
+        // Before it is: killed between the two, the next one knows it for ours.
+        mark(lock, OURS)?;
+        self.message("reserve_metadata_snap")?;
+        let found = read();
+        self.release(lock)?;
+        found
+    }
+
+    /// Releases a copy of the metadata that a killed process of this program left reserved.
     pub(super) fn release_leftover(&self, system_dir: &Path) -> Result<(), StoreError> {
         match lock(system_dir, FlockArg::LockExclusiveNonblock) {
-            Ok(_lock) => self.release(),
+            Ok(mut lock) => self.release(&mut lock),
             // Not left over: another process is reading it.
             Err(_) => Ok(()),
         }
     }
 
-    fn release(&self) -> Result<(), StoreError> {
-        match self.status()? {
-            Some(status) if holds_metadata(&status) => self.message("release_metadata_snap"),
-            _ => Ok(()),
+    /// The command that releases a copy of the metadata which is none of ours; `None`: there is none.
+    pub(super) fn foreign_copy(&self, system_dir: &Path) -> Result<Option<String>, StoreError> {
+        let Ok(mut lock) = lock(system_dir, FlockArg::LockExclusiveNonblock) else {
+            return Ok(None);
+        };
+        if is_marked(&mut lock)? || !self.is_copied()? {
+            return Ok(None);
         }
+        Ok(self
+            .lowest()
+            .map(|name| format!("dmsetup message {name} 0 release_metadata_snap")))
     }
 
-    /// Which shares in percent are in use of data and of metadata; `None`: the pool is not active, or
-    /// does not say.
-    pub(super) fn percent_used(&self) -> Result<Option<(f64, f64)>, StoreError> {
-        Ok(self.status()?.as_deref().and_then(percent_used))
+    /// Releases the copy of the metadata, if it is ours.
+    fn release(&self, lock: &mut File) -> Result<(), StoreError> {
+        if !is_marked(lock)? {
+            return Ok(());
+        }
+        if self.is_copied()? {
+            self.message("release_metadata_snap")?;
+        }
+        mark(lock, b"")
+    }
+
+    fn is_copied(&self) -> Result<bool, StoreError> {
+        Ok(self.status()?.as_deref().is_some_and(holds_metadata))
+    }
+
+    /// How the pool is; `None`: it is not active.
+    pub(super) fn health(&self) -> Result<Option<Health>, StoreError> {
+        Ok(self.status()?.as_deref().map(Health::of))
     }
 
     /// `TRANSACTION METADATA DATA HELD-ROOT …`.
@@ -151,18 +206,108 @@ impl PoolDevices {
             StoreError::Failed(format!("thin_ls printed what it does not document: {text}"))
         })
     }
+
+    fn thin_dump(&self) -> Result<BTreeSet<u64>, StoreError> {
+        let metadata = self.metadata.to_string_lossy();
+        let args = ["--metadata-snap", "--skip-mappings", &metadata];
+        let text = run("thin_dump", &args, READING_IDS)?;
+        ids(&text).ok_or_else(|| {
+            StoreError::Failed(format!(
+                "thin_dump printed what it does not document: {text}"
+            ))
+        })
+    }
 }
 
-/// Only one process at a time reads the metadata; the lock goes with it.
+/// How a pool says that it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Health {
+    /// Which shares in percent are in use of data and of metadata, where it says so.
+    pub(super) used: Option<(f64, f64)>,
+    /// Why it takes no writes.
+    pub(super) illness: Option<Illness>,
+}
+
+/// Why a pool takes no writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Illness {
+    /// Its metadata could not be written, or not be read.
+    Failed,
+    /// It needs a check before it takes changes again.
+    NeedsCheck,
+    /// Its metadata takes no changes.
+    ReadOnly,
+    /// There was no room for data that was written. It goes on once it is enlarged.
+    OutOfData,
+}
+
+impl Health {
+    /// Reads the parameters of a status line, as `pool_status` in Linux' drivers/md/dm-thin.c writes them.
+    fn of(status: &str) -> Self {
+        let mut words = status.split_ascii_whitespace();
+        let illness = match (words.clone().next(), words.clone().nth(4)) {
+            (Some("Fail" | "Error"), _) => Some(Illness::Failed),
+            _ if words.any(|word| word == "needs_check") => Some(Illness::NeedsCheck),
+            (_, Some("ro")) => Some(Illness::ReadOnly),
+            (_, Some("out_of_data_space")) => Some(Illness::OutOfData),
+            _ => None,
+        };
+        Self {
+            used: percent_used(status),
+            illness,
+        }
+    }
+}
+
+impl Illness {
+    /// What it is, and what helps the pool `pool` of `vg`.
+    pub(super) fn told(self, vg: &LvName, pool: &LvName) -> Trouble {
+        let what = match self {
+            Self::Failed => "has failed: its metadata could not be read or written",
+            Self::NeedsCheck => "needs a check: its metadata was full, or could not be written",
+            Self::ReadOnly => "is read-only",
+            Self::OutOfData => "was full: what was written to it failed",
+        };
+        let fix = match self {
+            Self::OutOfData => format!("lvextend --size +SIZE {vg}/{pool}"),
+            Self::Failed | Self::NeedsCheck | Self::ReadOnly => format!(
+                "see the kernel's log for the cause; then stop the daemon, vgchange --activate n {vg}, lvconvert --repair {vg}/{pool}"
+            ),
+        };
+        Trouble {
+            finding: format!("thin pool {vg}/{pool} {what}"),
+            fix,
+        }
+    }
+}
+
+/// Only one process at a time reads the metadata; the lock goes with it. Its file says whether a copy of it is ours.
 fn lock(system_dir: &Path, how: FlockArg) -> Result<Flock<File>, StoreError> {
     let path = system_dir.join("usage.lock");
     let file = fs::OpenOptions::new()
         .create(true)
-        .append(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
         .open(&path)
         .map_err(|error| io_error(path.display().to_string(), error))?;
     Flock::lock(file, how)
         .map_err(|(_, errno): (_, Errno)| io_error(path.display().to_string(), errno.into()))
+}
+
+fn is_marked(lock: &mut File) -> Result<bool, StoreError> {
+    let mut text = Vec::new();
+    lock.rewind()
+        .and_then(|()| lock.read_to_end(&mut text))
+        .map_err(|error| io_error("usage.lock".into(), error))?;
+    Ok(text == OURS)
+}
+
+fn mark(lock: &mut File, text: &[u8]) -> Result<(), StoreError> {
+    lock.set_len(0)
+        .and_then(|()| lock.rewind())
+        .and_then(|()| lock.write_all(text))
+        .map_err(|error| io_error("usage.lock".into(), error))
 }
 
 fn run(name: &str, args: &[&str], bound: Duration) -> Result<String, StoreError> {
@@ -273,6 +418,20 @@ fn holds_metadata(status: &str) -> bool {
         .is_some_and(|root| root.parse::<u64>().is_ok())
 }
 
+/// The ids of all devices in a dump; `None`: it is not a whole one.
+fn ids(dump: &str) -> Option<BTreeSet<u64>> {
+    if !dump.trim_end().ends_with("</superblock>") {
+        return None;
+    }
+    let devices = dump.split("<device ").skip(1);
+    devices
+        .map(|device| {
+            let (_, id) = device.split_once("dev_id=\"")?;
+            id.split_once('"')?.0.parse().ok()
+        })
+        .collect()
+}
+
 fn parse(text: &str) -> Option<HashMap<u64, Usage>> {
     text.lines()
         .filter(|line| !line.trim().is_empty())
@@ -322,6 +481,44 @@ mod tests {
         ] {
             assert_eq!(holds_metadata(status), held, "{status}");
         }
+    }
+
+    #[test]
+    fn how_a_pool_says_that_it_is() {
+        for (status, want) in [
+            (
+                "6 1/8 2/8 - rw discard_passdown error_if_no_space - 512",
+                None,
+            ),
+            ("Fail", Some(Illness::Failed)),
+            ("Error", Some(Illness::Failed)),
+            (
+                "6 1/8 2/8 - ro discard_passdown error_if_no_space - 512",
+                Some(Illness::ReadOnly),
+            ),
+            (
+                "6 8/8 2/8 77 ro discard_passdown error_if_no_space needs_check 512",
+                Some(Illness::NeedsCheck),
+            ),
+            (
+                "6 1/8 8/8 - out_of_data_space discard_passdown queue_if_no_space - 512",
+                Some(Illness::OutOfData),
+            ),
+        ] {
+            assert_eq!(Health::of(status).illness, want, "{status}");
+        }
+    }
+
+    #[test]
+    fn what_thin_dump_prints() {
+        let dump = "<superblock uuid=\"\" time=\"1\" transaction=\"2\" data_block_size=\"128\" nr_data_blocks=\"0\">\n  \
+            <device dev_id=\"1\" mapped_blocks=\"0\" transaction=\"0\" creation_time=\"0\" snap_time=\"0\">\n  </device>\n  \
+            <device dev_id=\"77\" mapped_blocks=\"3\" transaction=\"0\" creation_time=\"0\" snap_time=\"0\">\n  </device>\n\
+            </superblock>\n";
+        assert_eq!(ids(dump), Some(BTreeSet::from([1, 77])));
+        assert_eq!(ids(&dump[..dump.len() - 20]), None);
+        assert_eq!(ids(""), None);
+        assert_eq!(ids(&dump.replace("\"77\"", "\"x\"")), None);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::exec;
 use crate::storage::{NewLv, Store, StoreError};
 
 /// The tag on pools that we made.
-const POOL: &str = "friend:pool";
+pub(super) const POOL: &str = "friend:pool";
 
 /// The base's name. It is found by its tag, so another may be in its place.
 const BASE: &str = "friend-default";
@@ -162,6 +162,8 @@ fn make_pool(vg: &LvName, pool: &LvName, room: Room, say: Say<'_>) -> Result<(),
                 "lvcreate".into(),
                 "--yes".into(),
                 "--type=thin-pool".into(),
+                // Whatever lvm.conf's thin_pool_zero says.
+                "--zero=y".into(),
                 format!("--size={}b", size.round_up(512).0),
                 format!("--poolmetadatasize={}b", metadata.0),
                 format!("--addtag={POOL}"),
@@ -190,6 +192,22 @@ fn make_pool(vg: &LvName, pool: &LvName, room: Room, say: Say<'_>) -> Result<(),
         say(format!(
             "{vg}/{pool} was made by someone else and makes writers hang when it is full: `lvchange --errorwhenfull y {vg}/{pool}` lets them fail instead"
         ));
+    }
+    // What a volume is first given of a block that another one had is zeros then, never the other one's data.
+    if !tags.zeroes() {
+        if ours {
+            lvm(&[
+                "lvchange".into(),
+                "--yes".into(),
+                "--zero=y".into(),
+                format!("{vg}/{pool}"),
+            ])?;
+            say(format!("{vg}/{pool} zeroes new blocks from now on"));
+        } else {
+            say(format!(
+                "{vg}/{pool} was made by someone else and does not zero new blocks, so that a volume may hold what others deleted: `lvchange --zero y {vg}/{pool}` changes that"
+            ));
+        }
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ mod config;
 mod dm;
 mod init;
 mod owner;
+mod persist;
 mod process;
 mod repair;
 mod report;
@@ -47,12 +48,14 @@ pub use owner::Bounds;
 
 use self::command::{Command, VgName};
 use self::config::{HostConfig, SystemDir};
-use self::dm::PoolDevices;
+use self::dm::{Health, Illness, PoolDevices};
 use self::owner::{Owner, Urgency};
+use self::persist::Disks;
 use self::repair::Pool;
+use self::repair::Strays;
 use self::report::{LV_COLUMNS, PoolUse};
-use self::runner::{Answer, Failure, Runner};
-use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use self::runner::{Answer, Failure, Look, Runner};
+use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
@@ -75,6 +78,10 @@ pub struct LvmStore {
     known: Mutex<HashSet<LvName>>,
     /// How full the pool was when last listed.
     pool_use: Mutex<PoolUse>,
+    look: Arc<Mutex<Look>>,
+    /// Held by who has it looked for thin devices that LVM does not know.
+    looking: Mutex<()>,
+    disks: Disks,
 }
 
 impl LvmStore {
@@ -121,6 +128,9 @@ impl LvmStore {
         let runner = Runner::new(lvm, made, on);
         let store = Self {
             shell_is_useless: runner.useless(),
+            look: runner.look(),
+            looking: Mutex::default(),
+            disks: Disks::default(),
             owner: Owner::start(runner, bounds).map_err(|e| io_error("a thread".into(), e))?,
             vg,
             pool,
@@ -130,7 +140,7 @@ impl LvmStore {
             pool_use: Mutex::default(),
         };
         store.state()?;
-        PoolDevices::new(&store.vg, &store.pool).release_leftover(&store.system_dir)?;
+        store.devices().release_leftover(&store.system_dir)?;
         Ok(store)
     }
 
@@ -195,6 +205,8 @@ impl LvmStore {
         if state.pool.active {
             return Ok(state);
         }
+        // One that has failed tells no numbers.
+        self.in_service()?;
         let activate = Command::new("lvchange")
             .word("--activate=y")
             .lv(&self.vg, &self.pool);
@@ -223,6 +235,46 @@ impl LvmStore {
         } else {
             Err(StoreError::NotFound(lv.clone()))
         }
+    }
+
+    fn devices(&self) -> PoolDevices {
+        PoolDevices::new(&self.vg, &self.pool)
+    }
+
+    /// Sees that the pool takes writes, and gives what it says of itself; `None`: it is not active.
+    fn in_service(&self) -> Result<Option<Health>, StoreError> {
+        let health = self.devices().health()?;
+        let Some(illness) = health.and_then(|health| health.illness) else {
+            return Ok(health);
+        };
+        let Trouble { finding, fix } = illness.told(&self.vg, &self.pool);
+        let (store, detail) = (self.vg.to_string(), format!("{finding}; {fix}"));
+        Err(match illness {
+            Illness::OutOfData => StoreError::Full {
+                store,
+                detail: format!("{detail}, or remove entries"),
+            },
+            Illness::Failed | Illness::NeedsCheck | Illness::ReadOnly => {
+                StoreError::OutOfService { store, detail }
+            }
+        })
+    }
+
+    /// The thin devices that LVM does not know, as far as that can be told now; `delete`: those that are left once ours
+    /// are deleted.
+    fn strays(&self, delete: bool) -> Result<Strays, StoreError> {
+        let _looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        let look = || self.look.lock().unwrap_or_else(PoisonError::into_inner);
+        *look() = Look::Wanted { delete };
+        // It is looked before any command.
+        let query = Command::query("vgs", "vg_name").vg(&self.vg);
+        let asked = self.run(query, Urgency::Request);
+        let found = std::mem::take(&mut *look());
+        asked?;
+        Ok(match found {
+            Look::Found(strays) => strays,
+            Look::Idle | Look::Wanted { .. } => Strays::default(),
+        })
     }
 
     fn unusable(&self, reason: &str) -> StoreError {
@@ -254,21 +306,23 @@ impl LvmStore {
             Some(origin) => command.word("--snapshot").lv(&self.vg, origin),
             None => command.name("--thinpool", &self.pool).vg(&self.vg),
         };
-        let answer = self.run(command, Urgency::Request)?;
+        let mut answer = self.run(command.clone(), Urgency::Request)?;
         if !answer.success {
-            let state = self.state()?;
-            match state.find(&new.name) {
-                // The first of two attempts made it: names are never used twice.
-                Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => {}
-                Some(_) => return Err(StoreError::Exists(new.name.clone())),
-                None => {
-                    if let Some(origin) = origin.filter(|origin| state.find(origin).is_none()) {
-                        return Err(StoreError::NotFound(origin.clone()));
-                    }
-                    return Err(self.refused(&state, &new.tags, &answer));
+            let mut made = self.after_refusal(new, origin, &answer);
+            if matches!(made, Err(StoreError::Failed(_))) {
+                // A thin device that LVM does not know may have been in the way; LVM has it deleted now (`repair`).
+                answer = self.run(command, Urgency::Request)?;
+                made = if answer.success {
+                    Ok(())
+                } else {
+                    self.after_refusal(new, origin, &answer)
+                };
+                if let Err(error) = self.clear_away() {
+                    tracing::debug!(%error, "not looked for more of them");
                 }
             }
-            if new.active {
+            made?;
+            if new.active && !answer.success {
                 return self.activate(&new.name).map(Some);
             }
         }
@@ -276,8 +330,30 @@ impl LvmStore {
         Ok(new.active.then(|| self.device(&new.name)))
     }
 
+    /// Whether a volume was made after all though LVM says that it was not, and why it was not.
+    fn after_refusal(
+        &self,
+        new: &NewLv,
+        origin: Option<&LvName>,
+        answer: &Answer,
+    ) -> Result<(), StoreError> {
+        let state = self.state()?;
+        match state.find(&new.name) {
+            // The first of two attempts made it: names are never used twice.
+            Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => Ok(()),
+            Some(_) => Err(StoreError::Exists(new.name.clone())),
+            None => match origin.filter(|origin| state.find(origin).is_none()) {
+                Some(origin) => Err(StoreError::NotFound(origin.clone())),
+                None => Err(self.refused(&state, &new.tags, answer)),
+            },
+        }
+    }
+
     /// Why LVM refused to make or grow something whose tags are `tags`.
     fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
+        if let Err(error) = self.in_service() {
+            return error;
+        }
         let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
         let reason = state.pool.exhausted(&self.vg, &self.pool, text);
         match reason {
@@ -320,6 +396,76 @@ impl Store for LvmStore {
         ))
     }
 
+    fn troubles(&self) -> Result<Vec<Trouble>, StoreError> {
+        let (vg, pool) = (&self.vg, &self.pool);
+        let state = self.state()?;
+        let mut found = Vec::new();
+        if !state.pool.zeroes {
+            found.push(Trouble {
+                finding: format!(
+                    "thin pool {vg}/{pool} does not zero new blocks: a volume's device may hold what others deleted"
+                ),
+                fix: format!("lvchange --zero y {vg}/{pool}"),
+            });
+        }
+        let health = self.devices().health()?;
+        if let Some(illness) = health.and_then(|health| health.illness) {
+            found.push(illness.told(vg, pool));
+            return Ok(found);
+        }
+        if let Some(fix) = self.devices().foreign_copy(&self.system_dir)? {
+            found.push(Trouble {
+                finding: format!(
+                    "another program holds a snapshot of the metadata of {vg}/{pool}: until it is released that grows, and what each volume takes cannot be told"
+                ),
+                fix: format!("if no such program runs: {fix}"),
+            });
+            return Ok(found);
+        }
+        let Strays { ids, ours } = self.strays(false)?;
+        if !ids.is_empty() {
+            let ids: Vec<_> = ids.iter().map(u64::to_string).collect();
+            found.push(Trouble {
+                finding: format!(
+                    "{vg}/{pool} has thin devices that LVM does not know, which take room, and which LVM deletes when their turn comes: {}",
+                    ids.join(", ")
+                ),
+                fix: if ours {
+                    "restart the daemon, which deletes those that are not in use".to_owned()
+                } else {
+                    format!("see whose they are; unused ones: dmsetup message {}-tpool 0 \"delete ID\"", self.devices().name())
+                },
+            });
+        }
+        Ok(found)
+    }
+
+    fn clear_away(&self) -> Result<(), StoreError> {
+        let Strays { ids, ours } = self.strays(true)?;
+        if !ids.is_empty() {
+            tracing::warn!(
+                ?ids,
+                ours,
+                "thin devices that LVM does not know are left in the pool: see `lvm-cache-friend doctor`"
+            );
+        }
+        Ok(())
+    }
+
+    fn persist(&self) -> Result<(), StoreError> {
+        self.disks.flush(|| {
+            let query = Command::query("vgs", "vg_name,pv_name").vg(&self.vg);
+            let answer = self.run(query, Urgency::Request)?;
+            if !answer.success {
+                return Err(self.unusable(&answer.reason()));
+            }
+            let disks = answer.document.groups().map(|row| row.pv_name.clone());
+            // A missing one has no path.
+            let disks = disks.filter(|name| name.starts_with('/'));
+            Ok(disks.map(PathBuf::from).collect())
+        })
+    }
+
     fn list(&self) -> Result<Listing, StoreError> {
         let state = self.state()?;
         Ok(Listing {
@@ -331,7 +477,7 @@ impl Store for LvmStore {
     fn room(&self) -> Result<Capacity, StoreError> {
         let mut now = *self.last_use();
         // What writes change, the kernel says; the group's description is as last listed.
-        if let Some((data, metadata)) = PoolDevices::new(&self.vg, &self.pool).percent_used()? {
+        if let Some((data, metadata)) = self.in_service()?.and_then(|health| health.used) {
             now.capacity.data_percent = data;
             now.capacity.metadata_percent = metadata;
         }
@@ -345,8 +491,7 @@ impl Store for LvmStore {
     }
 
     fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError> {
-        let pool = PoolDevices::new(&self.vg, &self.pool);
-        let of_id = pool.usage(&self.system_dir)?;
+        let of_id = self.devices().usage(&self.system_dir)?;
         let listing = self.list()?;
         Ok(listing
             .lvs
@@ -376,9 +521,14 @@ impl Store for LvmStore {
             .lv(&self.vg, lv);
         let answer = self.run(command, Urgency::Request)?;
         if answer.success {
-            Ok(())
-        } else {
-            Err(self.failed_on(lv, &answer, false))
+            return Ok(());
+        }
+        match self.failed_on(lv, &answer, false) {
+            // The group's description may have no room for the tags.
+            StoreError::Failed(_) if !add.is_empty() => {
+                Err(self.refused(&self.state()?, add, &answer))
+            }
+            error => Err(error),
         }
     }
 

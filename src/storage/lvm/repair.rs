@@ -20,9 +20,18 @@
 //!   anything. So a volume of ours whose message is still due is removed:
 //!   nobody was told that it was made.
 //!
+//! # Thin devices that LVM does not know
+//! LVM gives a new volume the highest id that it knows plus one (`get_free_thin_pool_device_id` in lvm2's
+//! lib/metadata/thin_manip.c). Where the pool has a device of that id, `create_thin` fails with "File exists", and LVM
+//! takes its volume back by a message that deletes the id (`detach_pool_lv`), sent before the next volume is made: so every
+//! second command fails, and what was in the way is gone. They come of power cuts, of `vgcfgrestore`, of tools that speak
+//! to the pool past LVM. LVM commits a volume before it tells the pool, and holds the group's lock over both: with that
+//! lock held and no message due, what LVM does not list is no part of any command's work.
+//!
 //! One that was activating a volume leaves it without device files where there is no
 //! udev. They are made when the volume is activated again (`LvmStore::activate`).
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -34,6 +43,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::command::Command;
 use super::dm::PoolDevices;
+use super::init::POOL;
 use super::report::{LV_COLUMNS, LvRow};
 use super::runner::{Answer, Failure, Runner};
 use crate::cache::names::LvName;
@@ -41,6 +51,9 @@ use crate::storage::StoreError;
 
 /// The beginning of all tags of ours.
 const OURS: &str = "friend:";
+
+/// What is asked to find thin devices that LVM does not know. With internal volumes: the one below a cache is thin, too.
+const ID_COLUMNS: &str = "lv_name,pool_lv,thin_id,transaction_id,lv_tags";
 
 /// How often a lock that another command holds is tried. Only here: LVM's own
 /// waiting is flock(2)'s.
@@ -144,6 +157,67 @@ impl Pool {
         Ok(answer.success.then_some(answer))
     }
 
+    /// Finds the thin devices that the pool has and LVM does not know, and deletes them where `delete` says so and the
+    /// pool is one of our own; gives those that stay. `system_dir` is where it is noted that the metadata is read.
+    pub(super) fn strays(
+        &self,
+        runner: &mut Runner,
+        system_dir: &Path,
+        delete: bool,
+        deadline: Instant,
+    ) -> Result<Strays, Failure> {
+        let in_pool = self.devices.ids(system_dir).map_err(broken)?;
+        let query = Command::query("lvs", ID_COLUMNS).word("--all");
+        let list = |runner: &mut Runner, locked: bool| {
+            let query = query.clone();
+            let query = if locked {
+                query.word("--nolocking")
+            } else {
+                query
+            };
+            let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
+            if answer.success {
+                Ok(answer)
+            } else {
+                Err(Failure::Broken(answer.reason()))
+            }
+        };
+        let before = list(runner, false)?;
+        if unknown(&in_pool, before.document.lvs(), &self.pool).is_empty() {
+            return Ok(Strays::default());
+        }
+        // A command of others may have been at work.
+        let lock = self.lock(deadline)?;
+        let listed = list(runner, true)?;
+        let mut rows = listed.document.lvs();
+        let pool = rows.find(|row| row.lv_name == self.pool.as_str());
+        let kernel = self.devices.transaction_id().map_err(broken)?;
+        let Some(pool) = pool.filter(|pool| pool.transaction_id.parse().ok() == kernel) else {
+            tracing::debug!("LVM has messages for the pool that are due: no thin device is judged");
+            return Ok(Strays::default());
+        };
+        let ours = pool.lv_tags.split(',').any(|tag| tag == POOL);
+        let mut ids = unknown(&in_pool, listed.document.lvs(), &self.pool);
+        if ours && delete {
+            ids.retain(|id| match self.devices.delete(&id.to_string()) {
+                Ok(()) => {
+                    tracing::warn!(
+                        id,
+                        "thin device that LVM does not know: deleted from the pool"
+                    );
+                    false
+                }
+                Err(error) => {
+                    // In use, say.
+                    tracing::warn!(id, %error, "thin device that LVM does not know: not deleted");
+                    true
+                }
+            });
+        }
+        drop(lock);
+        Ok(Strays { ids, ours })
+    }
+
     /// What a killed command left of what LVM listed.
     fn left(&self, answer: &Answer) -> Result<Option<Left>, Failure> {
         let rows: Vec<&LvRow> = answer.document.lvs().collect();
@@ -211,6 +285,32 @@ struct Left {
     unfinished: Option<LvRow>,
 }
 
+/// Thin devices that the pool has and LVM does not know.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Strays {
+    /// Their ids.
+    pub(super) ids: BTreeSet<u64>,
+    /// The pool is one that `init` made.
+    pub(super) ours: bool,
+}
+
+/// Those of `in_pool` that no volume of `pool` has. A volume whose pool is not shown counts as one of it.
+fn unknown<'a>(
+    in_pool: &BTreeSet<u64>,
+    rows: impl Iterator<Item = &'a LvRow>,
+    pool: &LvName,
+) -> BTreeSet<u64> {
+    let of_pool = |row: &&LvRow| {
+        let name = row.pool_lv.trim_matches(['[', ']']);
+        name.is_empty() || name == pool.as_str()
+    };
+    let known: BTreeSet<u64> = rows
+        .filter(of_pool)
+        .filter_map(|row| row.thin_id.parse().ok())
+        .collect();
+    in_pool.difference(&known).copied().collect()
+}
+
 /// The volume that LVM has committed and the pool was not told of, or not wholly.
 ///
 /// A new volume carries the pool's transaction id from before it; LVM's for the
@@ -241,6 +341,26 @@ fn is_suspended(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_lvm_does_not_know() {
+        let row = |pool: &str, id: &str| LvRow {
+            pool_lv: pool.into(),
+            thin_id: id.into(),
+            ..LvRow::default()
+        };
+        let rows = [
+            row("", ""),
+            row("pool", "1"),
+            row("[pool]", "2"),
+            row("other", "3"),
+            row("", "4"),
+            row("pool", "5"),
+        ];
+        let pool = "pool".parse().unwrap();
+        let found = unknown(&(1..=6).collect(), rows.iter(), &pool);
+        assert_eq!(found, BTreeSet::from([3, 6]));
+    }
 
     #[test]
     fn what_is_unfinished() {

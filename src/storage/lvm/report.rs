@@ -15,7 +15,7 @@ use crate::cache::units::Bytes;
 /// The columns that [`LvRow`] has, for `lvs -o`.
 pub(super) const LV_COLUMNS: &str = "lv_name,pool_lv,thin_id,lv_time,lv_size,lv_tags,origin,\
 lv_kernel_major,lv_kernel_minor,lv_device_open,lv_layout,lv_when_full,data_percent,\
-metadata_percent,lv_metadata_size,transaction_id,vg_mda_size,vg_mda_free";
+metadata_percent,lv_metadata_size,transaction_id,zero,vg_mda_size,vg_mda_free";
 
 /// lvm2's ECMD_PROCESSED (tools/errors.h): the return code of a command that
 /// did what it was asked, as the shell's log shows it.
@@ -59,6 +59,7 @@ pub(super) struct LvRow {
     pub(super) pool_lv: String,
     pub(super) thin_id: String,
     pub(super) transaction_id: String,
+    pub(super) zero: String,
     pub(super) lv_time: String,
     pub(super) lv_size: String,
     pub(super) lv_tags: String,
@@ -81,6 +82,7 @@ pub(super) struct LvRow {
 pub(super) struct VgRow {
     pub(super) vg_name: String,
     pub(super) vg_free: String,
+    pub(super) pv_name: String,
 }
 
 /// How full a pool is, in more detail than [`Capacity`].
@@ -91,6 +93,8 @@ pub(super) struct PoolUse {
     pub(super) group_free: Bytes,
     /// Its device is there, so the percentages are known.
     pub(super) active: bool,
+    /// It zeroes new blocks.
+    pub(super) zeroes: bool,
 }
 
 impl PoolUse {
@@ -196,6 +200,11 @@ impl Document {
 }
 
 impl LvRow {
+    /// Whether it is a thin pool that zeroes new blocks, as it says with or without `--binary`.
+    pub(super) fn zeroes(&self) -> bool {
+        matches!(self.zero.as_str(), "1" | "zero")
+    }
+
     /// Whether it is a thin pool.
     pub(super) fn is_thin_pool(&self) -> bool {
         self.lv_layout.split(',').eq(["thin", "pool"])
@@ -256,6 +265,7 @@ impl LvRow {
             },
             group_free: Bytes(group_free),
             active: !self.data_percent.is_empty(),
+            zeroes: self.zeroes(),
         })
     }
 }
@@ -295,6 +305,7 @@ mod tests {
             },
             group_free: Bytes(group_free),
             active: true,
+            zeroes: true,
         };
         for (of, said) in [
             (pool(95.0, 74.9, 8, 10_000), None),

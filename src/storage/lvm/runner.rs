@@ -6,13 +6,13 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::command::Command;
 use super::config::SystemDir;
 use super::process::{Channel, Process, Progress};
-use super::repair::Pool;
+use super::repair::{Pool, Strays};
 use super::report::{self, Document};
 
 /// How long a command that was told to stop may take to say so. One that waits
@@ -83,6 +83,21 @@ enum Talk {
     Useless,
 }
 
+/// Whether thin devices are to be looked for that LVM does not know, before the next command, and what was found.
+#[derive(Debug, Clone, Default)]
+pub(super) enum Look {
+    /// Neither.
+    #[default]
+    Idle,
+    /// They are; and deleted, where that is ours to do.
+    Wanted {
+        /// It is.
+        delete: bool,
+    },
+    /// These are left.
+    Found(Strays),
+}
+
 /// Owns the child.
 #[derive(Debug)]
 pub(super) struct Runner {
@@ -97,6 +112,7 @@ pub(super) struct Runner {
     talk: Talk,
     /// Why not, once that is known.
     useless: Arc<OnceLock<String>>,
+    look: Arc<Mutex<Look>>,
     /// A child that did not stop when it was told to: it has begun to change
     /// something, and waits for a device that does not answer. It is not
     /// killed: what it would leave, a suspended pool above all, makes LVM's next
@@ -119,6 +135,7 @@ impl Runner {
             shell: None,
             talk: Talk::Untried(0),
             useless: Arc::default(),
+            look: Arc::default(),
             stuck: None,
         }
     }
@@ -126,6 +143,11 @@ impl Runner {
     /// Where it says why LVM's shell cannot be used, once it has found that.
     pub(super) fn useless(&self) -> Arc<OnceLock<String>> {
         Arc::clone(&self.useless)
+    }
+
+    /// By what it is asked to look for thin devices that LVM does not know.
+    pub(super) fn look(&self) -> Arc<Mutex<Look>> {
+        Arc::clone(&self.look)
     }
 
     /// Runs a command to its end, but not longer than `bound`.
@@ -201,6 +223,25 @@ impl Runner {
         if self.doubtful {
             let pool = Arc::clone(&self.pool);
             self.doubtful = !pool.repair(self, deadline)?;
+        }
+        let wanted = {
+            let look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
+            match *look {
+                Look::Wanted { delete } => Some(delete),
+                Look::Idle | Look::Found(_) => None,
+            }
+        };
+        if let Some(delete) = wanted {
+            let pool = Arc::clone(&self.pool);
+            let dir = self.system_dir.path().to_owned();
+            let found = pool.strays(self, &dir, delete, deadline);
+            *self.look.lock().unwrap_or_else(PoisonError::into_inner) = match found {
+                Ok(strays) => Look::Found(strays),
+                Err(failure) => {
+                    tracing::debug!(?failure, "which thin devices the pool has is not known");
+                    Look::Idle
+                }
+            };
         }
         Ok(())
     }
