@@ -285,6 +285,13 @@ pub struct Victim<'a> {
     pub reason: Reason,
 }
 
+/// When something last happened in a store, as far as its entries say and `now` is not before it, in seconds since 1970.
+#[must_use]
+pub fn last_event(entries: &[Entry], now: u64) -> Option<u64> {
+    let times = entries.iter().flat_map(|entry| [entry.created, entry.used]);
+    times.filter(|time| *time <= now).max()
+}
+
 /// No clock that is right shows an earlier time, in seconds since 1970: 2026-01-01.
 const NOT_BEFORE: u64 = 1_767_225_600;
 
@@ -318,7 +325,9 @@ pub fn correct_times(entries: &mut [Entry], now: u64) {
 /// The time by a clock that may be set while it is looked at.
 ///
 /// What it shows beside what has passed since it was looked at before, by a clock that nobody sets, is believed once it
-/// has been so for an hour; until then time only passes. Set back, it is believed at once: then things are younger.
+/// has been so for an hour; until then time only passes. So it is with what it shows at first, a day or more after
+/// the last that happened in the store: it may be wrong since the machine started. Set back, it is believed at once: then
+/// things are younger.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Steady {
     /// The time when the other clock began, in seconds since 1970, as far as it is believed.
@@ -328,11 +337,15 @@ pub struct Steady {
 }
 
 impl Steady {
-    /// The time in seconds since 1970, where the clock shows `wall` at `passed` seconds of the other one.
-    pub fn now(&mut self, passed: u64, wall: u64) -> u64 {
+    /// The time in seconds since 1970, where the clock shows `wall` at `passed` seconds of the other one. `last` is when
+    /// something last happened in the store.
+    pub fn now(&mut self, passed: u64, wall: u64, last: Option<u64>) -> u64 {
         const TRUSTED_AFTER: u64 = 60 * 60;
         let began = wall.saturating_sub(passed);
-        let believed = *self.began.get_or_insert(began);
+        let believed = *self.began.get_or_insert_with(|| match last {
+            Some(last) if wall > last + DAY => last.saturating_sub(passed),
+            _ => began,
+        });
         if began <= believed + SLACK {
             self.claimed = None;
             // Small steps and drift, either way.
@@ -677,14 +690,20 @@ mod tests {
             // Set back.
             (6 * HOUR, 9, 9),
         ] {
-            let now = clock.now(passed, START + passed + ahead);
+            let now = clock.now(passed, START + passed + ahead, Some(START - HOUR));
             assert_eq!(now, START + passed + want, "{passed} {ahead}");
         }
         // Started before the time was known.
         let mut clock = Steady::default();
-        assert_eq!(clock.now(10, 10), 10);
-        assert_eq!(clock.now(20, START), 20);
-        assert_eq!(clock.now(20 + HOUR, START + HOUR), START + HOUR);
+        assert_eq!(clock.now(10, 10, None), 10);
+        assert_eq!(clock.now(20, START, None), 20);
+        assert_eq!(clock.now(20 + HOUR, START + HOUR, None), START + HOUR);
+        // Off for a week, or started with a clock that is wrong.
+        let mut clock = Steady::default();
+        let last = Some(START - 7 * DAY);
+        assert_eq!(clock.now(10, START, last), START - 7 * DAY);
+        assert_eq!(clock.now(70, START + 60, last), START - 7 * DAY + 60);
+        assert_eq!(clock.now(10 + HOUR, START + HOUR, last), START + HOUR);
     }
 
     #[test]

@@ -342,7 +342,6 @@ impl Engine {
         refused: bool,
     ) -> Result<Vec<(LvName, Evicted)>, StoreError> {
         let wall = unix_now();
-        let now = uptime().map_or(wall, |passed| lock(&self.clock).now(passed, wall));
         let keep = self.settings.keep_used;
         let mounts = mounts()?;
         let entries = {
@@ -352,6 +351,8 @@ impl Engine {
             state.catalog.forget_uses(keep, Instant::now(), &there);
             entries
         };
+        let last = evict::last_event(&entries, wall);
+        let now = uptime().map_or(wall, |passed| lock(&self.clock).now(passed, wall, last));
         let policy = &self.settings.policy;
         Ok(plan(
             entries,
