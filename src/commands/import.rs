@@ -19,7 +19,7 @@ use nix::unistd::{Whence, lseek64};
 use super::list::now;
 use super::{Failure, failed, open, print};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{MAKING, Role, SNAPSHOT, after_tag, entry_tags};
+use crate::cache::record::{MAKING, Role, SNAPSHOT, entry_tags};
 use crate::cache::spec::{FsType, Spec};
 use crate::cache::units::Bytes;
 use crate::fs as file_system;
@@ -263,8 +263,7 @@ fn fill(
         .filter(|tag| tag.as_str() != SNAPSHOT)
         .collect();
     // Newer than what was published while it was copied.
-    let lvs = store.list()?.lvs;
-    add.extend(lvs.iter().map(|lv| lv.seq).max().map(after_tag));
+    add.extend(store.list()?.published_after(name));
     store.change_tags(name, &add, &[tag(MAKING)])?;
     store.persist()?;
     let there = store.list()?.lvs.into_iter().find(|lv| lv.name == *name);

@@ -124,9 +124,9 @@ fn remove(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
         )));
     }
     // First out of every choice, then out of the store: an end in between leaves
-    // the second half to the daemon.
+    // the second half to the daemon. A store too full to take that mark still removes.
     match store.change_tags(name, &[DOOMED.parse().expect("a tag")], &[]) {
-        Ok(()) => store.remove(name).map_err(|error| match error {
+        Ok(()) | Err(StoreError::Full { .. }) => store.remove(name).map_err(|error| match error {
             StoreError::Busy(_) => Failure::Failed(format!(
                 "{name}: it came into use meanwhile; it is marked, and removed once it is free"
             )),

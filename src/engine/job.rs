@@ -696,7 +696,6 @@ impl Engine {
             .collect();
         if !save.is_empty() {
             self.store.change_tags(&lv, &[], &save)?;
-            self.persist();
         }
         Ok(())
     }
@@ -714,7 +713,6 @@ impl Engine {
         for lv in job.lvs() {
             self.note_failure(&lv, !success)?;
         }
-        self.persist();
         Ok(())
     }
 

@@ -417,11 +417,15 @@ impl Engine {
         marked
     }
 
-    /// Commits that an LV is to be removed, and only then has it removed.
+    /// Commits that an LV is to be removed, and only then has it removed; where there is no room for that mark, removes it.
     pub(super) fn mark_doomed(&self, lv: &LvName) -> Result<(), StoreError> {
         match self.store.change_tags(lv, &[tag(DOOMED)], &[]) {
             Ok(()) => self.upkeep.remove(lv.clone(), true),
             Err(StoreError::NotFound(_)) => {}
+            Err(full @ StoreError::Full { .. }) => match self.store.remove(lv) {
+                Err(StoreError::Busy(_)) => return Err(full),
+                removed => removed?,
+            },
             Err(error) => return Err(error),
         }
         self.forget(lv);

@@ -17,7 +17,7 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{FAILED, MAKING, SNAPSHOT, after_tag, entry_tags};
+use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
 use crate::cache::spec::{Publish, Spec};
 use crate::failpoint::reach;
 use crate::fs::Content;
@@ -553,9 +553,8 @@ impl Engine {
             }
             self.store.deactivate(&making.name)?;
             // Others may have been published since it was made.
-            let lvs = self.store.list()?.lvs;
             let mut tags = tags.to_vec();
-            tags.extend(lvs.iter().map(|lv| lv.seq).max().map(after_tag));
+            tags.extend(self.store.list()?.published_after(&making.name));
             (self.store).change_tags(&making.name, &tags, &[tag(MAKING)])?;
             self.persist();
             Ok(())

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
+use crate::cache::record::after_tag;
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
 
@@ -49,6 +50,17 @@ pub struct Listing {
     pub lvs: Vec<Lv>,
     /// How full it is.
     pub capacity: Capacity,
+}
+
+impl Listing {
+    /// The tag that makes `lv`, an entry that is published now, newer than all that was made since it was; `None`: nothing
+    /// was.
+    #[must_use]
+    pub fn published_after(&self, lv: &LvName) -> Option<Tag> {
+        let own = self.lvs.iter().find(|other| other.name == *lv)?.seq;
+        let highest = self.lvs.iter().map(|other| other.seq).max()?;
+        (highest > own).then(|| after_tag(highest))
+    }
 }
 
 /// How full a store is.

@@ -443,12 +443,17 @@ fn thin_devices_that_lvm_does_not_know() {
     // Another's pool: left alone, but for what LVM itself deletes.
     store.clear_away().unwrap();
     assert_eq!(thin_ids().len(), known.len() + 3);
-    for text in ["one", "two", "three", "four"] {
+    store
+        .create(&new("one", &["a"], true), Bytes::mib(16))
+        .unwrap();
+    for (text, of) in [("two", "zero"), ("three", "zero"), ("four", "two")] {
         store
-            .create(&new(text, &["a"], true), Bytes::mib(16))
+            .snapshot(&name(of), &new(text, &["a"], text != "two"))
             .unwrap();
     }
-    for text in ["one", "two", "three", "four"] {
+    let made = ["one", "two", "three", "four"];
+    assert_eq!(names(&store).len(), 1 + made.len());
+    for text in made {
         assert!(listed(&store, text).is_some());
         store.remove(&name(text)).unwrap();
     }

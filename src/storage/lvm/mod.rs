@@ -41,6 +41,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 pub use config::plain_report;
 pub use init::{Say, ensure_loop, init, init_loop};
@@ -57,6 +58,7 @@ use self::report::{LV_COLUMNS, PoolUse};
 use self::runner::{Answer, Failure, Look, Runner};
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
+use crate::cache::record::{DOOMED, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
 
@@ -241,22 +243,32 @@ impl LvmStore {
         PoolDevices::new(&self.vg, &self.pool)
     }
 
-    /// Sees that the pool takes writes, and gives what it says of itself; `None`: it is not active.
+    /// Sees that the pool takes changes, and gives what it says of itself; `None`: it is not active.
     fn in_service(&self) -> Result<Option<Health>, StoreError> {
         let health = self.devices().health()?;
-        let Some(illness) = health.and_then(|health| health.illness) else {
-            return Ok(health);
-        };
-        let Trouble { finding, fix } = illness.told(&self.vg, &self.pool);
-        let (store, detail) = (self.vg.to_string(), format!("{finding}; {fix}"));
-        Err(match illness {
-            Illness::OutOfData => StoreError::Full {
-                store,
-                detail: format!("{detail}, or remove entries"),
-            },
-            Illness::Failed | Illness::NeedsCheck | Illness::ReadOnly => {
-                StoreError::OutOfService { store, detail }
+        match health.and_then(|health| health.illness) {
+            None | Some(Illness::OutOfData) => Ok(health),
+            Some(illness) => {
+                let Trouble { finding, fix } = illness.told(&self.vg, &self.pool);
+                Err(StoreError::OutOfService {
+                    store: self.vg.to_string(),
+                    detail: format!("{finding}; {fix}"),
+                })
             }
+        }
+    }
+
+    /// Why no volume with tags of `text` bytes is made, where that is for want of room.
+    fn no_room(&self, now: &PoolUse, health: Option<Health>, text: usize) -> Option<StoreError> {
+        let detail = now.exhausted(&self.vg, &self.pool, text).or_else(|| {
+            // Enlarged since, say, and not noticed yet.
+            let illness = health?.illness?;
+            let Trouble { finding, fix } = illness.told(&self.vg, &self.pool);
+            Some(format!("{finding}; remove entries, or {fix}"))
+        })?;
+        Some(StoreError::Full {
+            store: self.vg.to_string(),
+            detail,
         })
     }
 
@@ -307,36 +319,63 @@ impl LvmStore {
             None => command.name("--thinpool", &self.pool).vg(&self.vg),
         };
         let mut answer = self.run(command.clone(), Urgency::Request)?;
-        if !answer.success {
-            let mut made = self.after_refusal(new, origin, &answer);
-            if matches!(made, Err(StoreError::Failed(_))) {
-                // A thin device that LVM does not know may have been in the way; LVM has it deleted now (`repair`).
+        let mut made = self.outcome(new, origin, &answer);
+        if matches!(made, Err(StoreError::Failed(_))) {
+            // A thin device that LVM does not know may have been in the way (`repair`).
+            self.try_to_clear_away();
+            answer = self.run(command.clone(), Urgency::Request)?;
+            made = self.outcome(new, origin, &answer);
+            if matches!(made, Err(StoreError::Failed(_))) && origin.is_some() && self.displace()? {
                 answer = self.run(command, Urgency::Request)?;
-                made = if answer.success {
-                    Ok(())
-                } else {
-                    self.after_refusal(new, origin, &answer)
-                };
-                if let Err(error) = self.clear_away() {
-                    tracing::debug!(%error, "not looked for more of them");
-                }
+                made = self.outcome(new, origin, &answer);
             }
-            made?;
-            if new.active && !answer.success {
-                return self.activate(&new.name).map(Some);
-            }
+            self.try_to_clear_away();
+        }
+        made?;
+        if new.active && !answer.success {
+            return self.activate(&new.name).map(Some);
         }
         self.known().insert(new.name.clone());
         Ok(new.active.then(|| self.device(&new.name)))
     }
 
-    /// Whether a volume was made after all though LVM says that it was not, and why it was not.
-    fn after_refusal(
+    fn try_to_clear_away(&self) {
+        if let Err(error) = self.clear_away() {
+            tracing::debug!(%error, "thin devices that LVM does not know are not looked for");
+        }
+    }
+
+    /// Has LVM take away a thin device that it does not know from where the next volume is to be: for a volume that is
+    /// empty it does, for a snapshot of one that is active it does not. `false`: there is none.
+    fn displace(&self) -> Result<bool, StoreError> {
+        if self.strays(false)?.ids.is_empty() {
+            return Ok(false);
+        }
+        let mut random = [0; 4];
+        getrandom::fill(&mut random).map_err(|error| StoreError::Failed(error.to_string()))?;
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let empty = NewLv {
+            name: LvName::fresh(now.as_secs(), random),
+            tags: [SNAPSHOT, DOOMED]
+                .map(|tag| tag.parse().expect("is a tag"))
+                .into(),
+            active: false,
+        };
+        self.create(&empty, Bytes::mib(4))?;
+        self.remove(&empty.name)?;
+        Ok(true)
+    }
+
+    /// Whether a volume was made, and why it was not.
+    fn outcome(
         &self,
         new: &NewLv,
         origin: Option<&LvName>,
         answer: &Answer,
     ) -> Result<(), StoreError> {
+        if answer.success {
+            return Ok(());
+        }
         let state = self.state()?;
         match state.find(&new.name) {
             // The first of two attempts made it: names are never used twice.
@@ -351,17 +390,12 @@ impl LvmStore {
 
     /// Why LVM refused to make or grow something whose tags are `tags`.
     fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
-        if let Err(error) = self.in_service() {
-            return error;
-        }
         let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
-        let reason = state.pool.exhausted(&self.vg, &self.pool, text);
-        match reason {
-            Some(detail) => StoreError::Full {
-                store: self.vg.to_string(),
-                detail,
-            },
-            None => StoreError::Failed(answer.reason()),
+        match self.in_service() {
+            Err(error) => error,
+            Ok(health) => self
+                .no_room(&state.pool, health, text)
+                .unwrap_or_else(|| StoreError::Failed(answer.reason())),
         }
     }
 
@@ -476,16 +510,14 @@ impl Store for LvmStore {
 
     fn room(&self) -> Result<Capacity, StoreError> {
         let mut now = *self.last_use();
+        let health = self.in_service()?;
         // What writes change, the kernel says; the group's description is as last listed.
-        if let Some((data, metadata)) = self.in_service()?.and_then(|health| health.used) {
+        if let Some((data, metadata)) = health.and_then(|health| health.used) {
             now.capacity.data_percent = data;
             now.capacity.metadata_percent = metadata;
         }
-        match now.exhausted(&self.vg, &self.pool, LV_TEXT) {
-            Some(detail) => Err(StoreError::Full {
-                store: self.vg.to_string(),
-                detail,
-            }),
+        match self.no_room(&now, health, LV_TEXT) {
+            Some(full) => Err(full),
             None => Ok(now.capacity),
         }
     }

@@ -22,11 +22,12 @@
 //!
 //! # Thin devices that LVM does not know
 //! LVM gives a new volume the highest id that it knows plus one (`get_free_thin_pool_device_id` in lvm2's
-//! lib/metadata/thin_manip.c). Where the pool has a device of that id, `create_thin` fails with "File exists", and LVM
-//! takes its volume back by a message that deletes the id (`detach_pool_lv`), sent before the next volume is made: so every
-//! second command fails, and what was in the way is gone. They come of power cuts, of `vgcfgrestore`, of tools that speak
-//! to the pool past LVM. LVM commits a volume before it tells the pool, and holds the group's lock over both: with that
-//! lock held and no message due, what LVM does not list is no part of any command's work.
+//! lib/metadata/thin_manip.c), and no option chooses another. Where the pool has a device of that id, the message fails with
+//! "File exists". LVM takes its volume back by a message that deletes the id (`detach_pool_lv`), sent before the next one is
+//! made: so every second command fails, and what was in the way is gone. Not for a snapshot of an active volume, which
+//! fails each time (seen with 2.03.16). Such devices come of power cuts, of `vgcfgrestore`, of tools that speak to the pool past
+//! LVM. LVM commits a volume before it tells the pool, and holds the group's lock over both: with that lock held and
+//! no message due, what LVM does not list is no part of any command's work.
 //!
 //! One that was activating a volume leaves it without device files where there is no
 //! udev. They are made when the volume is activated again (`LvmStore::activate`).
