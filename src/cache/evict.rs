@@ -305,7 +305,7 @@ pub fn is_plausible(now: u64, entries: &[Entry]) -> bool {
     now >= NOT_BEFORE && last.is_none_or(|last| last.created <= now + SLACK)
 }
 
-/// Puts right the times that a wrong clock gave to entries: before [`NOT_BEFORE`], or after `now`. Such an entry counts
+/// Puts right the times that a wrong clock gave to entries: before 2026, or after `now`. Such an entry counts
 /// as published when the next one was of which that is known, or else now; it was published earlier. A use in the
 /// future was one at some time until now.
 pub fn correct_times(entries: &mut [Entry], now: u64) {
