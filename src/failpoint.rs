@@ -6,7 +6,7 @@
 //! `publish.3:2` for the second time that it is reached.
 
 /// Every place, in the order in which a volume's life reaches them.
-pub const ALL: [&str; 22] = [
+pub const ALL: [&str; 25] = [
     "create.1",
     "create.2",
     "create.3",
@@ -15,6 +15,9 @@ pub const ALL: [&str; 22] = [
     "mount.2",
     "mount.3",
     "mount.4",
+    "fit.1",
+    "fit.2",
+    "fit.3",
     "unmount.1",
     "unmount.2",
     "unmount.3",

@@ -384,6 +384,28 @@ fn shown_label(device: &Path) -> Option<Option<String>> {
     Some(shown.label)
 }
 
+/// Takes all mounts at `at` out of sight, from the topmost one down, whoever still uses them.
+///
+/// # Errors
+/// What the kernel says.
+pub fn detach_all(at: &Path) -> io::Result<()> {
+    while detach(at)? {}
+    Ok(())
+}
+
+/// Takes the mounts at `at` out of sight that lie upon the lowest one.
+///
+/// # Errors
+/// What the kernel says.
+pub fn uncover(at: &Path) -> io::Result<()> {
+    // The table and not a descriptor: umount(2) takes the topmost mount, whichever of them it is shown.
+    let there = table()?.into_iter().filter(|m| m.at == at).count();
+    for _ in 1..there {
+        detach(at)?;
+    }
+    Ok(())
+}
+
 /// Takes the mount at `at` out of sight, whoever still uses it (the topmost one,
 /// where several are stacked). `false`: nothing was mounted there.
 ///

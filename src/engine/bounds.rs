@@ -258,7 +258,7 @@ impl Engine {
     }
 
     /// Does what needs room in the store, and makes room as long as that is refused for want of it and
-    /// there is something to evict.
+    /// there is something to evict. [`EngineError::Stopping`] where the daemon stops before that is known.
     pub(super) fn with_room<T>(
         &self,
         patience: Duration,
@@ -273,6 +273,8 @@ impl Engine {
             let left = until.saturating_duration_since(Instant::now());
             match self.ask(true).recv_timeout(left) {
                 Ok(Ok(evicted)) if !evicted.is_empty() => {}
+                // Whether there is anything to evict is not known: that is no "no".
+                _ if self.is_stopping() => return Err(EngineError::Stopping),
                 _ => return Err(full.into()),
             }
         }
@@ -318,6 +320,9 @@ impl Engine {
         }
         let mut gone = Vec::with_capacity(plan.len());
         for (lv, evicted) in plan {
+            if self.is_stopping() {
+                break;
+            }
             match evict(&*self.store, &lv, &evicted) {
                 Ok(()) => {}
                 Err(StoreError::Busy(_)) => self.upkeep.remove(lv.clone(), true),
@@ -436,6 +441,9 @@ impl Engine {
             match Role::from_tags(&lv.tags) {
                 Role::Entry { used, .. } if now.abs_diff(used) >= USED_GRAIN => {}
                 _ => continue,
+            }
+            if self.is_stopping() {
+                return;
             }
             let before = lv.tags.iter().filter(|tag| tag.as_str().starts_with(USED));
             let before: Vec<_> = before.cloned().collect();

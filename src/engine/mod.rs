@@ -68,6 +68,10 @@ use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publ
 /// after 5 seconds, and then never unmounts that volume again.
 const UNMOUNT_ANSWER: Duration = Duration::from_secs(3);
 
+/// How long the store's present command may take to end after [`Engine::stop`] has waited for what is under way, at
+/// least. The unit's `TimeoutStopSec=` is more than this and the longest usual `stop-timeout` together.
+const COMMAND_END: Duration = Duration::from_secs(20);
+
 /// What the engine is told at its start.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -439,6 +443,7 @@ impl Engine {
     ) -> Result<Lease, Refused> {
         let mut lease = Lease::new(self.backing(volume, phase)?);
         lease.shown = Some(Ids::host());
+        lease.plain_below = true;
         let shown = self.show(lease.mounted(), at).and_then(|()| {
             // From here on the job's container can reach it.
             match &lease.backing {
@@ -453,7 +458,7 @@ impl Engine {
                 Backing::Lv { copy, .. } => Phase::Ready(copy),
                 Backing::Scratch(_) => Phase::Stale(None),
                 Backing::Job { lv, .. } => {
-                    let _ = mount::detach(at);
+                    let _ = mount::detach_all(at);
                     let _ = fs::remove_dir(at);
                     Phase::Stale(lv)
                 }
@@ -572,7 +577,7 @@ impl Engine {
         match fs::create_dir(at) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                 // Left by an earlier life, or by somebody else: never mount upon it.
-                while mount::detach(at).map_err(|e| io_error("unmounting", at, e))? {}
+                mount::detach_all(at).map_err(|e| io_error("unmounting", at, e))?;
             }
             other => other.map_err(|e| io_error("making", at, e))?,
         }
@@ -659,6 +664,8 @@ impl Engine {
     /// Shows a volume in use as a container with the ids `ids` is to see it, which is about to
     /// start: files are whoever's they were inside of the last one. Nothing happens where there is no lease.
     ///
+    /// The mount that the lease began with stays at the bottom; one with other ids lies upon it.
+    ///
     /// # Errors
     /// See [`EngineError`]; the volume is still mounted, as it was.
     pub fn fit(&self, name: &VolumeName, ids: &Ids) -> Result<(), EngineError> {
@@ -679,15 +686,28 @@ impl Engine {
             return Ok(());
         };
         let (lv, device, fs) = (copy.lv.clone(), copy.device.clone(), open.fs);
+        let plain_below = lease.plain_below;
         drop(now);
-        let device = device.map_or_else(|| self.store.activate(&lv), Ok)?;
-        let mounted =
-            Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e.into()))?;
-        self.map_ids(&mounted, ids);
-        mount::detach(&at).map_err(|e| io_error("unmounting", &at, e))?;
-        mounted
-            .attach(&at)
-            .map_err(|e| io_error("mounting at", &at, e))?;
+        let mounted = if plain_below && ids.is_host() {
+            None
+        } else {
+            let device = device.map_or_else(|| self.store.activate(&lv), Ok)?;
+            let mounted = Mounted::device(&device, fs)
+                .map_err(|e| io_error("mounting", &device, e.into()))?;
+            self.map_ids(&mounted, ids);
+            Some(mounted)
+        };
+        reach("fit", 1);
+        // The lowest one stays: at no moment, and whatever ends the daemon now, is there a mountpoint with nothing on it, where a
+        // container would write to the host's memory.
+        mount::uncover(&at).map_err(|e| io_error("unmounting", &at, e))?;
+        reach("fit", 2);
+        if let Some(mounted) = mounted {
+            mounted
+                .attach(&at)
+                .map_err(|e| io_error("mounting at", &at, e))?;
+        }
+        reach("fit", 3);
         if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
             lease.shown = Some(ids.clone());
         }
@@ -1080,10 +1100,11 @@ impl Engine {
         })
     }
 
-    /// Takes no more requests, finishes what is under way within `bound`, and
-    /// leaves visible mounts alone. `false`: something was left undone, and the
-    /// next start takes it up.
+    /// Takes no more requests, finishes what is under way within `bound`, upkeep's work too, and
+    /// leaves visible mounts alone; then closes the store, whose present command has [`COMMAND_END`]
+    /// to end in any case. `false`: something was left undone, and the next start takes it up.
     pub fn stop(&self, bound: Duration) -> bool {
+        let until = Instant::now() + bound;
         let mut state = lock(&self.state);
         state.stopping = true;
         self.stopped.notify_all();
@@ -1092,19 +1113,31 @@ impl Engine {
             .quiet
             .wait_timeout_while(state, bound, |state| state.under_way > 0)
             .unwrap_or_else(PoisonError::into_inner);
-        state.under_way == 0
+        let requests_done = state.under_way == 0;
+        drop(state);
+        let upkeep_done = self.upkeep.has_ended(until);
+        let closed = self.store.close(until.max(Instant::now() + COMMAND_END));
+        requests_done && upkeep_done && closed
     }
 
     fn begin(self: &Arc<Self>) -> Result<Work, EngineError> {
-        if lock(&self.state).stopping {
+        let mut state = lock(&self.state);
+        // Under the lock that counts it: what begins is waited for.
+        if state.stopping {
             return Err(EngineError::Stopping);
         }
-        Ok(self.work())
+        state.under_way += 1;
+        Ok(Work(Arc::clone(self)))
     }
 
     fn work(self: &Arc<Self>) -> Work {
         lock(&self.state).under_way += 1;
         Work(Arc::clone(self))
+    }
+
+    /// Whether the daemon is about to end: what can be left to the next start is.
+    fn is_stopping(&self) -> bool {
+        lock(&self.state).stopping
     }
 
     /// Waits, unless that is cut short by the daemon's end: `false`.

@@ -182,7 +182,7 @@ impl Engine {
             .then(|| Slot::take(&self.premounted, self.settings.premounted))
             .flatten();
         let held = slot.and_then(|slot| Some((slot, Mounted::attached(&at).ok()?)));
-        if let Err(error) = mount::detach(&at) {
+        if let Err(error) = mount::detach_all(&at) {
             warn!(volume = %volume.name, %error, "unmounting failed");
         }
         reach("unmount", 2);
@@ -445,6 +445,7 @@ impl Engine {
         loop {
             let error = match act() {
                 Err(EngineError::Store(error)) if passes(&error) => error,
+                Err(EngineError::Stopping) => return None,
                 done => return Some(done),
             };
             if pause == AGAIN.0 {
@@ -497,7 +498,9 @@ impl Engine {
                     None => Ok(()),
                 })
             });
-            if matches!(&published, Err(EngineError::Store(error)) if passes(error)) {
+            if matches!(&published, Err(EngineError::Store(error)) if passes(error))
+                || matches!(&published, Err(EngineError::Stopping))
+            {
                 return published;
             }
             // In use again, the mark is the next lease's.

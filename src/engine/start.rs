@@ -542,7 +542,7 @@ impl Engine {
     /// Takes away a mount that belongs to no volume.
     fn clear(&self, m: &MountPoint) {
         warn!(at = %m.at.display(), "a mount that belongs to no lease: it is taken away");
-        if let Err(error) = mount::detach(&m.at) {
+        if let Err(error) = mount::detach_all(&m.at) {
             warn!(at = %m.at.display(), %error, "it cannot be");
         }
     }

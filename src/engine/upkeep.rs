@@ -5,6 +5,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
+use std::convert::Infallible;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
@@ -52,6 +54,8 @@ pub(super) struct Upkeep {
     more: Condvar,
     removals: Mutex<Removals>,
     more_removals: Condvar,
+    /// Disconnected once both threads have ended.
+    threads: Mutex<Option<Receiver<Infallible>>>,
 }
 
 #[derive(Default)]
@@ -186,6 +190,16 @@ impl Upkeep {
         self.more_removals.notify_one();
     }
 
+    /// Waits until the threads have ended what they were at when they were told to [`Upkeep::stop`]; `false`: it is
+    /// `until`, and they have not.
+    pub fn has_ended(&self, until: Instant) -> bool {
+        let Some(threads) = lock(&self.threads).take() else {
+            return true;
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        threads.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
+    }
+
     /// The next thing to do, or `None` when that is to stop. After `patience` there is nothing.
     fn next(&self, patience: Option<Duration>) -> Option<Todo> {
         let todo = lock(&self.todo);
@@ -243,19 +257,21 @@ impl Upkeep {
 }
 
 impl Engine {
-    /// Starts the threads. They end with the process: all that they do is safe
-    /// to cut short.
+    /// Starts the threads. What they do is safe to cut short; but [`Engine::stop`] waits for what they are at.
     pub(super) fn start_upkeep(self: &Arc<Self>) -> Result<(), EngineError> {
         let watch = self.store.watch();
         let inotify = watch_dir(&watch).map_err(|source| EngineError::Io {
             what: format!("watching {}", watch.dir.display()),
             source,
         })?;
+        let (running, threads) = mpsc::channel();
+        *lock(&self.upkeep.threads) = Some(threads);
         let spawn = |name: &str, work: fn(&Arc<Self>)| {
-            let engine = Arc::clone(self);
-            thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(move || work(&engine))
+            let (engine, running) = (Arc::clone(self), running.clone());
+            thread::Builder::new().name(name.to_owned()).spawn(move || {
+                work(&engine);
+                drop(running);
+            })
         };
         let started = spawn("upkeep", Self::upkeep_thread)
             .and_then(|_| spawn("removals", Self::removals_thread))
@@ -326,7 +342,7 @@ impl Engine {
                 self.check_room();
             }
             if todo.list {
-                thread::sleep(BETWEEN_LISTINGS);
+                self.rest(BETWEEN_LISTINGS);
             }
         }
     }
@@ -418,7 +434,7 @@ impl Engine {
     pub(super) fn refresh_waiting(self: &Arc<Self>) {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         for volume in volumes {
-            if lock(&self.state).stopping {
+            if self.is_stopping() {
                 return;
             }
             if !self.may_want_refresh(&volume) {

@@ -197,6 +197,8 @@ pub(super) struct Lease {
     pub lost: bool,
     /// Whose ids its mount shows; `None` after a restart, where that is not known.
     pub shown: Option<Ids>,
+    /// The lowest mount at the mountpoint is known to show this host's ids.
+    pub plain_below: bool,
 }
 
 #[derive(Debug)]
@@ -228,6 +230,7 @@ impl Lease {
             discarded: false,
             lost: false,
             shown: None,
+            plain_below: false,
         }
     }
 

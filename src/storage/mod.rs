@@ -13,6 +13,7 @@ pub mod reflink;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
@@ -318,4 +319,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Where changes made by others show.
     fn watch(&self) -> Watch;
+
+    /// Takes no more calls, and waits until `until` for what is being done, by tools above all, to end. `false`: it goes
+    /// on by itself, and whichever daemon comes next waits for it as for anybody's.
+    fn close(&self, _until: Instant) -> bool {
+        true
+    }
 }

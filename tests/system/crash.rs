@@ -3,7 +3,7 @@
 //! a restart finishes what was begun.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -190,6 +190,7 @@ fn at_failpoints(kind: Kind, stage: &'static str) {
             match stage {
                 "create" => create(&mut drill, point, options),
                 "mount" => mount(&mut drill, point, options),
+                "fit" => fit(&mut drill, point, options),
                 "unmount" => unmount(&mut drill, point, options),
                 "publish" => publish(&mut drill, point, options),
                 "refresh" => refresh(&mut drill, point, options),
@@ -251,6 +252,57 @@ fn mount(drill: &mut Drill, point: &str, options: &Value) {
     plugin.remove("v");
     drill.nothing_new(&[]);
     daemon.stop();
+}
+
+/// A volume is about to be shown to a container with ids of its own: to the first of its lease, or to a second with others.
+fn fit(drill: &mut Drill, point: &str, options: &Value) {
+    let starting = |outside: u64| {
+        let range = json!([{"containerID": 0, "hostID": outside, "size": 65536}]);
+        json!({"Volumes": ["v"], "UidMappings": range, "GidMappings": range})
+    };
+    for nth in [1, 2] {
+        let daemon = drill.start_to_die(&format!("{point}:{nth}"));
+        let plugin = daemon.plugin();
+        plugin.create("v", options);
+        let at = plugin.mount("v", "x");
+        drill.job(&at);
+        for before in 1..nth {
+            plugin.ok("Friend.Starting", &starting(before << 16));
+        }
+        assert!(!call(plugin, "Friend.Starting", &starting(nth << 16)));
+        daemon.died();
+        // What a container would find that starts now, and what is below it.
+        assert_eq!(mounted("v").as_ref(), Some(&at));
+        assert_eq!(content::read(&at), Content::Whole(drill.newest + 1));
+        assert_eq!(below(drill, "v"), [""; 0]);
+
+        let daemon = drill.start();
+        let plugin = daemon.plugin();
+        for outside in [nth << 16, 7 << 16] {
+            plugin.ok("Friend.Starting", &starting(outside));
+            assert_eq!(content::read(&at), Content::Whole(drill.newest + 1));
+        }
+        let without = json!({"Volumes": ["v"], "UidMappings": [], "GidMappings": []});
+        plugin.ok("Friend.Starting", &without);
+        assert_eq!(content::read(&at), Content::Whole(drill.newest + 1));
+        assert_eq!(below(drill, "v"), [""; 0]);
+        drill.nothing_new(&[Known::mounted("v")]);
+        plugin.unmount("v", "x");
+        drill.published(&[Known::idle("v")], drill.newest + 1);
+        plugin.remove("v");
+        drill.nothing_new(&[]);
+        daemon.stop();
+    }
+}
+
+/// What the host's own directory holds that a volume is mounted at.
+fn below(drill: &Drill, volume: &str) -> Vec<String> {
+    // Without what is mounted in it.
+    let dir = Held::new(&drill.site, Path::new(MOUNT_DIR));
+    let names = fs::read_dir(dir.path().join(volume)).unwrap();
+    names
+        .map(|name| name.unwrap().file_name().into_string().unwrap())
+        .collect()
 }
 
 fn unmount(drill: &mut Drill, point: &str, options: &Value) {

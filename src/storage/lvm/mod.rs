@@ -22,7 +22,9 @@
 //! store is opened and after `lvm` died over a command, and removes it.
 //!
 //! `kill -9` of the daemon does not even interrupt LVM: it is sent SIGTERM, which
-//! it blocks while it holds the group's lock, and it ends after its command.
+//! it blocks while it holds the group's lock, and it ends after its command. Nor does
+//! systemd, which leaves it alone (`KillMode=process` in the unit): a daemon that stops closes
+//! its store, and waits for the command that is under way ([`Store::close`]).
 
 mod command;
 mod config;
@@ -41,7 +43,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 pub use config::plain_report;
 pub use init::{Say, ensure_loop, init, init_loop};
@@ -637,6 +639,10 @@ impl Store for LvmStore {
             dir: self.host.backup_dir.clone(),
             file: Some(self.vg.to_string()),
         }
+    }
+
+    fn close(&self, until: Instant) -> bool {
+        self.owner.close(until)
     }
 }
 

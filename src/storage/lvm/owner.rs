@@ -6,6 +6,7 @@
 //! called off.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -67,6 +68,8 @@ pub(super) struct Owner {
     shared: Arc<Shared>,
     bounds: Bounds,
     thread: Option<JoinHandle<()>>,
+    /// Disconnected once the thread has ended.
+    running: Mutex<mpsc::Receiver<Infallible>>,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +102,7 @@ impl Owner {
     pub(super) fn start(mut runner: Runner, bounds: Bounds) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let of_thread = Arc::clone(&shared);
+        let (of_run, running) = mpsc::channel();
         let thread = thread::Builder::new().name("lvm".into()).spawn(move || {
             while let Some(job) = of_thread.next() {
                 let answer = runner.run(&job.command, job.bound);
@@ -106,12 +110,23 @@ impl Owner {
                 let _ = job.answer.send(answer);
             }
             runner.close();
+            drop(of_run);
         })?;
         Ok(Self {
             shared,
             bounds,
             thread: Some(thread),
+            running: Mutex::new(running),
         })
+    }
+
+    /// Begins no more commands, and waits until `until` for the present one, and for `lvm` itself, to end. `false`: it
+    /// goes on.
+    pub(super) fn close(&self, until: Instant) -> bool {
+        self.shared.close();
+        let left = until.saturating_duration_since(Instant::now());
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
     }
 
     /// Runs a command when its turn has come.
@@ -123,9 +138,13 @@ impl Owner {
         let (sender, answer) = mpsc::sync_channel(1);
         let since = Instant::now();
         let late = || Failure::Late(since.elapsed());
+        let closed = || Failure::Broken("no more commands are run: this process is about to end".into());
         let id = {
             let mut queue = self.shared.lock();
-            if queue.closed || queue.requests.len() + queue.removals.len() >= QUEUE {
+            if queue.closed {
+                return Err(closed());
+            }
+            if queue.requests.len() + queue.removals.len() >= QUEUE {
                 return Err(late());
             }
             let id = queue.next_id;
@@ -147,7 +166,7 @@ impl Owner {
         };
         match answer.recv_timeout(patience) {
             Ok(answer) => return answer,
-            Err(RecvTimeoutError::Disconnected) => return Err(late()),
+            Err(RecvTimeoutError::Disconnected) => return Err(closed()),
             Err(RecvTimeoutError::Timeout) => {}
         }
         {
@@ -169,16 +188,7 @@ impl Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
-        let left = {
-            let mut queue = self.shared.lock();
-            queue.closed = true;
-            (
-                std::mem::take(&mut queue.requests),
-                std::mem::take(&mut queue.removals),
-            )
-        };
-        drop(left);
-        self.shared.arrived.notify_one();
+        self.shared.close();
         if let Some(thread) = self.thread.take() {
             // A panic there was reported when it happened.
             let _ = thread.join();
@@ -190,6 +200,20 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, Queue> {
         // No code that can panic runs under it, and the queue is whole anyway.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the thread end after its present command, and those who wait for another one see so.
+    fn close(&self) {
+        let left = {
+            let mut queue = self.lock();
+            queue.closed = true;
+            (
+                std::mem::take(&mut queue.requests),
+                std::mem::take(&mut queue.removals),
+            )
+        };
+        drop(left);
+        self.arrived.notify_one();
     }
 
     /// Waits for the next command to run; `None` when there will be none.

@@ -338,6 +338,10 @@ impl Held {
         );
         Self { at }
     }
+
+    pub fn path(&self) -> &Path {
+        self.at.path()
+    }
 }
 
 impl Drop for Held {
