@@ -325,6 +325,10 @@ pub struct Remove {
     /// A volume's name, or an entry's logical volume.
     #[arg(value_name = "NAME")]
     pub name: String,
+    /// A volume that is in use, too: its mount is taken away, and its lease ends as any other, once the containers that
+    /// still have it have ended. Needs the daemon.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Options of `doctor`.

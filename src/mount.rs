@@ -16,6 +16,7 @@
 //! [`selinux`]. A file system that is mounted already keeps the label that it has, and the
 //! kernel refuses one more mount of it that says another.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -453,6 +454,47 @@ pub fn in_use(device: &Path) -> io::Result<bool> {
         Err(Errno::BUSY) => Ok(true),
         Err(error) => Err(error.into()),
     }
+}
+
+/// How much is read of a mount table that is looked through for a device, in bytes: some thousand mounts. What is beyond it a
+/// process has put there for itself.
+const TABLE_CAP: u64 = 1 << 20;
+
+/// Processes that have the device `(major, minor)` mounted in another place than `at`, one of each mount namespace: those of
+/// containers that were given what is mounted at `at`. At `at` itself it shows in any namespace that follows the host's.
+///
+/// # Errors
+/// What listing /proc says.
+pub fn users(device: (u32, u32), at: &Path) -> io::Result<Vec<u32>> {
+    let mut seen = HashSet::new();
+    let mut users = Vec::new();
+    let root_of = |process: &Path| {
+        let root = rustix::fs::stat(&process.join("root")).ok()?;
+        Some((root.st_dev, root.st_ino))
+    };
+    let own_root = root_of(Path::new("/proc/self"));
+    for process in std::fs::read_dir("/proc")? {
+        let process = process?;
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        // One that has just ended is no user.
+        let Ok(namespace) = std::fs::read_link(process.path().join("ns/mnt")) else {
+            continue;
+        };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let Ok(table) = table_in(&process.path().join("mountinfo"), TABLE_CAP) else {
+            continue;
+        };
+        let mut mounts = table.iter().filter(|m| m.device == device);
+        // A path in a container is another place, whatever it is.
+        if mounts.any(|m| m.at != at || root_of(&process.path()) != own_root) {
+            users.push(pid);
+        }
+    }
+    Ok(users)
 }
 
 /// One line of the mount table.

@@ -4,6 +4,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
@@ -20,6 +21,11 @@ use crate::plugin::{self, server};
 use crate::selinux;
 use crate::status;
 use crate::storage::StoreError;
+
+/// How long a daemon that starts waits for `gc` and `remove`, which hold the store's lock for a commit or two; and how often
+/// it looks.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
+const COMMAND_POLL: Duration = Duration::from_millis(20);
 
 /// The daemon could not be brought up.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +72,24 @@ pub fn lock_store(store: &StoreConfig) -> Result<Lock, SocketError> {
     }
 }
 
+/// [`lock_store`], for a daemon that starts: a command that changes the store in its stead is waited for.
+fn await_store(store: &StoreConfig) -> Result<Lock, SocketError> {
+    let until = Instant::now() + COMMAND_PATIENCE;
+    let mut waits = false;
+    loop {
+        match lock_store(store) {
+            Err(SocketError::Locked(path)) if Instant::now() < until => {
+                if !waits {
+                    tracing::info!(lock = %path.display(), "waiting for a command that changes the store now, or another daemon");
+                    waits = true;
+                }
+                std::thread::sleep(COMMAND_POLL);
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -75,9 +99,10 @@ pub fn run(settings: &Settings) -> Result<(), ServeError> {
     let gid = settings.socket_gid().map_err(ServeError::Setting)?;
     selinux::begin(&settings.selinux_context)
         .map_err(|error| ServeError::Setting(error.to_string()))?;
-    let _store_lock = lock_store(&settings.store)?;
     make_dir(&settings.mount_dir)?;
+    // A daemon's alone, so this tells of another one at once.
     let _mount_lock = Lock::existing(&settings.mount_dir)?;
+    let _store_lock = await_store(&settings.store)?;
     // Before the engine, which may have much to recover: a client that connects
     // meanwhile waits instead of being turned away.
     let (listener, ours) = Listening::open(&settings.socket, gid)?.into_parts();

@@ -18,7 +18,7 @@ use crate::config::Settings;
 use crate::engine::bounds::{self, Evicted};
 use crate::mount;
 use crate::plugin::client;
-use crate::plugin::socket::SocketError;
+use crate::plugin::socket::{Lock, SocketError};
 use crate::plugin::wire::{Evictions, rfc3339};
 use crate::serve::lock_store;
 use crate::storage::{Store, StoreError};
@@ -32,17 +32,26 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// When the store cannot be read, or takes no change.
 pub fn run(config: &Path, args: &cli::Gc) -> Result<(), Failure> {
     let (settings, store) = open(config)?;
-    // Held to the end: no daemon starts while this command acts in its stead.
-    let evicted = match lock_store(&settings.store) {
-        Ok(_lock) => evict(&settings, &*store, args.dry_run)?,
-        Err(SocketError::Locked(_)) => through_daemon(&settings, args.dry_run)?,
-        Err(error) => return Err(Failure::Failed(error.to_string())),
+    let daemon_runs = lock(&settings)?.is_none();
+    let evicted = if daemon_runs {
+        through_daemon(&settings, args.dry_run)?
+    } else {
+        evict(&settings, &*store, args.dry_run)?
     };
     if args.json {
         let rows: Vec<_> = evicted.iter().map(row).collect();
         return print(&to_json(&rows));
     }
     print(&lines(&evicted, now(), table::width()))
+}
+
+/// Keeps daemons off the store; `None`: one has it.
+fn lock(settings: &Settings) -> Result<Option<Lock>, Failure> {
+    match lock_store(&settings.store) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(SocketError::Locked(_)) => Ok(None),
+        Err(error) => Err(Failure::Failed(error.to_string())),
+    }
 }
 
 fn through_daemon(settings: &Settings, dry_run: bool) -> Result<Vec<Evicted>, Failure> {
@@ -69,7 +78,14 @@ fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Ev
         let last = dry_run || round.is_empty();
         for (lv, evicted) in round {
             if !dry_run {
-                remove(store, &lv, &evicted)?;
+                // For one commit, and not to the end: a daemon that starts meanwhile finds what is marked, and goes on by
+                // itself, as it does at each start.
+                let Some(held) = lock(settings)? else {
+                    return Ok(gone);
+                };
+                let marked = bounds::mark(store, &lv, &evicted)?;
+                drop(held);
+                remove(store, &lv, marked)?;
             }
             gone.push(evicted);
         }
@@ -79,10 +95,10 @@ fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Ev
     }
 }
 
-fn remove(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<(), Failure> {
-    match bounds::evict(store, lv, evicted) {
-        // Marked it is, and removed once it is free.
-        Err(StoreError::Busy(_)) => Ok(()),
+fn remove(store: &dyn Store, lv: &LvName, marked: bool) -> Result<(), Failure> {
+    match store.remove(lv) {
+        // It is removed once it is free.
+        Err(StoreError::Busy(_)) if marked => Ok(()),
         other => Ok(other?),
     }
 }

@@ -233,9 +233,9 @@ fn fill(
     let device = store
         .create(&new, size)?
         .ok_or_else(|| Failure::Failed(format!("{name}: it has no device")))?;
-    // Held open until the tags are there: a daemon that starts meanwhile tells by
+    // Held until the tags are there: a daemon that starts meanwhile tells by
     // it that somebody is still making this one.
-    let held = File::open(&device).map_err(failed(device.display()))?;
+    let held = store.hold(name)?;
     file_system::make(&device, fs).map_err(|e| Failure::Failed(e.to_string()))?;
     let mounted = Mounted::device(&device, fs)
         .map_err(|e| Failure::Failed(format!("mounting {}: {e}", device.display())))?;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::show::absent;
 use super::{ANSWER_TIMEOUT, Failure, open, print};
-use crate::cache::names::VolumeName;
+use crate::cache::names::{LvName, VolumeName};
 use crate::cache::record::{DOOMED, Role};
 use crate::cli;
 use crate::config::Settings;
@@ -23,28 +23,32 @@ use crate::storage::{Listing, Lv, Store, StoreError};
 pub fn run(config: &Path, args: &cli::Remove) -> Result<(), Failure> {
     let (settings, store) = open(config)?;
     let name = &args.name;
-    // Held to the end: no daemon starts while this command acts in its stead.
-    let _lock = match lock_store(&settings.store) {
+    // Held until what is removed is out of every choice: no daemon starts meanwhile, and takes it up.
+    let lock = match lock_store(&settings.store) {
         Ok(lock) => Some(lock),
         Err(SocketError::Locked(_)) => None,
         Err(error) => return Err(Failure::Failed(error.to_string())),
     };
-    let daemon_runs = _lock.is_none();
     let listing = store.list()?;
 
     let volume = volume_named(&listing, name);
-    if daemon_runs
+    if lock.is_none()
         && let Some(volume) = volume.or_else(|| name.parse().ok())
-        && through_daemon(&settings, &volume)?
+        && through_daemon(&settings, &volume, args.force)?
     {
         return print(&format!("volume {volume} removed\n"));
     }
-    let mut removed = 0;
+    let mut marked = Vec::new();
     for lv in listing.lvs.iter().filter(|lv| is_meant(lv, name)) {
-        remove(&*store, lv)?;
-        removed += 1;
+        mark(&*store, lv)?;
+        marked.push(&lv.name);
     }
-    if removed == 0 {
+    // What takes long keeps no daemon waiting: one that starts now finds them marked, and removes them, too.
+    drop(lock);
+    for lv in &marked {
+        remove(&*store, lv)?;
+    }
+    if marked.is_empty() {
         return Err(absent(&listing, name, store.name()));
     }
     print(&format!("{name} removed\n"))
@@ -77,7 +81,7 @@ fn is_meant(lv: &Lv, name: &str) -> bool {
 }
 
 /// Removes a volume through the daemon; `false` when it knows none of that name.
-fn through_daemon(settings: &Settings, volume: &VolumeName) -> Result<bool, Failure> {
+fn through_daemon(settings: &Settings, volume: &VolumeName, force: bool) -> Result<bool, Failure> {
     let ask = |endpoint: &str| -> Result<Value, ClientError> {
         client::call(
             &settings.socket,
@@ -94,24 +98,20 @@ fn through_daemon(settings: &Settings, volume: &VolumeName) -> Result<bool, Fail
         )),
         _ => Failure::Failed(error.to_string()),
     };
-    let found = match ask("VolumeDriver.Get") {
-        Ok(found) => found,
-        Err(ClientError::Refused { status: 404, .. }) => return Ok(false),
-        Err(error) => return Err(failed(error)),
+    let endpoint = if force {
+        "Friend.Remove"
+    } else {
+        "VolumeDriver.Remove"
     };
-    if let Some(at) = found.pointer("/Volume/Mountpoint").and_then(Value::as_str) {
-        return Err(Failure::Failed(format!(
-            "{volume}: in use, mounted at {at}: stop the container that uses it first"
-        )));
-    }
-    match ask("VolumeDriver.Remove") {
+    match ask(endpoint) {
         Ok(_) => Ok(true),
         Err(ClientError::Refused { status: 404, .. }) => Ok(false),
         Err(error) => Err(failed(error)),
     }
 }
 
-fn remove(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
+/// Takes an LV out of every choice.
+fn mark(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
     let name = &lv.name;
     if Role::from_tags(&lv.tags) == Role::Base {
         return Err(Failure::Failed(format!(
@@ -123,16 +123,19 @@ fn remove(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
             "{name}: in use: mounted, or its device is held open"
         )));
     }
-    // First out of every choice, then out of the store: an end in between leaves
-    // the second half to the daemon. A store too full to take that mark still removes.
+    // A store too full to take that mark still removes.
     match store.change_tags(name, &[DOOMED.parse().expect("a tag")], &[]) {
-        Ok(()) | Err(StoreError::Full { .. }) => store.remove(name).map_err(|error| match error {
-            StoreError::Busy(_) => Failure::Failed(format!(
-                "{name}: it came into use meanwhile; it is marked, and removed once it is free"
-            )),
-            error => error.into(),
-        }),
-        Err(StoreError::NotFound(_)) => Ok(()),
+        Ok(()) | Err(StoreError::NotFound(_) | StoreError::Full { .. }) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes it out of the store: an end before that leaves it to the daemon.
+fn remove(store: &dyn Store, lv: &LvName) -> Result<(), Failure> {
+    match store.remove(lv) {
+        Err(StoreError::Busy(_)) => Err(Failure::Failed(format!(
+            "{lv}: it came into use meanwhile; it is marked, and removed once it is free"
+        ))),
+        other => Ok(other?),
     }
 }

@@ -179,28 +179,20 @@ pub fn plan(
     told.collect()
 }
 
-/// Commits that an entry is to be removed, and removes it. [`StoreError::Busy`] where that has to be
-/// tried again: it is out of every choice by then. A store too full to take that mark still removes.
+/// Commits that an entry is to be removed: it is out of every choice then. `false`: the store has no room for that mark; what
+/// nothing uses can be removed all the same.
 ///
 /// # Errors
 /// What the store says.
-pub fn evict(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<(), StoreError> {
+pub fn mark(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<bool, StoreError> {
     let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
-    let marked = store.change_tags(lv, &[tag(DOOMED)], &[]);
-    match &marked {
-        Err(StoreError::NotFound(_)) => return Ok(()),
-        Ok(()) | Err(StoreError::Full { .. }) => {}
-        Err(_) => return marked,
-    }
-    let removed = store.remove(lv);
-    match &removed {
-        // Neither marked nor gone.
-        Err(StoreError::Busy(_)) => marked?,
-        Err(_) if marked.is_err() => return removed,
-        _ => {}
-    }
+    let marked = match store.change_tags(lv, &[tag(DOOMED)], &[]) {
+        Err(StoreError::Full { .. }) => false,
+        Ok(()) | Err(StoreError::NotFound(_)) => true,
+        Err(error) => return Err(error),
+    };
     info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
-    removed
+    Ok(marked)
 }
 
 fn mounts() -> Result<Vec<MountPoint>, StoreError> {
@@ -323,11 +315,12 @@ impl Engine {
             if self.is_stopping() {
                 break;
             }
-            match evict(&*self.store, &lv, &evicted) {
+            let marked = mark(&*self.store, &lv, &evicted)?;
+            match self.store.remove(&lv) {
                 Ok(()) => {}
-                Err(StoreError::Busy(_)) => self.upkeep.remove(lv.clone(), true),
+                Err(StoreError::Busy(_)) if marked => self.upkeep.remove(lv.clone(), true),
                 // In use, and no room for the mark: another one makes it.
-                Err(error @ StoreError::Full { .. }) => {
+                Err(error @ StoreError::Busy(_)) => {
                     warn!(%lv, %error, "not evicted");
                     continue;
                 }

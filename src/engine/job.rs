@@ -720,7 +720,12 @@ impl Engine {
     pub(super) fn note_failure(&self, lv: &LvName, failed: bool) -> Result<(), EngineError> {
         let mark = [tag(FAILED)];
         let (add, delete): (&[Tag], &[Tag]) = if failed { (&mark, &[]) } else { (&[], &mark) };
-        Ok(self.store.change_tags(lv, add, delete)?)
+        if failed {
+            self.pending.add(lv, tag(FAILED));
+        }
+        self.store.change_tags(lv, add, delete)?;
+        self.pending.settle(lv, &tag(FAILED));
+        Ok(())
     }
 
     /// Ends all that is mounted in a job volume.
@@ -733,10 +738,7 @@ impl Engine {
                 warn!(volume = job.name(), %error, "unmounting failed");
             }
         }
-        for mut late in lates {
-            if let Some(mark) = late.lease.mark.take() {
-                let _ = mark.join();
-            }
+        for late in lates {
             drop(late.place);
             lock(&late.volume.now).removed = true;
             self.settle_lease(&late.volume, late.lease, heard.clone(), None);

@@ -13,6 +13,8 @@
 //! - `told`: how containers ended, as hooks and Docker tell
 //! - `job`: job volumes, and what is mounted in them while they are in use
 //! - `bounds`: which entries go, and when
+//! - `users`: who uses a volume
+//! - `pending`: what the store is still to be told of leases
 //! - `start`: what the store and the mount table say after a restart
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!
@@ -23,6 +25,7 @@
 pub mod bounds;
 mod catalog;
 mod job;
+mod pending;
 mod prepare;
 mod settle;
 mod start;
@@ -31,6 +34,7 @@ mod tally;
 mod tests;
 mod told;
 mod upkeep;
+mod users;
 mod volume;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -57,6 +61,7 @@ use crate::userns::Ids;
 use bounds::REQUEST_PATIENCE;
 use catalog::Catalog;
 pub use job::{Job, JobSocket, LateView, Saved};
+use pending::Pending;
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 pub use told::DockerAsk;
 use told::Telling;
@@ -154,6 +159,19 @@ pub enum EngineError {
     /// A volume of that name is there, with other options.
     #[error("volume {0} exists with other options")]
     Exists(VolumeName),
+    /// A volume is in use.
+    #[error(
+        "volume {name} is in use by {users}, mounted at {}: stop that first; or have it taken away by `lvm-cache-friend remove --force {name}`",
+        at.display()
+    )]
+    InUse {
+        /// Which.
+        name: VolumeName,
+        /// Who uses it.
+        users: String,
+        /// Where it is mounted.
+        at: PathBuf,
+    },
     /// An option is refused.
     #[error(transparent)]
     Option(#[from] BadOption),
@@ -205,6 +223,7 @@ pub struct Engine {
     telling: Telling,
     /// The time for the rules about age.
     clock: Mutex<Steady>,
+    pending: Pending,
     /// Held at a lease's end from looking whether an entry is missing until it is there.
     missing: Mutex<()>,
 }
@@ -285,6 +304,7 @@ impl Engine {
             fs::read_to_string(boot_file).map_err(|e| io_error("reading", boot_file, e))?;
         boot.truncate(8);
         Ok(Arc::new(Self {
+            pending: Pending::read(&settings.mount_dir, &boot),
             telling: Telling::new(settings.docker.clone()),
             store,
             settings,
@@ -603,16 +623,26 @@ impl Engine {
     }
 
     /// Marks an LV as leased, so that the lease's end is not forgotten if we die
-    /// between it and its settlement. Behind Mount's answer: until it is written
-    /// the mount table says the same. In use, it is not being made any more (a late
+    /// between it and its settlement. In the store behind Mount's answer: until it is written
+    /// there, another life of ours learns it from what is [`Pending`]. In use, it is not being made any more (a late
     /// mount's is, up to here); `failed` says that its work is known to have.
     fn mark_leased(self: &Arc<Self>, lv: LvName, failed: bool) -> thread::JoinHandle<()> {
         let work = self.work();
+        let mut add = vec![self.lease_tag()];
+        add.extend(failed.then(|| tag(FAILED)));
+        for tag in &add {
+            self.pending.add(&lv, tag.clone());
+        }
         thread::spawn(move || {
-            let mut add = vec![work.0.lease_tag()];
-            add.extend(failed.then(|| tag(FAILED)));
-            if let Err(error) = work.0.store.change_tags(&lv, &add, &[tag(MAKING)]) {
-                warn!(%lv, %error, "a lease could not be marked: its cache is not published if the daemon dies now");
+            match work.0.store.change_tags(&lv, &add, &[tag(MAKING)]) {
+                Ok(()) => {
+                    for tag in &add {
+                        work.0.pending.settle(&lv, tag);
+                    }
+                }
+                Err(error) => {
+                    warn!(%lv, %error, "a lease could not be marked: its cache is not published if this machine stops now");
+                }
             }
             reach("mount", 4);
         })
@@ -630,6 +660,8 @@ impl Engine {
         };
         let work = self.work();
         let id = id.to_owned();
+        // At once: a Remove may be asked for before what follows has its turn.
+        lock(&volume.now).leaving.insert(id.clone());
         let (done, answer) = mpsc::channel::<()>();
         thread::spawn(move || {
             work.0.end_use(&volume, &id);
@@ -642,6 +674,7 @@ impl Engine {
         let _op = lock(&volume.op);
         let lease = {
             let mut now = lock(&volume.now);
+            now.leaving.remove(id);
             let Phase::Leased(lease) = &mut now.phase else {
                 return;
             };
@@ -898,14 +931,44 @@ impl Engine {
         Ok(())
     }
 
-    /// Removes a volume; a lease that goes on ends.
+    /// Removes a volume that nobody uses; a lease whose users are gone without an Unmount ends.
+    ///
+    /// # Errors
+    /// [`EngineError::InUse`], and see [`EngineError`].
+    pub fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
+        self.remove_unless(name, |volume| {
+            self.users_of(volume).map(|users| EngineError::InUse {
+                name: name.clone(),
+                users,
+                at: self.mountpoint(name),
+            })
+        })
+    }
+
+    /// Removes a volume; a lease that goes on ends, whoever uses it.
     ///
     /// # Errors
     /// See [`EngineError`].
-    pub fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
+    pub fn remove_by_force(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
+        self.remove_unless(name, |volume| {
+            if let Some(users) = self.users_of(volume) {
+                warn!(volume = %name, users, "removed by force while it is in use");
+            }
+            None
+        })
+    }
+
+    fn remove_unless(
+        self: &Arc<Self>,
+        name: &VolumeName,
+        refusal: impl FnOnce(&Volume) -> Option<EngineError>,
+    ) -> Result<(), EngineError> {
         let _work = self.begin()?;
         let volume = self.volume(name)?;
         let _op = lock(&volume.op);
+        if let Some(refused) = refusal(&volume) {
+            return Err(refused);
+        }
         let phase = {
             let mut now = lock(&volume.now);
             if now.removed {

@@ -428,6 +428,7 @@ impl Engine {
             },
             Err(error) => return Err(error),
         }
+        self.pending.forget(lv);
         self.forget(lv);
         Ok(())
     }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The end of a lease: flush, last close, verdict, publish or drop, next copy.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fs, thread};
 
 use serde_json::json;
 use tracing::{debug, info, warn};
@@ -56,6 +57,8 @@ pub(super) struct Ended {
     pub cut_short: bool,
     /// What the LV carries as long as it is not settled.
     pub mark: Tag,
+    /// Writes that, from before its end on.
+    pub marking: Option<JoinHandle<()>>,
     /// How long Mount took, and the lease.
     pub mount: Duration,
     pub lasted: Duration,
@@ -163,11 +166,8 @@ impl Engine {
 
     /// Ends a lease, whose volume's `op` the caller holds: out of sight at once,
     /// settled behind it. Gives what the volume's next use starts from.
-    pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, mut lease: Lease) -> Phase {
+    pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, lease: Lease) -> Phase {
         self.telling.ask(&volume.name, &lease.told);
-        if let Some(mark) = lease.mark.take() {
-            let _ = mark.join();
-        }
         reach("unmount", 1);
         let at = self.mountpoint(&volume.name);
         let heard = lease.heard();
@@ -235,6 +235,7 @@ impl Engine {
             lost: lease.lost,
             cut_short: false,
             mark: self.lease_tag(),
+            marking: lease.mark,
             mount: lease.took,
             lasted,
             nth: lock(&volume.now).leases,
@@ -259,9 +260,13 @@ impl Engine {
         })
     }
 
-    pub(super) fn settle_behind(self: &Arc<Self>, volume: Arc<Volume>, ended: Ended) {
+    pub(super) fn settle_behind(self: &Arc<Self>, volume: Arc<Volume>, mut ended: Ended) {
         let work = self.work();
         thread::spawn(move || {
+            // Written later than it is taken away, it would stay.
+            if let Some(marking) = ended.marking.take() {
+                let _ = marking.join();
+            }
             ended.heard.wait();
             if volume.keeps() {
                 work.0.settle_kept(&volume, &ended);
@@ -324,6 +329,7 @@ impl Engine {
     /// Gives a volume its next copy, then gives up the LV of its last lease: one
     /// of the two carries the volume's name at any time.
     fn replace(&self, volume: &Arc<Volume>, lv: &LvName, device: Option<PathBuf>, mark: &Tag) {
+        self.pending.forget(lv);
         let _op = lock(&volume.op);
         let wants_copy = {
             let mut now = lock(&volume.now);
@@ -504,6 +510,9 @@ impl Engine {
                 return published;
             }
             // In use again, the mark is the next lease's.
+            if may_publish(spec) && idle {
+                self.pending.forget(lv);
+            }
             if may_publish(spec)
                 && idle
                 && let Err(error) =

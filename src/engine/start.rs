@@ -347,6 +347,7 @@ impl Engine {
         let (mut mounts, lates) = self.own_mounts()?;
         let asked = Instant::now();
         let mut listing = self.store.list()?;
+        self.pending.apply(&mut listing);
         if self.hold_back(&mut listing) {
             self.upkeep.list();
         }
@@ -588,6 +589,7 @@ impl Engine {
                 lost: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
+                marking: None,
                 mount: Duration::ZERO,
                 lasted: Duration::ZERO,
                 nth: 0,

@@ -67,9 +67,10 @@ pub const UNPUBLISHED: [&str; 10] = [
 ];
 
 /// Why a request is refused: a word for each kind, few, as each is a time series.
-pub const REFUSED: [&str; 12] = [
+pub const REFUSED: [&str; 13] = [
     "no such volume",
     "volume exists",
+    "in use",
     "option",
     "no match",
     "too large",
@@ -332,6 +333,7 @@ fn reason(error: &EngineError) -> &'static str {
     match error {
         EngineError::NoSuchVolume(_) => "no such volume",
         EngineError::Exists(_) => "volume exists",
+        EngineError::InUse { .. } => "in use",
         EngineError::Option(_) => "option",
         EngineError::Miss(_) => "no match",
         EngineError::TooLarge(_) => "too large",

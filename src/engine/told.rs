@@ -163,6 +163,11 @@ impl Told {
         }
     }
 
+    /// Whether any container is known to have used it, in this life of the daemon.
+    pub fn has_containers(&self) -> bool {
+        lock(&self.now).ends.keys().any(|id| !id.is_empty())
+    }
+
     /// The containers that use it and have not ended.
     pub fn running(&self) -> Vec<String> {
         let now = lock(&self.now);

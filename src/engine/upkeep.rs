@@ -4,8 +4,8 @@
 //! none of them wakes up while there is nothing to do.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::Ordering;
 use std::convert::Infallible;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};

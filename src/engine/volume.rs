@@ -44,6 +44,8 @@ pub(super) struct Now {
     pub removed: bool,
     /// How many leases have begun, in this life of the daemon.
     pub leases: u64,
+    /// Clients whose Unmount waits for its turn.
+    pub leaving: BTreeSet<String>,
     /// LVs of ended leases that still bear the volume's name.
     pub settling: Vec<LvName>,
     /// What became of the last lease, for people.
@@ -320,6 +322,7 @@ impl Volume {
                 phase,
                 removed: false,
                 leases: 0,
+                leaving: BTreeSet::new(),
                 settling: Vec::new(),
                 last: None,
             }),

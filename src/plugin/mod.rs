@@ -61,6 +61,7 @@ const WORK_WAIT: Duration = Duration::from_secs(4);
 #[derive(Debug, Clone, Copy)]
 pub struct Peer {
     pid: Option<i32>,
+    uid: Option<u32>,
 }
 
 impl Peer {
@@ -100,8 +101,9 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .route("/Friend.Starting", post(starting))
         .route("/Friend.Started", post(started))
         .route("/Friend.Ended", post(ended))
-        // Ours, for `gc`.
+        // Ours, for `gc` and `remove --force`.
         .route("/Friend.Gc", post(gc))
+        .route("/Friend.Remove", post(remove_by_force))
         // Ours, for the supervisor.
         .route("/Friend.Judged", post(judged))
         .route("/Friend.Admit", post(admit))
@@ -162,6 +164,24 @@ async fn create(State(app): State<Arc<App>>, body: Payload) -> Answer {
 async fn remove(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let name = body.request()?.name()?;
     app.work(move |engine| engine.remove(&name)).await?;
+    Ok(ok(&wire::Done {}))
+}
+
+/// For people: no client of the protocol takes a volume away from under a container.
+async fn remove_by_force(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    body: Payload,
+) -> Answer {
+    if peer.uid != Some(0) {
+        return Err(Refusal::new(
+            StatusCode::FORBIDDEN,
+            "only root removes what is in use",
+        ));
+    }
+    let name = body.request()?.name()?;
+    app.work(move |engine| engine.remove_by_force(&name))
+        .await?;
     Ok(ok(&wire::Done {}))
 }
 

@@ -62,8 +62,12 @@ impl Listener for UnixListener {
 
     async fn next(&self) -> io::Result<(Self::Stream, Peer)> {
         let (stream, _) = self.accept().await?;
-        let pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
-        Ok((TokioIo::new(stream), Peer { pid }))
+        let cred = stream.peer_cred().ok();
+        let peer = Peer {
+            pid: cred.and_then(|cred| cred.pid()),
+            uid: cred.map(|cred| cred.uid()),
+        };
+        Ok((TokioIo::new(stream), peer))
     }
 }
 
@@ -72,7 +76,11 @@ impl Listener for TcpListener {
 
     async fn next(&self) -> io::Result<(Self::Stream, Peer)> {
         let (stream, _) = self.accept().await?;
-        Ok((TokioIo::new(stream), Peer { pid: None }))
+        let peer = Peer {
+            pid: None,
+            uid: None,
+        };
+        Ok((TokioIo::new(stream), peer))
     }
 }
 

@@ -267,7 +267,7 @@ impl From<EngineError> for Refusal {
     fn from(error: EngineError) -> Self {
         let status = match &error {
             EngineError::NoSuchVolume(_) | EngineError::Miss(_) => StatusCode::NOT_FOUND,
-            EngineError::Exists(_) => StatusCode::CONFLICT,
+            EngineError::Exists(_) | EngineError::InUse { .. } => StatusCode::CONFLICT,
             EngineError::Option(_) | EngineError::Job(_) | EngineError::TooLarge(_) => {
                 StatusCode::BAD_REQUEST
             }

@@ -12,6 +12,7 @@ pub mod memory;
 pub mod reflink;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -316,6 +317,18 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Busy`] while it is in use.
     fn deactivate(&self, lv: &LvName) -> Result<(), StoreError>;
+
+    /// Has listings show an active volume as [`Lv::open`] until what this gives is dropped, or the process ends.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn hold(&self, lv: &LvName) -> Result<File, StoreError> {
+        let device = self.activate(lv)?;
+        File::open(&device).map_err(|source| StoreError::Io {
+            what: format!("opening {}", device.display()),
+            source,
+        })
+    }
 
     /// Where changes made by others show.
     fn watch(&self) -> Watch;

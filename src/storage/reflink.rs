@@ -40,9 +40,10 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use fiemap::{Fiemap, FiemapExtentFlags};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statvfs::{Statvfs, statvfs};
-use rustix::fs::{CWD, IFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, IFlags, Mode, OFlags, RenameFlags};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
@@ -573,6 +574,17 @@ impl ReflinkStore {
     }
 }
 
+/// Whether somebody has an image for himself: see [`Store::hold`]. How often a loop device is open the kernel does not tell.
+fn is_held(image: &Path) -> bool {
+    File::open(image).is_ok_and(|image| {
+        // Shared, as others may be looking too.
+        matches!(
+            Flock::lock(image, FlockArg::LockSharedNonblock),
+            Err((_, Errno::EWOULDBLOCK))
+        )
+    })
+}
+
 impl Store for ReflinkStore {
     fn name(&self) -> &str {
         NAME
@@ -613,7 +625,9 @@ impl Store for ReflinkStore {
                     .collect(),
                 origin,
                 device: device.map(|device| device.number),
-                open: device.is_some_and(|device| device.mounted().is_some()),
+                open: device.is_some_and(|device| {
+                    device.mounted().is_some() || is_held(&self.image(&name))
+                }),
                 name,
             });
         }
@@ -738,6 +752,14 @@ impl Store for ReflinkStore {
     fn deactivate(&self, lv: &LvName) -> Result<(), StoreError> {
         self.known(lv)?;
         self.lock_inactive(lv).map(drop)
+    }
+
+    fn hold(&self, lv: &LvName) -> Result<File, StoreError> {
+        let image = self.image(lv);
+        let file = File::open(&image).map_err(failed("opening", &image))?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive)
+            .map_err(|error| failed("locking", &image)(error.into()))?;
+        Ok(file)
     }
 
     fn watch(&self) -> Watch {

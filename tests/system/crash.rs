@@ -530,7 +530,7 @@ fn under_load(kind: Kind) {
 }
 
 /// Uses of one volume after the other, each from the best entry there is. Gives the numbers of what was written.
-fn fresh_jobs(name: &str, mut random: Random, next: &AtomicU64, over: &AtomicBool) -> Vec<u64> {
+pub fn fresh_jobs(name: &str, mut random: Random, next: &AtomicU64, over: &AtomicBool) -> Vec<u64> {
     let mut jobs = Vec::new();
     while !over.load(Ordering::SeqCst) {
         let job = next.fetch_add(1, Ordering::SeqCst);
@@ -574,7 +574,7 @@ fn kept_jobs(over: &AtomicBool) {
 }
 
 /// Calls until there is an answer. `done`: to be told that there is no such volume is one, if it was asked before.
-fn insist(endpoint: &str, body: &Value, done: bool) -> Value {
+pub fn insist(endpoint: &str, body: &Value, done: bool) -> Value {
     let plugin = Plugin::new(Path::new(SOCKET));
     let mut answer = None;
     let mut asked = false;
@@ -582,6 +582,8 @@ fn insist(endpoint: &str, body: &Value, done: bool) -> Value {
         answer = match plugin.try_call(endpoint, body.to_string().as_bytes()) {
             Ok((200, answer)) => Some(answer),
             Ok((404, _)) if done && asked => Some(Value::Null),
+            // It stops.
+            Ok((503, _)) => None,
             Ok(refused) => panic!("{endpoint} {body}: {refused:?}"),
             Err(_) => None,
         };

@@ -222,8 +222,11 @@ fn article(kind: Kind) {
     let answer = ask(&at, "lookup\n> linux\n\nstatus\nbye\n");
     assert_eq!(answer.lines().count(), 5, "{answer}");
     assert!(answer.contains("ok mounts=2 verdict=unknown"), "{answer}");
-    // Removed while in use: all of it ends.
-    jobs.daemon().plugin().remove("job");
+    // Removed by force while in use: all of it ends.
+    let body = json!({"Name": "job"});
+    let said = jobs.daemon().plugin().refused("VolumeDriver.Remove", &body);
+    assert!(said.contains("in use"), "{said}");
+    jobs.daemon().plugin().ok("Friend.Remove", &body);
     assert!(!at.exists());
     wait_until(|| mounts().is_empty());
     wait_until(|| jobs.site.list().iter().all(|row| row["kind"] != "volume"));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a store that is busy, or fails, or shows damage must not lose of a lease.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
@@ -11,10 +12,11 @@ use serde_json::{Value, json};
 
 use crate::damage::Written;
 use crate::harness::{Test, Tier, test};
+use crate::support::census::Held;
 use crate::support::command::outcome;
 use crate::support::content::{self, Content};
 use crate::support::daemon::Plugin;
-use crate::support::site::{Broken, Kind, Site, Stuck, with_each_store};
+use crate::support::site::{Broken, Kind, MOUNT_DIR, Site, Stuck, with_each_store};
 use crate::support::wait_until;
 
 pub fn tests() -> Vec<Test> {
@@ -24,6 +26,8 @@ pub fn tests() -> Vec<Test> {
             ("published_once_the_store_serves", once_it_serves),
             ("none_is_published_for_another", for_another),
             ("kept_volumes_are_not_formatted_again", not_formatted),
+            ("known_though_the_store_was_not_told", not_told),
+            ("a_volume_in_use_is_not_removed", in_use),
         ],
     );
     let told = || failure_is_told(Kind::Reflink);
@@ -191,4 +195,97 @@ fn failure_is_told(kind: Kind) {
     });
     plugin.unmount("v", "x");
     wait_until(|| plugin.status("v")["last_lease"]["why"] == "the work failed");
+}
+
+/// The store serves nothing from the Mount on, and the daemon dies before it has told it of two leases, the work in one of which
+/// has failed.
+fn not_told(kind: Kind) {
+    let site = Site::new(kind);
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    let names = ["good", "bad"];
+    for name in names {
+        plugin.create(name, &json!({"save": name}));
+    }
+    let broken = Unwilling::new(&site);
+    for name in names {
+        content::write(&plugin.mount(name, "x"), 1);
+    }
+    let ended = json!({"Container": "c", "Volumes": ["bad"], "ExitCode": 1});
+    plugin.ok("Friend.Ended", &ended);
+    let places = names.map(|name| Path::new(MOUNT_DIR).join(name));
+    for name in names {
+        plugin.unmount(name, "x");
+    }
+    wait_until(|| places.iter().all(|at| !at.exists()));
+    daemon.kill();
+    drop(broken);
+
+    let daemon = site.serve();
+    let entries = || {
+        let rows = site.list();
+        let entries = rows.iter().filter(|row| row["kind"] == "entry");
+        entries
+            .map(|row| row["tags"].to_string())
+            .collect::<Vec<_>>()
+    };
+    wait_until(|| daemon.log().matches("lease ended").count() == 2);
+    let entries = entries();
+    assert!(
+        entries.len() == 1 && entries[0].contains("good"),
+        "{entries:?}"
+    );
+    restored(daemon.plugin(), "good", 1);
+    let pending = format!("{MOUNT_DIR}.pending");
+    wait_until(|| fs::read_dir(&pending).unwrap().count() == 0);
+}
+
+fn in_use(kind: Kind) {
+    let site = Site::new(kind);
+    let mut daemon = site.serve();
+    let plugin = daemon.plugin();
+    let refused = |plugin: &Plugin, name: &str, by: &str| {
+        let said = plugin.refused("VolumeDriver.Remove", &json!({"Name": name}));
+        assert!(said.contains("in use") && said.contains(by), "{by}: {said}");
+    };
+    plugin.create("v1", &json!({}));
+    let at = plugin.mount("v1", "x");
+    content::write(&at, 1);
+    refused(plugin, "v1", "a client that has mounted it");
+    // What a container is to the kernel: it has the mount somewhere else.
+    let container = Held::new(&site, &at);
+    refused(plugin, "v1", "process ");
+    let of = json!({"Container": "c1", "Volumes": ["v1"], "Pid": std::process::id()});
+    plugin.ok("Friend.Started", &of);
+    refused(plugin, "v1", "container c1");
+    let command = site.outcome(&["remove", "v1"]);
+    assert!(
+        command.status == 1 && command.stderr.contains("c1"),
+        "{command:?}"
+    );
+    assert_eq!(content::read(&at), Content::Whole(1));
+    // Killed with its client, so that nobody says that it has ended, nor unmounts.
+    drop(container);
+    plugin.remove("v1");
+    assert!(!at.exists());
+
+    // Of an earlier life's clients only the containers are known, by the kernel.
+    plugin.create("v2", &json!({}));
+    let at = plugin.mount("v2", "x");
+    let container = Held::new(&site, &at);
+    daemon.stop();
+    daemon = site.serve();
+    let plugin = daemon.plugin();
+    refused(plugin, "v2", "process ");
+    drop(container);
+    plugin.remove("v2");
+
+    // By force, for people; it is published as at any end.
+    plugin.create("v3", &json!({"save": "forced"}));
+    let at = plugin.mount("v3", "x");
+    content::write(&at, 3);
+    site.done(&["remove", "--force", "v3"]);
+    assert!(!at.exists());
+    wait_until(|| daemon.log().contains("tags=forced"));
+    restored(plugin, "forced", 3);
 }

@@ -25,6 +25,7 @@ mod powercut;
 mod quickstart;
 mod raw;
 mod reflink;
+mod stop;
 mod store;
 mod support;
 mod views;
@@ -52,6 +53,7 @@ fn main() {
             quickstart::tests(),
             raw::tests(),
             reflink::tests(),
+            stop::tests(),
             #[cfg(feature = "failpoints")]
             store::tests_in_memory(),
             views::tests(),

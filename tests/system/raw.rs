@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The plugin's socket, spoken to as no well-behaved client does.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use lvm_cache_friend::plugin::MAX_WORK;
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
@@ -73,6 +74,7 @@ pub fn tests() -> Vec<Test> {
         lvm("a_client_that_hangs_up_stops_nothing", hang_up),
         lvm("list_answers_while_the_store_is_stuck", stuck),
         lvm("one_daemon_at_a_time", one_daemon),
+        reflink("a_command_is_waited_for", waits_for_a_command),
     ]
 }
 
@@ -606,6 +608,27 @@ fn one_daemon(kind: Kind) {
     assert_eq!(daemon.plugin().names(), ["v1"]);
     daemon.stop();
     assert!(!Path::new(SOCKET).exists());
+}
+
+/// A daemon that starts while `gc` or `remove` changes the store in its stead.
+fn waits_for_a_command(kind: Kind) {
+    let site = Site::new(kind);
+    let command = File::create(Path::new(&site.store()).join("~daemon")).unwrap();
+    let command = Flock::lock(command, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .unwrap();
+    let log = [("RUST_LOG", "info")];
+    let daemon = Daemon::spawn(&site.config, Path::new(SOCKET), &log);
+    wait_until(|| daemon.log().contains("waiting for a command"));
+    assert!(
+        daemon
+            .plugin()
+            .try_call("VolumeDriver.List", b"{}")
+            .is_err()
+    );
+    drop(command);
+    wait_until(|| daemon.plugin().try_call("VolumeDriver.List", b"{}").is_ok());
+    daemon.stop();
 }
 
 fn told_to_stop(kind: Kind) {

@@ -92,7 +92,7 @@ fn of_block_devices() -> [(&'static str, Promise); 5] {
     ]
 }
 
-fn of_any_store() -> [(&'static str, Promise); 16] {
+fn of_any_store() -> [(&'static str, Promise); 17] {
     [
         ("created", created),
         ("snapshot", snapshot),
@@ -104,6 +104,7 @@ fn of_any_store() -> [(&'static str, Promise); 16] {
         ("exists", exists),
         ("not_found", not_found),
         ("busy_while_open", busy_while_open),
+        ("shown_while_held", shown_while_held),
         ("grown", grown),
         ("numbers_grow", numbers_grow),
         ("all_at_once", all_at_once),
@@ -475,6 +476,18 @@ fn busy_while_mounted(ground: &dyn Ground) {
     store.deactivate(&lv("one")).unwrap();
     store.remove(&lv("one")).unwrap();
     assert!(find(&*store, "one").is_none());
+}
+
+/// By whoever makes an entry, before there is a file system to mount: a daemon that starts then leaves it alone.
+fn shown_while_held(ground: &dyn Ground) {
+    let store = ground.open();
+    store.create(&active("one"), SIZE).unwrap();
+    assert!(!get(&*store, "one").open);
+    let held = store.hold(&lv("one")).unwrap();
+    assert!(get(&*store, "one").open);
+    assert!(get(&*ground.open(), "one").open);
+    drop(held);
+    assert!(!get(&*store, "one").open);
 }
 
 fn busy_while_open(ground: &dyn Ground) {

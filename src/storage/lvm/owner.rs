@@ -138,7 +138,8 @@ impl Owner {
         let (sender, answer) = mpsc::sync_channel(1);
         let since = Instant::now();
         let late = || Failure::Late(since.elapsed());
-        let closed = || Failure::Broken("no more commands are run: this process is about to end".into());
+        let closed =
+            || Failure::Broken("no more commands are run: this process is about to end".into());
         let id = {
             let mut queue = self.shared.lock();
             if queue.closed {
