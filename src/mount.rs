@@ -469,7 +469,7 @@ pub fn users(device: (u32, u32), at: &Path) -> io::Result<Vec<u32>> {
     let mut seen = HashSet::new();
     let mut users = Vec::new();
     let root_of = |process: &Path| {
-        let root = rustix::fs::stat(&process.join("root")).ok()?;
+        let root = rustix::fs::stat(process.join("root")).ok()?;
         Some((root.st_dev, root.st_ino))
     };
     let own_root = root_of(Path::new("/proc/self"));

@@ -44,7 +44,7 @@ impl Known {
         if self.is_left && self.clients.is_empty() {
             return None;
         }
-        let running = named(self.told.running(), "container");
+        let running = named(&self.told.running(), "container");
         let Some(Ok(processes)) = self.device.map(|device| mount::users(device, at)) else {
             // What is not known is not "nobody".
             return Some(
@@ -52,7 +52,7 @@ impl Known {
             );
         };
         if !processes.is_empty() {
-            return running.or_else(|| named(processes, "process"));
+            return running.or_else(|| named(&processes, "process"));
         }
         // Any container that was started had the mount: those have ended. Without one, a client may be about to start it;
         // but of an earlier life's clients only the containers are left.
@@ -61,7 +61,7 @@ impl Known {
     }
 }
 
-fn named<T: ToString>(all: Vec<T>, kind: &str) -> Option<String> {
+fn named<T: ToString>(all: &[T], kind: &str) -> Option<String> {
     let more = all.len().saturating_sub(NAMED);
     let mut names: Vec<_> = all
         .iter()

@@ -36,7 +36,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// Where [`build`] leaves a package for an upgrade.
-pub const NEWER: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/newer.deb");
+const NEWER: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/newer.deb");
 
 /// Makes the packages as the documents say, but of the program that is tested, and one of a version above them: once in each run of tests, as guests read the files.
 pub fn build() {

@@ -1,36 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How systemd ends the daemon, while much goes on in it: by a restart, a stop, a kill and an upgrade of the package. LVM's commands
+//! How systemd ends the daemon, while much goes on in it: by a restart, a stop, a kill and what an upgrade does. LVM's commands
 //! are never cut in the middle, and each job's work is published.
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use serde_json::json;
 
 use crate::crash::fresh_jobs;
-use crate::docs::{block, type_in};
+use crate::docs::REPOSITORY;
 use crate::harness::{Group, Test, Tier, test};
-use crate::package::{self, NEWER};
-use crate::support::command::{run, sh};
+use crate::support::command::{outcome_of, run, sh};
 use crate::support::content::{self, Content, Random};
 use crate::support::daemon::{Plugin, SOCKET};
-use crate::support::wait_until;
+use crate::support::{PROGRAM, wait_until};
 
 const SERVICE: &str = "lvm-cache-friend.service";
 const SOCKET_UNIT: &str = "lvm-cache-friend.socket";
 
 pub fn tests() -> Vec<Test> {
     let ended = test(Tier::Guest(Group::Systemd), "stop::by_systemd", by_systemd);
-    vec![ended.timeout(1500).before(package::build)]
+    vec![ended.timeout(1500)]
 }
 
 fn by_systemd() {
-    package::prepare();
-    package::install();
+    let _installed = Installed::new();
     run("vgcreate", ["--quiet", "VG", "/dev/vda"]);
-    type_in(&block("init-vg"));
+    run(
+        PROGRAM,
+        ["init", "--vg", "VG", "--size", "3G", "--base-size", "1G"],
+    );
     run("systemctl", ["start", SOCKET_UNIT, SERVICE]);
 
     let jobs = under_load(&[
@@ -38,12 +40,13 @@ fn by_systemd() {
         &|| {
             // All that it had begun has ended, or does so by itself: nothing is suspended then.
             run("systemctl", ["stop", SOCKET_UNIT, SERVICE]);
-            wait_until(|| no_process_is_left());
+            wait_until(no_process_is_left);
             assert_eq!(suspended(), "");
             run("systemctl", ["start", SOCKET_UNIT, SERVICE]);
         },
         &|| drop(run("systemctl", ["kill", "--signal", "KILL", SERVICE])),
-        &|| drop(run("dpkg", ["--install", NEWER])),
+        // As the package's postinst does.
+        &|| sh_quietly("systemctl daemon-reload; systemctl try-restart lvm-cache-friend.service"),
     ]);
 
     let plugin = Plugin::new(Path::new(SOCKET));
@@ -80,10 +83,40 @@ fn by_systemd() {
     let peak = fs::read_to_string(format!("/sys/fs/cgroup/system.slice/{SERVICE}/memory.peak"));
     println!("most memory: {peak:?} bytes");
     sh(&format!("systemctl stop {SOCKET_UNIT} {SERVICE}"));
-    wait_until(|| no_process_is_left());
+    wait_until(no_process_is_left);
     wait_until(|| plugin.try_call("VolumeDriver.List", b"{}").is_err());
-    type_in(&block("purge"));
-    sh("vgremove --quiet --yes VG; pvremove --quiet --yes /dev/vda");
+    sh_quietly("vgremove --quiet --yes VG; pvremove --quiet --yes /dev/vda");
+}
+
+fn sh_quietly(script: &str) {
+    drop(sh(script));
+}
+
+/// The program and its units, without a package: other tests have those.
+struct Installed;
+
+impl Installed {
+    fn new() -> Self {
+        sh_quietly(&format!(
+            "cp {PROGRAM} /usr/bin/lvm-cache-friend
+            cp {REPOSITORY}/plugin/usr/lib/systemd/system/lvm-cache-friend* /etc/systemd/system/
+            systemd-sysusers {REPOSITORY}/plugin/usr/lib/sysusers.d/lvm-cache-friend.conf
+            systemd-tmpfiles --create {REPOSITORY}/plugin/usr/lib/tmpfiles.d/lvm-cache-friend.conf
+            systemctl daemon-reload"
+        ));
+        Self
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let units = format!("{SOCKET_UNIT} {SERVICE}");
+        let _ = outcome_of(Command::new("sh").arg("-c").arg(format!(
+            "systemctl stop {units}
+            rm -rf /usr/bin/lvm-cache-friend /etc/systemd/system/lvm-cache-friend* /etc/lvm-cache-friend
+            systemctl daemon-reload"
+        )));
+    }
 }
 
 /// Does each of these while two volumes are used one time after the other, each at a moment when something is under way. Gives
