@@ -460,8 +460,8 @@ pub fn in_use(device: &Path) -> io::Result<bool> {
 /// process has put there for itself.
 const TABLE_CAP: u64 = 1 << 20;
 
-/// Processes that have the device `(major, minor)` mounted in another place than `at`, one of each mount namespace: those of
-/// containers that were given what is mounted at `at`. At `at` itself it shows in any namespace that follows the host's.
+/// Processes that have the device `(major, minor)` mounted in another place than `at` or below it, one of each mount namespace:
+/// those of containers that were given what is mounted at `at`. There itself it shows in any namespace that follows the host's.
 ///
 /// # Errors
 /// What listing /proc says.
@@ -490,7 +490,7 @@ pub fn users(device: (u32, u32), at: &Path) -> io::Result<Vec<u32>> {
         };
         let mut mounts = table.iter().filter(|m| m.device == device);
         // A path in a container is another place, whatever it is.
-        if mounts.any(|m| m.at != at || root_of(&process.path()) != own_root) {
+        if mounts.any(|m| !m.at.starts_with(at) || root_of(&process.path()) != own_root) {
             users.push(pid);
         }
     }

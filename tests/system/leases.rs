@@ -280,6 +280,17 @@ fn in_use(kind: Kind) {
     drop(container);
     plugin.remove("v2");
 
+    // A job volume has a mount of itself in it, which is nobody's use.
+    plugin.create("job", &json!({"type": "job"}));
+    let at = plugin.mount("job", "x");
+    refused(plugin, "job", "a client that has mounted it");
+    let container = Held::new(&site, &at);
+    let of = json!({"Container": "c2", "Volumes": ["job"], "Pid": std::process::id()});
+    plugin.ok("Friend.Started", &of);
+    refused(plugin, "job", "container c2");
+    drop(container);
+    plugin.remove("job");
+
     // By force, for people; it is published as at any end.
     plugin.create("v3", &json!({"save": "forced"}));
     let at = plugin.mount("v3", "x");
