@@ -167,6 +167,7 @@ impl Bench {
             lost: false,
             cut_short: false,
             mark: self.engine.lease_tag(),
+            marking: None,
             mount: Duration::ZERO,
             lasted: Duration::ZERO,
             nth: 1,
