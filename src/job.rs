@@ -7,7 +7,7 @@
 
 pub mod client;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
@@ -115,8 +115,8 @@ impl Place {
     }
 
     async fn talk(&self, mut stream: UnixStream) -> io::Result<()> {
-        let pid = match client(&stream) {
-            Ok(pid) => pid,
+        let client = match self.client(&stream) {
+            Ok(client) => client,
             Err(why) => return self.say(&mut stream, &error(why)).await,
         };
         let mut parser = Parser::new(request::Limits {
@@ -135,7 +135,7 @@ impl Place {
                 }
                 for said in parser.line(&line) {
                     deadline = None;
-                    if !self.answer(&mut stream, pid, said).await? {
+                    if !self.answer(&mut stream, client, said).await? {
                         break 'connection;
                     }
                 }
@@ -168,7 +168,7 @@ impl Place {
                 };
                 all.extend(parser.end());
                 for said in all {
-                    if !self.answer(&mut stream, pid, said).await? {
+                    if !self.answer(&mut stream, client, said).await? {
                         break;
                     }
                 }
@@ -181,6 +181,29 @@ impl Place {
         let mut rest = stream.take(most);
         let _ = timeout(patience, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
         Ok(())
+    }
+
+    /// The process at the other end, where it may speak here: one in a container that has the job volume, or root, who may do all
+    /// that this socket gives by other ways. Of this host's users nobody else gets as far as the socket but members of the
+    /// plugin's group, and their namespaces, if they made some, are no containers.
+    fn client(&self, stream: &UnixStream) -> Result<Client, &'static str> {
+        let peer = stream.peer_cred().map_err(|_| UNKNOWN_CLIENT)?;
+        let pid = peer.pid().ok_or(UNKNOWN_CLIENT)?;
+        let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+        let (its, ours) = (namespace(&pid.to_string()), namespace("self"));
+        let (its, ours) = (
+            its.map_err(|_| UNKNOWN_CLIENT)?,
+            ours.map_err(|_| UNKNOWN_CLIENT)?,
+        );
+        let root = peer.uid() == 0;
+        let inside = self.job.is_in_container(pid);
+        if !root && (its == ours || inside == Some(false)) {
+            return Err(NOT_INSIDE);
+        }
+        Ok(Client {
+            pid,
+            unplaced: !root && inside.is_none(),
+        })
     }
 
     async fn refuse_line(&self, stream: &mut UnixStream) -> io::Result<()> {
@@ -196,7 +219,12 @@ impl Place {
     }
 
     /// Answers, and gives whether the connection goes on.
-    async fn answer(&self, stream: &mut UnixStream, pid: i32, said: Said) -> io::Result<bool> {
+    async fn answer(
+        &self,
+        stream: &mut UnixStream,
+        client: Client,
+        said: Said,
+    ) -> io::Result<bool> {
         let text = match said {
             Said::Bye => return Ok(false),
             Said::Refused(why) => error(&why),
@@ -213,7 +241,10 @@ impl Place {
                 let done = tokio::task::spawn_blocking(move || {
                     let _places = (own, work);
                     // Here, as a job can make its mount table as long as it likes.
-                    act.act(&Peer::of(pid, &act.job)?, request)
+                    act.act(
+                        &Peer::of(client, &act.job, &act.engine.place_of(&act.job))?,
+                        request,
+                    )
                 });
                 match done.await {
                     Ok(Ok(text)) => text,
@@ -342,21 +373,15 @@ fn told(view: &LateView) -> String {
     text
 }
 
-/// The process at the other end, where it may speak here: one in a container, or the host's root. Other users of the host find
-/// the sockets of jobs that are not theirs.
-fn client(stream: &UnixStream) -> Result<i32, &'static str> {
-    let peer = stream.peer_cred().map_err(|_| UNKNOWN_CLIENT)?;
-    let pid = peer.pid().ok_or(UNKNOWN_CLIENT)?;
-    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
-    let (its, ours) = (namespace(&pid.to_string()), namespace("self"));
-    let (its, ours) = (
-        its.map_err(|_| UNKNOWN_CLIENT)?,
-        ours.map_err(|_| UNKNOWN_CLIENT)?,
-    );
-    if its == ours && peer.uid() != 0 {
-        return Err("of this host's own processes only root's are served here");
-    }
-    Ok(pid)
+/// Why a process is refused that is in no container which has the job volume.
+const NOT_INSIDE: &str = "only containers that have this job volume, and root, are served here";
+
+/// A process at the other end that may speak here, as far as that can be told before its mount table is read.
+#[derive(Debug, Clone, Copy)]
+struct Client {
+    pid: i32,
+    /// No container that has the job volume is known, so its mount table has to tell.
+    unplaced: bool,
 }
 
 /// Whoever is at the other end, as the kernel tells.
@@ -370,7 +395,9 @@ struct Peer {
 }
 
 impl Peer {
-    fn of(pid: i32, job: &Job) -> Result<Self, String> {
+    /// `host_place`: where the job volume is on this host.
+    fn of(client: Client, job: &Job, host_place: &Path) -> Result<Self, String> {
+        let pid = client.pid;
         let gone = |_| UNKNOWN_CLIENT.to_owned();
         let file = PathBuf::from(format!("/proc/{pid}/mountinfo"));
         let table = mount::table_in(&file, MAX_TABLE).map_err(gone)?;
@@ -383,6 +410,10 @@ impl Peer {
         let mut hears = false;
         for m in table {
             let whole = Some(m.device) == device && m.root.as_os_str() == "/";
+            if whole && client.unplaced && m.at == host_place {
+                // A copy of this host's own table is a user's, and no container's.
+                return Err(NOT_INSIDE.to_owned());
+            }
             if let (true, Some(at)) = (whole, m.at.to_str()) {
                 hears |= m.shared || m.follows;
                 peer.targets.push(at.to_owned());

@@ -24,7 +24,7 @@
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks. [`exec`] runs the tools.
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
-//!   [`userns`]: as whose; [`selinux`]: with which label.
+//!   [`userns`]: as whose; [`selinux`]: with which label. [`container`]: which processes are in one.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`], [`docker`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
@@ -46,6 +46,7 @@ pub mod cache;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod container;
 pub mod docker;
 pub mod engine;
 pub mod exec;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon: engine and socket brought up together, and down again.
 
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,6 +58,9 @@ fn doing(what: &'static str) -> impl Fn(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
+/// The mode of the directory that volumes are mounted in.
+pub const MOUNT_DIR_MODE: u32 = 0o750;
+
 /// Keeps every other daemon, and commands that change a volume, off a store.
 ///
 /// # Errors
@@ -90,6 +95,16 @@ fn await_store(store: &StoreConfig) -> Result<Lock, SocketError> {
     }
 }
 
+/// Lets none but root and the plugin's group into the directory that all volumes are mounted in: what is inside has the modes
+/// that jobs give it. OCI runtimes open what they bind as root, or, where a user runs them without root, as that user with all
+/// groups that it has; and without that group it could not use the plugin's socket either.
+fn close_to_others(dir: &Path, gid: u32) -> io::Result<()> {
+    // No other user's at any moment, whatever it was before.
+    std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    chown(dir, Some(0), Some(gid))?;
+    std::fs::set_permissions(dir, Permissions::from_mode(MOUNT_DIR_MODE))
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -103,6 +118,8 @@ pub fn run(settings: &Settings) -> Result<(), ServeError> {
     // A daemon's alone, so this tells of another one at once.
     let _mount_lock = Lock::existing(&settings.mount_dir)?;
     let _store_lock = await_store(&settings.store)?;
+    close_to_others(&settings.mount_dir, gid)
+        .map_err(doing("closing the mount directory to other users"))?;
     // Before the engine, which may have much to recover: a client that connects
     // meanwhile waits instead of being turned away.
     let (listener, ours) = Listening::open(&settings.socket, gid)?.into_parts();
@@ -160,7 +177,11 @@ async fn live(
     let (stop, stopped) = oneshot::channel();
     let status = status::Status::new(Arc::clone(&engine), settings.supervised);
     let router = plugin::router(Arc::clone(&engine)).merge(status::router(&status));
-    let serving = server::serve(listener, router, max_connections, async {
+    let limits = server::Limits {
+        connections: max_connections,
+        lifetime: None,
+    };
+    let serving = server::serve(listener, router, limits, async {
         let _ = stopped.await;
     });
     tokio::pin!(serving);
@@ -169,7 +190,10 @@ async fn live(
             Ok(listener) => {
                 let router = status::public_router(&status);
                 let never = std::future::pending();
-                let most = status::MAX_CONNECTIONS;
+                let most = server::Limits {
+                    connections: status::MAX_CONNECTIONS,
+                    lifetime: Some(server::PUBLIC_LIFETIME),
+                };
                 // Ended with the runtime: nothing is lost with a page.
                 tokio::spawn(server::serve(listener, router, most, never));
                 tracing::info!(%address, "status page and metrics");

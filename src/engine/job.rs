@@ -31,13 +31,16 @@ use super::start::{SCRATCH_SOURCE, SeenLate, fs_of};
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Prepared, Restored, Source, Volume, may_publish,
 };
-use super::{Engine, EngineError, Verdict, io_error, lock, millis, own_scratch, tag, unix_now};
+use super::{
+    Engine, EngineError, Happened, Verdict, io_error, lock, millis, own_scratch, tag, unix_now,
+};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
 use crate::cache::request::LatePath;
 use crate::cache::select::Criterion;
 use crate::cache::spec::{Admit, Publish, Spec};
 use crate::cache::units::Bytes;
+use crate::container::Container;
 use crate::mount::{self, MountPoint, Mounted};
 use crate::selinux;
 use crate::userns::Ids;
@@ -88,8 +91,8 @@ struct Now {
     saves: usize,
     /// What the job itself says of how it ended.
     verdict: Verdict,
-    /// The containers that have it, as far as hooks told, and their ids.
-    containers: BTreeMap<String, Ids>,
+    /// The containers that have it and run, as far as hooks told.
+    containers: BTreeMap<String, Container>,
 }
 
 /// A cache in a job volume.
@@ -296,16 +299,34 @@ impl Job {
     }
 
     /// Takes note of a container that has the job volume.
-    pub(super) fn is_used_by(&self, container: &str, ids: &Ids) {
+    pub(super) fn note_container(&self, id: &str, happened: &Happened) {
         let mut now = lock(&self.now);
-        now.containers.insert(container.to_owned(), ids.clone());
+        match happened {
+            Happened::Started(Some(container)) => {
+                now.containers.insert(id.to_owned(), container.clone());
+            }
+            Happened::Started(None) | Happened::Judged(_) => {}
+            // Its namespaces' numbers can be others' from now on.
+            Happened::Ended(_) => {
+                now.containers.remove(id);
+            }
+        }
+    }
+
+    /// Whether a process is in one of the containers that have the job volume; `None` where none of these is known: there
+    /// are no hooks, or the daemon was started after them.
+    #[must_use]
+    pub fn is_in_container(&self, pid: i32) -> Option<bool> {
+        let containers: Vec<_> = lock(&self.now).containers.values().cloned().collect();
+        (!containers.is_empty()).then(|| containers.iter().any(|container| container.holds(pid)))
     }
 
     /// The ids of the container that a client with the ids `peer` is in: it may live in a namespace
     /// of its own there, as rootless Podman does. Its own, where no container of these is known.
     fn ids_for(&self, peer: &Ids) -> Ids {
         let now = lock(&self.now);
-        let around = now.containers.values().filter(|ids| peer.are_part_of(ids));
+        let all = now.containers.values().map(|container| &container.ids);
+        let around = all.filter(|ids| peer.are_part_of(ids));
         around.min_by_key(|ids| ids.count()).unwrap_or(peer).clone()
     }
 

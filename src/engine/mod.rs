@@ -54,6 +54,7 @@ use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
 use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
 use crate::cache::units::Bytes;
+use crate::container::Container;
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
 use crate::storage::{Listing, Store, StoreError};
@@ -128,8 +129,8 @@ impl fmt::Display for Verdict {
 /// What is said of a container that uses volumes.
 #[derive(Debug, Clone)]
 pub enum Happened {
-    /// It runs, with these ids on this host where that is known.
-    Started(Option<Ids>),
+    /// It runs, and is this one where that is known.
+    Started(Option<Container>),
     /// It has ended so.
     Ended(Verdict),
     /// Whoever has it do its work says how that ended, whatever its exit code was.
@@ -770,10 +771,8 @@ impl Engine {
         let now = lock(&volume.now);
         match &now.phase {
             Phase::Leased(lease) => {
-                if let (Backing::Job { job, .. }, Happened::Started(Some(ids))) =
-                    (&lease.backing, happened)
-                {
-                    job.is_used_by(container, ids);
+                if let Backing::Job { job, .. } = &lease.backing {
+                    job.note_container(container, happened);
                 }
                 let failed = || lease.heard().verdict() == Verdict::Failure;
                 let before = failed();
@@ -1232,6 +1231,11 @@ impl Engine {
             state.volumes.remove(&volume.name);
             state.dropped.insert(volume.name.clone(), Instant::now());
         }
+    }
+
+    /// Where a job volume is mounted on this host.
+    pub(crate) fn place_of(&self, job: &Job) -> PathBuf {
+        self.settings.mount_dir.join(job.name())
     }
 
     fn mountpoint(&self, name: &VolumeName) -> PathBuf {

@@ -29,6 +29,7 @@ use axum::{Extension, Router};
 use http_body_util::BodyExt as _;
 use tokio::sync::Semaphore;
 
+use crate::container::Container;
 use crate::engine::{Engine, EngineError, Happened};
 use crate::userns::Ids;
 use wire::{Refusal, Request, ok};
@@ -220,17 +221,17 @@ async fn started(
     body: Payload,
 ) -> Answer {
     let of = wire::Use::parse(&body.0)?;
-    let ids = match of.pid {
+    let container = match of.pid {
         // Who runs containers in a namespace of his own speaks of none beyond it.
         Some(pid) => {
             let theirs = peer.ids()?;
-            Ids::of_process(pid)
+            Container::of_process(&of.container, pid)
                 .ok()
-                .filter(|ids| ids.are_part_of(&theirs))
+                .filter(|container| container.ids.are_part_of(&theirs))
         }
         None => None,
     };
-    app.tell(of, Happened::Started(ids)).await
+    app.tell(of, Happened::Started(container)).await
 }
 
 async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Test, Tier, test};
 use crate::support::census::{Known, mounts};
+use crate::support::command::{outcome_of, run};
 use crate::support::content::Random;
 use crate::support::daemon::Daemon;
 use crate::support::site::{Body, Kind, MOUNT_DIR, Site, with_each_store};
@@ -265,20 +266,101 @@ fn apart(kind: Kind) {
     }
 }
 
+/// A user of the host in no group, and one in the plugin's, each also from a namespace of its own.
 fn other_users(kind: Kind) {
-    let jobs = Jobs::new(kind);
+    let group = "2000";
+    let jobs = Jobs::with(kind, &format!("socket-group = \"{group}\"\n"));
     let at = jobs.job("job", &json!({}));
-    let mut stranger = Command::new("setpriv");
-    stranger.args([
-        "--reuid=1234",
-        "--regid=1234",
-        "--clear-groups",
-        "ncat",
-        "-U",
-    ]);
-    let answer = ask_by(stranger, &at, "mount x\n< linux\n\n");
-    assert_refused(&answer, "only root's");
     assert_ok(&ask(&at, "mount x\n"));
+    let by = |groups: &str, words: &[&str]| {
+        let mut user = Command::new("setpriv");
+        user.args(["--reuid=1234", "--regid=1234", groups]);
+        user.args(words);
+        user
+    };
+    let request = "mount evil\n< linux\n\n";
+    let member = format!("--groups={group}");
+    let namespace = ["unshare", "-Urm"];
+    for before in [&[][..], &namespace[..]] {
+        let ncat = [before, &["ncat", "-U"]].concat();
+        // The very path is closed.
+        let stranger = |words: &[&str]| {
+            let words = [before, words].concat();
+            let outcome = outcome_of(&mut by("--clear-groups", &words));
+            assert!(
+                outcome.stderr.contains("ermission denied"),
+                "{words:?}: {outcome:?}"
+            );
+        };
+        let path = |name: &str| at.join(name).to_str().unwrap().to_owned();
+        stranger(&["ls", MOUNT_DIR]);
+        stranger(&["ls", &path("x")]);
+        stranger(&["ncat", "-U", &path("socket")]);
+        // Who may go there is in no container for that.
+        let answer = ask_by(by(&member, &ncat), &at, request);
+        assert_refused(&answer, "only containers");
+    }
+    // Nor is a container's root one for a container that it is not in: what the hooks told of is.
+    let inside = |pid: &str, words: &[&str]| {
+        let enter = [
+            "nsenter",
+            "--target",
+            pid,
+            "--mount",
+            "--pid",
+            "--",
+            "setpriv",
+            "--reuid=1234",
+            "--regid=1234",
+            &member,
+        ];
+        let mut user = Command::new(enter[0]);
+        user.args(&enter[1..]).args(words);
+        user
+    };
+    let mut container = Command::new("unshare")
+        .args([
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "sh",
+            "-c",
+            "echo; exec sleep 3600",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    container
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut [0])
+        .unwrap();
+    let pid = run("pgrep", ["-P", &container.id().to_string()]);
+    let pid = pid.trim();
+    let started =
+        json!({"Container": "a-container", "Volumes": ["job"], "Pid": pid.parse::<i32>().unwrap()});
+    jobs.daemon().plugin().ok("Friend.Started", &started);
+    for (words, asks) in [
+        (inside(pid, &["ncat", "-U"]), true),
+        (
+            inside(pid, &["unshare", "-Urmp", "--fork", "ncat", "-U"]),
+            true,
+        ),
+        (
+            by(&member, &["unshare", "-Urmp", "--fork", "ncat", "-U"]),
+            false,
+        ),
+        (by(&member, &["ncat", "-U"]), false),
+    ] {
+        let what = format!("{words:?}");
+        let answer = ask_by(words, &at, "status\n");
+        assert_eq!(answer.contains("ok mounts=1 "), asks, "{what}: {answer}");
+    }
+    container.kill().unwrap();
+    container.wait().unwrap();
+    assert_ok(&ask(&at, "status\n"));
     jobs.end("job", 1);
 }
 
