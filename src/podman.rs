@@ -54,6 +54,8 @@ pub struct Events {
     /// Unknown: the file is tried, then the journal.
     logger: Option<Logger>,
     file: PathBuf,
+    /// Whose Podman it is, as the journal has it; `None`: not known, so nothing in the journal is believed.
+    user: Option<u32>,
 }
 
 impl Events {
@@ -73,10 +75,20 @@ impl Events {
         let ids = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
         let rootless = Rootless::find(&ids, variable);
         let files = configuration(variable("CONTAINERS_CONF"), rootless.as_ref());
-        Self::find(&strings("cmdline"), &files, rootless.as_ref())
+        Self::find(
+            &strings("cmdline"),
+            &files,
+            rootless.as_ref(),
+            root_outside(&ids),
+        )
     }
 
-    fn find(words: &[String], files: &[String], rootless: Option<&Rootless>) -> Self {
+    fn find(
+        words: &[String],
+        files: &[String],
+        rootless: Option<&Rootless>,
+        user: Option<u32>,
+    ) -> Self {
         let option = |name: &str| {
             let at = words.iter().position(|word| word == name)?;
             words.get(at + 1).filter(|word| !word.is_empty())
@@ -101,6 +113,7 @@ impl Events {
         Self {
             logger: logger.as_deref().and_then(Logger::named),
             file: file.unwrap_or_else(|| tmp_dir.join("events/events.log")),
+            user,
         }
     }
 
@@ -110,11 +123,12 @@ impl Events {
     #[must_use]
     pub fn exit_code(&self, container: &str, deadline: Instant) -> Option<i32> {
         let in_file = || in_file(&tail(&self.file).ok()?, container);
+        let in_journal = || in_journal(container, self.user?, deadline);
         match self.logger {
             Some(Logger::File) => in_file(),
-            Some(Logger::Journal) => in_journal(container, deadline),
+            Some(Logger::Journal) => in_journal(),
             Some(Logger::None) => None,
-            None => in_file().or_else(|| in_journal(container, deadline)),
+            None => in_file().or_else(in_journal),
         }
     }
 }
@@ -273,12 +287,27 @@ fn in_file(text: &str, container: &str) -> Option<i32> {
         .map(|event| event.code.unwrap_or(0))
 }
 
-fn in_journal(container: &str, deadline: Instant) -> Option<i32> {
+/// What this namespace's root is outside of it, by the table of its users: the user that rootless Podman is run by, and root itself
+/// for root's. It is that one's processes that write Podman's events.
+fn root_outside(ids: &str) -> Option<u32> {
+    ids.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace();
+        let root = numbers.next() == Some("0");
+        numbers.next().filter(|_| root)?.parse().ok()
+    })
+}
+
+/// Any user can send the journal entries with all of an event's fields. But it takes down whose process sent one as the
+/// kernel tells (`_UID`, systemd.journal-fields(7), "Trusted Journal Fields"): only the entries of the very `user` count.
+/// The program's name and path (`_COMM`, `_EXE`) would add nothing, as a user can run any under its own; and the journal
+/// lacks them where a process has ended before they were looked at.
+fn in_journal(container: &str, user: u32, deadline: Instant) -> Option<i32> {
     let mut query = vec![
         "--quiet".to_owned(),
         "--output=json".to_owned(),
         "--output-fields=PODMAN_EVENT,PODMAN_EXIT_CODE".to_owned(),
         "--lines=1".to_owned(),
+        format!("_UID={user}"),
         format!("PODMAN_ID={container}"),
     ];
     query.extend(RUNS.map(|event| format!("PODMAN_EVENT={event}")));
@@ -378,12 +407,26 @@ mod tests {
         ] {
             let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
             let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
-            let found = Events::find(&words, &files, rootless.as_ref());
+            let found = Events::find(&words, &files, rootless.as_ref(), Some(7));
             let want = Events {
                 logger,
                 file: file.into(),
+                user: Some(7),
             };
             assert_eq!(found, want, "{words:?} {files:?}");
+        }
+    }
+
+    #[test]
+    fn whose_entries_count() {
+        for (ids, user) in [
+            ("         0          0 4294967295\n", Some(0)),
+            ("0 1000 1\n1 100000 65536\n", Some(1000)),
+            ("1 100000 65536\n0 1000 1\n", Some(1000)),
+            ("1 100000 65536\n", None),
+            ("", None),
+        ] {
+            assert_eq!(root_outside(ids), user, "{ids:?}");
         }
     }
 

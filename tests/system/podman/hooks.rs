@@ -2,12 +2,17 @@
 //! The hooks of hooks.d/, run by Podman: how containers ended, and the guard.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
+use lvm_cache_friend::podman::Events;
 use serde_json::{Value, json};
 
 use super::{Body, Host, ended_after, mountpoint};
 use crate::support::PROGRAM;
+use crate::support::command::run;
 use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::podman::{DropIn, create};
 use crate::support::site::Kind;
@@ -224,6 +229,42 @@ pub fn in_the_journal() {
             assert_eq!(last["verdict"], verdict, "{script}: {last}");
         }
     }
+    // Entries that look like Podman's are believed of root alone, whose Podman it is here.
+    for (user, code) in [(1234, None), (0, Some(0))] {
+        let id = format!("{user:064}");
+        let entry =
+            format!("MESSAGE=forged\nPODMAN_ID={id}\nPODMAN_EVENT=died\nPODMAN_EXIT_CODE=0\n");
+        let mut logger = Command::new("setpriv");
+        logger.args([
+            &format!("--reuid={user}"),
+            "--clear-groups",
+            "logger",
+            "--journald",
+        ]);
+        assert_eq!(feed(&mut logger, &entry), 0);
+        let seen = || {
+            !run(
+                "journalctl",
+                ["--quiet", "--output=cat", &format!("PODMAN_ID={id}")],
+            )
+            .is_empty()
+        };
+        wait_until(seen);
+        assert_eq!(
+            Events::of_caller().exit_code(&id, Instant::now()),
+            code,
+            "{user}"
+        );
+    }
+}
+
+/// Has a program read a text, and gives its exit status.
+fn feed(program: &mut Command, text: &str) -> i32 {
+    let mut child = program.stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).unwrap();
+    drop(input);
+    child.wait().unwrap().code().unwrap()
 }
 
 /// Which containers use a volume is told.
