@@ -9,13 +9,14 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Gid, Mode, Uid};
 use rustix::io::Errno;
 
 use crate::cache::spec::{FsType, Owner};
 use crate::cache::units::Bytes;
-use crate::exec::{self, ExecError};
+use crate::exec::{self, Bounds, ExecError};
 
 /// How much of a device [`probe`] looks at, in bytes: the superblocks of all
 /// common file systems are in it, btrfs's, at 64 KiB, last.
@@ -193,27 +194,56 @@ pub fn is_clean(device: &Path, fs: FsType) -> io::Result<bool> {
     }
 }
 
+/// What a checker may take. What it reads, a job may have written: by that it could make it take all memory, or for ever.
+const CHECK: Bounds = Bounds {
+    memory: 2 << 30,
+    time: Duration::from_secs(600),
+};
+
+/// What `xfs_repair -n` says last, if it came to its end (repair/xfs_repair.c): it ends with 1 where it finds corruption,
+/// but also where it lacks memory, or a thread.
+const XFS_CHECKED: &str = "No modify flag set, skipping filesystem flush and exiting.";
+
 /// Whether the file system on the unmounted `device` is whole, as its own checker
 /// says. That reads all of its metadata, and writes nothing.
 ///
 /// # Errors
-/// When the checker is missing or could not do its work.
+/// When the checker is missing or could not do its work, as it would have taken too much memory or time, too.
 pub fn is_whole(device: &Path, fs: FsType) -> Result<bool, ExecError> {
-    // xfs_repair(8): with -n, 1 says that corruption was found. e2fsck(8): 4 says
-    // that errors were left as they are, and may come with other bits.
-    let (tool, options, found): (_, &[&str], fn(i32) -> bool) = match fs {
-        FsType::Xfs => ("xfs_repair", &["-n"], |code| code == 1),
-        FsType::Ext4 => ("e2fsck", &["-f", "-n"], |code| code & 4 != 0),
+    check(device, fs, CHECK)
+}
+
+fn check(device: &Path, fs: FsType, bounds: Bounds) -> Result<bool, ExecError> {
+    let (tool, options): (_, &[&str]) = match fs {
+        FsType::Xfs => ("xfs_repair", &["-n"]),
+        FsType::Ext4 => ("e2fsck", &["-f", "-n"]),
     };
-    let arguments = options
+    let arguments: Vec<_> = options
         .iter()
         .map(AsRef::as_ref)
-        .chain([device.as_os_str()]);
-    match exec::run(tool, arguments) {
-        Ok(_) => Ok(true),
-        Err(ExecError::Failed { status, .. }) if status.code().is_some_and(found) => Ok(false),
-        Err(error) => Err(error),
+        .chain([device.as_os_str()])
+        .collect();
+    let (status, stderr) = exec::run_bounded(tool, &arguments, bounds)?;
+    let damaged = match (fs, status.code()) {
+        (_, Some(0)) => return Ok(true),
+        (FsType::Xfs, Some(1)) => stderr.contains(XFS_CHECKED),
+        // e2fsck(8): 4 says that errors were left as they are, and may come with other bits; 8 says that it could not do its
+        // work.
+        (FsType::Ext4, Some(code)) => code & (4 | 8) == 4,
+        _ => false,
+    };
+    if damaged {
+        return Ok(false);
     }
+    Err(ExecError::Failed {
+        program: tool.to_owned(),
+        args: arguments
+            .iter()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect(),
+        status,
+        stderr,
+    })
 }
 
 /// Sectors (512 bytes) written to a block device since it appeared.
@@ -535,5 +565,36 @@ mod ext4 {
             unsafe { ioctl::ext4_resize_fs(root.as_raw_fd(), &raw const wanted) }?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_that_lacks_what_it_takes_finds_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = |name: &str| {
+            let path = dir.path().join(name);
+            File::create(&path).unwrap().set_len(400 << 20).unwrap();
+            path
+        };
+        let scarce = Bounds {
+            memory: 20 << 20,
+            ..CHECK
+        };
+        for fs in [FsType::Xfs, FsType::Ext4] {
+            let path = image("image");
+            make(&path, fs).unwrap();
+            assert!(is_whole(&path, fs).unwrap(), "{fs:?}");
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(&[0x5a; 64 << 10], 32 << 10).unwrap();
+            assert!(!is_whole(&path, fs).unwrap(), "{fs:?}");
+            if fs == FsType::Xfs {
+                let checked = check(&path, fs, scarce);
+                assert!(checked.is_err(), "{checked:?}");
+            }
+        }
     }
 }

@@ -7,6 +7,7 @@ use clap::Parser as _;
 use lvm_cache_friend::cli::{Cli, Command};
 use lvm_cache_friend::commands::{self, Failure};
 use lvm_cache_friend::job::client;
+use lvm_cache_friend::plugin::wire::printable_lines;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -39,7 +40,9 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("lvm-cache-friend: {failure}");
+            // Names and annotations of others are in it.
+            let text = printable_lines(&failure.to_string());
+            eprintln!("lvm-cache-friend: {text}");
             match failure {
                 Failure::Failed(_) => ExitCode::from(1),
                 Failure::Usage(_) => ExitCode::from(2),

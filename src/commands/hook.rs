@@ -27,6 +27,7 @@ use crate::config::{ConfigError, Settings};
 use crate::logging::{self, LogLevel};
 use crate::mount;
 use crate::plugin::client;
+use crate::plugin::wire::printable;
 use crate::podman::Events;
 
 /// How long a hook may take where the daemon does not answer. Podman waits for it.
@@ -112,6 +113,7 @@ fn tell_caller(why: &Failure) {
         .append(true)
         .open(format!("/proc/{parent}/fd/2"));
     if let Ok(mut stderr) = stderr {
+        let why = printable(&why.to_string());
         let _ = writeln!(stderr, "lvm-cache-friend: {why}");
     }
 }

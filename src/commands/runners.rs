@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Failure, print};
+use super::{Failure, failed, print};
 use crate::cli::{self, RunnersCommand};
 use crate::config::Settings;
 use crate::logging;
 use crate::plugin::client::{self, ClientError};
+use crate::plugin::wire::printable_lines;
 use crate::supervisor::config::Supervise;
 use crate::supervisor::control::Row;
 use crate::supervisor::run;
@@ -26,6 +27,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 pub fn supervise(config: &Path, args: &cli::Supervise) -> Result<(), Failure> {
     let settings = Settings::load(config)?;
     let supervise = Supervise::load(config)?;
+    run::keep_out_of_dumps().map_err(failed("keeping secrets out of core dumps"))?;
     if args.check {
         return run::check(&settings, &supervise).map_err(|e| Failure::Failed(e.to_string()));
     }
@@ -59,14 +61,15 @@ pub fn runners(config: &Path, args: &cli::Runners) -> Result<(), Failure> {
             }
             let rows: Vec<Row> =
                 serde_json::from_value(answer).map_err(|e| Failure::Failed(e.to_string()))?;
-            print(&table(&rows))
+            print(&printable_lines(&table(&rows)))
         }
         RunnersCommand::Pause { pool } => ask("Runners.Pause", json!({"pool": pool})).map(drop),
         RunnersCommand::Resume { pool } => ask("Runners.Resume", json!({"pool": pool})).map(drop),
         RunnersCommand::Drain { now } => ask("Runners.Drain", json!({"now": now})).map(drop),
         RunnersCommand::Logs { runner, lines } => {
             let answer = ask("Runners.Logs", json!({"runner": runner, "lines": lines}))?;
-            print(answer.as_str().unwrap_or_default())
+            // What a job has printed.
+            print(&printable_lines(answer.as_str().unwrap_or_default()))
         }
     }
 }

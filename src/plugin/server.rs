@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Connections: accepted, bounded in number and in idleness, and let go at the end.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,6 +18,8 @@ use hyper_util::service::TowerToHyperService;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
 use super::Peer;
 
@@ -23,6 +27,10 @@ use super::Peer;
 /// beginning, and between two requests. Podman makes a connection a command;
 /// dockerd keeps some, and takes a new one when an idle one was closed.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a connection may take from its beginning to its end where any user may connect: an answer
+/// that is not read would hold it for ever.
+pub const PUBLIC_LIFETIME: Duration = Duration::from_secs(60);
 
 /// Most connections at once, where the descriptors suffice. Those that wait
 /// beyond it are in the socket's queue.
@@ -84,16 +92,47 @@ impl Listener for TcpListener {
     }
 }
 
+/// How many connections there may be at once, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Beyond it, the oldest that waits for its client's request makes place for a new one.
+    pub connections: usize,
+    /// `None`: as long as each request's header comes in time.
+    pub lifetime: Option<Duration>,
+}
+
+/// The connections that are open, in the order in which they were made.
+#[derive(Debug, Default)]
+struct Open(Mutex<BTreeMap<u64, (Arc<AtomicUsize>, AbortHandle)>>);
+
+impl Open {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, (Arc<AtomicUsize>, AbortHandle)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes the oldest connection without a request that is worked on.
+    fn close_idle(&self) {
+        let mut open = self.lock();
+        let mut all = open.iter();
+        let idle = all.find(|(_, (requests, _))| requests.load(Ordering::Relaxed) == 0);
+        if let Some((&number, (_, connection))) = idle {
+            connection.abort();
+            open.remove(&number);
+        }
+    }
+}
+
 /// Serves `router` on `listener` until `stop`, then takes no more connections and
 /// returns once those that are open have been answered. Dropping the future
 /// gives up on them.
 pub async fn serve(
     listener: impl Listener,
     router: Router,
-    max_connections: usize,
+    limits: Limits,
     stop: impl Future<Output = ()>,
 ) {
-    let places = Arc::new(Semaphore::new(max_connections));
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let open = Arc::new(Open::default());
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -101,26 +140,48 @@ pub async fn serve(
 
     let router = TowerToHyperService::new(router);
     let accept = async {
-        loop {
+        for number in 0.. {
+            let (stream, peer) = accepted(&listener).await;
+            if places.available_permits() == 0 {
+                open.close_idle();
+            }
             let place = Arc::clone(&places)
                 .acquire_owned()
                 .await
                 .expect("nobody closes the semaphore");
-            let (stream, peer) = accepted(&listener).await;
             // As an extension of each request: a layer would copy the whole router for each connection.
             let router = router.clone();
+            let requests = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&requests);
             let service = service_fn(move |mut request| {
                 request.extensions_mut().insert(peer);
-                router.call(request)
+                let answer = router.call(request);
+                let under_way = UnderWay::new(&counted);
+                async move {
+                    let answer = answer.await;
+                    drop(under_way);
+                    answer
+                }
             });
             let connection = graceful.watch(http.serve_connection(stream, service));
-            tokio::spawn(async move {
-                // What goes wrong here is the client's: it is gone, silent, or no HTTP.
-                if let Err(error) = connection.await {
-                    tracing::debug!(%error, "connection ended early");
+            let ended = Arc::clone(&open);
+            // Held, as it could have ended before it is noted.
+            let mut all = open.lock();
+            let task = tokio::spawn(async move {
+                let connection = async {
+                    // What goes wrong here is the client's: it is gone, silent, or no HTTP.
+                    if let Err(error) = connection.await {
+                        tracing::debug!(%error, "connection ended early");
+                    }
+                };
+                match limits.lifetime {
+                    Some(lifetime) => drop(timeout(lifetime, connection).await),
+                    None => connection.await,
                 }
+                ended.lock().remove(&number);
                 drop(place);
             });
+            all.insert(number, (requests, task.abort_handle()));
         }
     };
     tokio::select! {
@@ -129,6 +190,22 @@ pub async fn serve(
     }
     drop(listener);
     graceful.shutdown().await;
+}
+
+/// A request that is worked on, until this is dropped.
+struct UnderWay(Arc<AtomicUsize>);
+
+impl UnderWay {
+    fn new(requests: &Arc<AtomicUsize>) -> Self {
+        requests.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(requests))
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 async fn accepted<L: Listener>(listener: &L) -> (L::Stream, Peer) {
@@ -147,5 +224,67 @@ async fn accepted<L: Listener>(listener: &L) -> (L::Stream, Peer) {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn silent_clients_keep_no_other_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/", get(|| async { "served" }));
+        let limits = Limits {
+            connections: 2,
+            lifetime: None,
+        };
+        let serving = tokio::spawn(serve(listener, router, limits, std::future::pending()));
+        let mut silent = Vec::new();
+        for begun in ["", "GET / HT", ""] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(begun.as_bytes()).await.unwrap();
+            silent.push(stream);
+        }
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        let mut answer = String::new();
+        // Far less than a silent one may stay.
+        timeout(HEADER_TIMEOUT / 2, client.read_to_string(&mut answer))
+            .await
+            .expect("a place")
+            .unwrap();
+        assert!(answer.ends_with("served"), "{answer}");
+        // The oldest made place.
+        assert_eq!(silent[0].read(&mut [0]).await.unwrap_or(0), 0);
+        serving.abort();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_client_that_reads_nothing_is_let_go() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let much = || async { "x".repeat(64 << 20) };
+        let router = Router::new().route("/", get(much));
+        let limits = Limits {
+            connections: 1,
+            lifetime: Some(Duration::from_millis(50)),
+        };
+        let serving = tokio::spawn(serve(listener, router, limits, std::future::pending()));
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        // Its place is free again, though it still has its connection.
+        let mut other = TcpStream::connect(address).await.unwrap();
+        other.write_all(request).await.unwrap();
+        assert_eq!(other.read(&mut [0]).await.unwrap(), 1);
+        drop(client);
+        serving.abort();
     }
 }

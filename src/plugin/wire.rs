@@ -311,6 +311,19 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// `text` with its lines as they are, and all else escaped that a terminal would obey.
+#[must_use]
+pub fn printable_lines(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' | '"' | '\'' | '\\' => out.push(c),
+            _ => out.extend(c.escape_debug()),
+        }
+    }
+    out
+}
+
 /// The answer to Create, Remove and Unmount.
 #[derive(Debug, Serialize)]
 pub struct Done {}
@@ -516,6 +529,10 @@ mod tests {
             "a\\u{1b}[31m\\n\\u{202e}\"é\\"
         );
         assert!(printable(&"\x1b".repeat(1 << 20)).len() <= 8 * MAX_MESSAGE);
+        assert_eq!(
+            printable_lines("a\x1b[31m\r\n\tb\u{9b}\"é\\\n"),
+            "a\\u{1b}[31m\\r\n\tb\\u{9b}\"é\\\n"
+        );
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -83,6 +85,16 @@ fn workers(settings: &Settings, supervise: &Supervise) -> Result<Vec<Arc<Worker>
         .collect()
 }
 
+/// Has the kernel write no core dump of this process, which holds secrets, and let no other user's process look into it.
+///
+/// # Errors
+/// What the kernel says.
+pub fn keep_out_of_dumps() -> io::Result<()> {
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // A dump that goes to a program (core_pattern) is written whatever the limit is, but for this.
+    Ok(prctl::set_dumpable(false)?)
+}
+
 /// Looks whether the supervisor could be brought up with these settings: secrets are read, nobody is asked.
 ///
 /// # Errors
@@ -156,7 +168,10 @@ async fn live(
     let served = tokio::spawn(server::serve(
         listener,
         router,
-        most,
+        server::Limits {
+            connections: most,
+            lifetime: None,
+        },
         std::future::pending(),
     ));
     let slots: usize = workers.iter().map(|worker| worker.pool.slots()).sum();
