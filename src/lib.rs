@@ -24,7 +24,8 @@
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks. [`exec`] runs the tools.
 //! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
-//!   [`userns`]: as whose; [`selinux`]: with which label. [`container`]: which processes are in one.
+//!   [`userns`]: as whose; [`selinux`]: with which label. [`container`]: which processes are in one;
+//!   [`acl`]: who gets to the mounts at all.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin protocol. [`podman`], [`docker`]: how a container ended.
 //!   [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
@@ -42,6 +43,7 @@
 //! - An Unmount that fails, or a Get that waits for the store.
 //! - A request that waits for another volume's flush, mkfs or recovery.
 
+pub mod acl;
 pub mod cache;
 pub mod cli;
 pub mod commands;

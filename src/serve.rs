@@ -96,8 +96,8 @@ fn await_store(store: &StoreConfig) -> Result<Lock, SocketError> {
 }
 
 /// Lets none but root and the plugin's group into the directory that all volumes are mounted in: what is inside has the modes
-/// that jobs give it. OCI runtimes open what they bind as root, or, where a user runs them without root, as that user with all
-/// groups that it has; and without that group it could not use the plugin's socket either.
+/// that jobs give it. OCI runtimes open what they bind as root; one that a user runs without root does as that user, without the
+/// group: [`Engine::let_pass`].
 fn close_to_others(dir: &Path, gid: u32) -> io::Result<()> {
     // No other user's at any moment, whatever it was before.
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;

@@ -227,6 +227,8 @@ pub struct Engine {
     pending: Pending,
     /// Held at a lease's end from looking whether an entry is missing until it is there.
     missing: Mutex<()>,
+    /// Held while the mount directory's list of users is changed.
+    passing: Mutex<()>,
 }
 
 /// What is known in memory. Never locked over I/O.
@@ -319,6 +321,7 @@ impl Engine {
             tally: Tally::default(),
             clock: Mutex::default(),
             missing: Mutex::new(()),
+            passing: Mutex::new(()),
         }))
     }
 
@@ -1230,6 +1233,16 @@ impl Engine {
         {
             state.volumes.remove(&volume.name);
             state.dropped.insert(volume.name.clone(), Instant::now());
+        }
+    }
+
+    /// Lets a user through to what is mounted, who may use the plugin: the OCI runtime that he runs gives up his groups before it
+    /// binds a volume (crun: setgroups(2) as it begins).
+    pub fn let_pass(&self, uid: u32) {
+        let dir = &self.settings.mount_dir;
+        let _turn = lock(&self.passing);
+        if let Err(error) = crate::acl::let_pass(dir, uid) {
+            warn!(uid, dir = %dir.display(), %error, "this user's containers cannot bind volumes");
         }
     }
 

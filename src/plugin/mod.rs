@@ -59,7 +59,7 @@ pub const UNMOUNT_THREADS: usize = 64;
 const WORK_WAIT: Duration = Duration::from_secs(4);
 
 /// Whoever is at the other end of a connection, as the kernel tells.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Peer {
     pid: Option<i32>,
     uid: Option<u32>,
@@ -186,10 +186,22 @@ async fn remove_by_force(
     Ok(ok(&wire::Done {}))
 }
 
-async fn mount(State(app): State<Arc<App>>, body: Payload) -> Answer {
+async fn mount(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    body: Payload,
+) -> Answer {
     let request = body.request()?;
     let (name, id) = (request.name()?, request.id()?);
-    let at = app.work(move |engine| engine.mount(&name, &id)).await?;
+    let at = app
+        .work(move |engine| {
+            let at = engine.mount(&name, &id)?;
+            if let Some(uid) = peer.uid.filter(|uid| *uid != 0) {
+                engine.let_pass(uid);
+            }
+            Ok(at)
+        })
+        .await?;
     Ok(ok(&wire::Mountpoint {
         mountpoint: at.display().to_string(),
     }))

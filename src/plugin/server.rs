@@ -84,11 +84,7 @@ impl Listener for TcpListener {
 
     async fn next(&self) -> io::Result<(Self::Stream, Peer)> {
         let (stream, _) = self.accept().await?;
-        let peer = Peer {
-            pid: None,
-            uid: None,
-        };
-        Ok((TokioIo::new(stream), peer))
+        Ok((TokioIo::new(stream), Peer::default()))
     }
 }
 

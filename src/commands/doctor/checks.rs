@@ -10,6 +10,7 @@ use super::{Finding, State};
 use crate::cache::evict::Bound;
 use crate::config::{Lvm, Settings, StoreConfig};
 use crate::selinux::LabelError;
+use crate::serve::MOUNT_DIR_MODE;
 
 /// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
 const SHORT_TIMEOUT: u64 = 20;
@@ -144,6 +145,19 @@ fn permissions(facts: &Facts) -> Vec<Judged> {
     }
     if facts.files.is_empty() {
         return vec![skipped("there is no configuration yet")];
+    }
+    // The daemon sees to it, at each start.
+    if let Some(dir) = facts.mount_dir.as_ref().filter(|dir| dir.mode & 0o007 != 0)
+        && matches!(facts.daemon, Daemon::Runs { .. })
+    {
+        found.push(wrong(
+            format!(
+                "{} is open to all users of this host (mode {:04o}): they can go into mounted volumes, and as far as jobs' sockets",
+                dir.path.display(),
+                dir.mode
+            ),
+            format!("chmod {MOUNT_DIR_MODE:04o} {}", dir.path.display()),
+        ));
     }
     or_ok(found, "the configuration is root's alone to change")
 }
@@ -931,6 +945,7 @@ mod tests {
                 version: env!("CARGO_PKG_VERSION").into(),
                 same_namespace: Some(true),
             },
+            mount_dir: Some(file("/run/lvm-cache-friend/mnt", 0o750, FileKind::Dir)),
             mount_root: Some(MountPoint {
                 id: 1,
                 root: "/".into(),
@@ -1038,6 +1053,7 @@ mod tests {
             socket: None,
             socket_gid: None,
             daemon: Daemon::Unknown,
+            mount_dir: None,
             mount_root: None,
             podman: None,
             supervisor: None,
@@ -1072,6 +1088,9 @@ mod tests {
             ("permissions", Wrong, "go-w", |f| f.files[0].mode = 0o777),
             ("permissions", Wrong, "1000", |f| f.files[1].uid = 1000),
             ("permissions", Wrong, "0600", |f| f.files[2].mode = 0o644),
+            ("permissions", Wrong, "chmod 0750", |f| {
+                f.mount_dir.as_mut().expect("there").mode = 0o755;
+            }),
             ("permissions", Skipped, "no config", |f| f.files.clear()),
             ("tools", Wrong, "apt install lvm2", |f| {
                 f.tools[0].version = None;

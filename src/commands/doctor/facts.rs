@@ -70,6 +70,8 @@ pub struct Facts {
     /// The group that the configuration gives it to.
     pub socket_gid: Option<Result<u32, String>>,
     pub daemon: Daemon,
+    /// The directory that the volumes are mounted in.
+    pub mount_dir: Option<FileFact>,
     /// The mount that the volumes are mounted on.
     pub mount_root: Option<MountPoint>,
     /// `None`: it is not installed.
@@ -252,6 +254,7 @@ impl Facts {
             socket: settings.and_then(|settings| file(&settings.socket)),
             socket_gid: settings.map(Settings::socket_gid),
             daemon: settings.map_or(Daemon::Unknown, daemon),
+            mount_dir: settings.and_then(|settings| file(&settings.mount_dir)),
             mount_root: settings.and_then(|settings| mount_of(&settings.mount_dir)),
             podman: exec::find_tool("podman").is_ok().then(podman),
             supervisor: settings

@@ -21,7 +21,7 @@ use crate::support::command::{outcome_of, run};
 use crate::support::daemon::{Daemon, SOCKET};
 use crate::support::lvm::TestVg;
 use crate::support::podman::DropIn;
-use crate::support::site::{Kind, Site};
+use crate::support::site::{Kind, MOUNT_DIR, Site};
 use crate::support::wait_until;
 
 /// Each fault that this machine's own kernel lets one make, and the rest in guests: those of units are in the quick
@@ -326,6 +326,9 @@ fn doctor() {
     mode(Path::new(SOCKET), 0o666);
     finds("socket", "wrong", "chmod 0660", &[]);
     mode(Path::new(SOCKET), 0o660);
+    mode(Path::new(MOUNT_DIR), 0o755);
+    finds("permissions", "wrong", "chmod 0750", &[]);
+    mode(Path::new(MOUNT_DIR), 0o750);
     run("mount", ["--make-private", "/run"]);
     finds("propagation", "wrong", "--make-shared /run", &[]);
     run("mount", ["--make-shared", "/run"]);
