@@ -1,4 +1,4 @@
-.PHONY: bench deb demo package packers rpm run-tests test test-all
+.PHONY: advisories bench deb demo package packers rpm run-tests test test-all
 
 # Installs what is missing, then tells the whole story on real LVM and real Podman.
 demo:
@@ -22,6 +22,11 @@ run-tests:
 	$(MAKE) packers
 	tests/tested --cargo-profile tests | diff docs/tested.md -
 	cargo nextest run --locked --cargo-profile tests --features failpoints --test-threads $$((2 * $$(nproc) + 1)) $(options)
+
+# Looks for known vulnerabilities in what the program is built from. It needs the network: the advisories are in a repository at GitHub.
+advisories:
+	cargo deny --version >/dev/null 2>&1 || cargo install --locked --quiet --debug cargo-deny --version 0.20.2
+	cargo deny --locked check advisories
 
 # Installs what is missing, then measures: against the kernel's own calls in one guest, LVM's shell
 # against a process a command, choices among 10,000 entries, and what is shown of 2,000.

@@ -10,6 +10,7 @@ mod bounds;
 mod cli;
 mod crash;
 mod damage;
+mod dependencies;
 mod docker;
 mod docs;
 mod full;
@@ -39,6 +40,7 @@ fn main() {
             cli::tests(),
             crash::tests(),
             damage::tests(),
+            dependencies::tests(),
             docker::tests(),
             docs::tests(),
             full::tests(),
