@@ -1077,7 +1077,7 @@ mod tests {
     #[test]
     fn each_fault_is_found() {
         use State::{Note, Skipped, Wrong};
-        let cases: [(&str, State, &str, Break); 57] = [
+        let cases: [(&str, State, &str, Break); 58] = [
             ("configuration", Wrong, "init", |f| {
                 f.config = Config::Missing;
             }),
