@@ -437,6 +437,20 @@ pub fn id_of(fd: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
+/// As which file system the block device `name` (`loop7`, `dm-3`) is mounted, in whatever namespace, attached
+/// there or not. Unlike an exclusive open, looking disturbs no one.
+#[must_use]
+pub fn mounted_as(name: &str) -> Option<FsType> {
+    let mounted = |fs: &str| Path::new("/sys/fs").join(fs).join(name).exists();
+    if mounted("xfs") {
+        Some(FsType::Xfs)
+    } else if mounted("ext4") {
+        Some(FsType::Ext4)
+    } else {
+        None
+    }
+}
+
 /// Whether a file system on `device` is still mounted, in any namespace, or
 /// somebody else has it for themselves.
 ///

@@ -43,6 +43,7 @@ use crate::cache::units::Bytes;
 use crate::container::Container;
 use crate::mount::{self, MountPoint, Mounted};
 use crate::selinux;
+use crate::storage::StoreError;
 use crate::userns::Ids;
 
 /// What the mount table shows for a job volume's directory.
@@ -681,6 +682,14 @@ impl Engine {
         of_entry.push(tag(CHECKPOINT));
         let entry = job.count_save(most, || {
             self.publish_mounted(&spec, &lv, &of_entry, || job.write_out(path, &root))
+                .inspect_err(|error| {
+                    if let EngineError::Store(StoreError::Unfreezable { .. }) = error {
+                        let _ = job.with_mount(path, |late| {
+                            late.lease.stuck = true;
+                            Ok(())
+                        });
+                    }
+                })
         })?;
         let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
         let _ = job.with_mount(path, |late| {

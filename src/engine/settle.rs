@@ -53,6 +53,8 @@ pub(super) struct Ended {
     pub discarded: bool,
     /// See [`Lease::lost`].
     pub lost: bool,
+    /// See [`Lease::stuck`].
+    pub stuck: bool,
     /// It was cut short: by a reboot.
     pub cut_short: bool,
     /// What the LV carries as long as it is not settled.
@@ -92,7 +94,9 @@ impl Ended {
                 bytes = Some(written.saturating_sub(baseline) * 512);
                 end.changed = written != baseline;
             }
+            // A thread that waits to change what is being frozen cannot be ended, nor can its daemon.
             if end.changed
+                && !self.stuck
                 && refusal(spec, end).is_none()
                 && let Err(error) = crate::fs::trim(open.mounted.root())
             {
@@ -233,6 +237,7 @@ impl Engine {
             heard,
             discarded: lease.discarded,
             lost: lease.lost,
+            stuck: lease.stuck,
             cut_short: false,
             mark: self.lease_tag(),
             marking: lease.mark,
@@ -621,6 +626,7 @@ const fn passes(error: &StoreError) -> bool {
         | StoreError::Unusable(_)
         | StoreError::Failed(_)
         | StoreError::Busy(_)
+        | StoreError::Unfreezable { .. }
         | StoreError::Exec(_)
         | StoreError::Io { .. } => true,
         StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. } => false,

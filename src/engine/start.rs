@@ -587,6 +587,7 @@ impl Engine {
                 heard,
                 discarded: false,
                 lost: false,
+                stuck: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
                 marking: None,

@@ -197,6 +197,9 @@ pub(super) struct Lease {
     pub discarded: bool,
     /// Something that was written in it could not be stored. The kernel tells of that once.
     pub lost: bool,
+    /// A freeze of its file system was left behind, which ends when the write in it does that it waits for: until then
+    /// all that changes it waits, too.
+    pub stuck: bool,
     /// Whose ids its mount shows; `None` after a restart, where that is not known.
     pub shown: Option<Ids>,
     /// The lowest mount at the mountpoint is known to show this host's ids.
@@ -231,6 +234,7 @@ impl Lease {
             mark: None,
             discarded: false,
             lost: false,
+            stuck: false,
             shown: None,
             plain_below: false,
         }

@@ -6,6 +6,7 @@
 //! or btrfs with loop devices, for hosts without device-mapper. A third one, in memory, is held to
 //! the same and there for tests alone.
 
+mod freeze;
 pub mod lvm;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod memory;
@@ -161,6 +162,14 @@ pub enum StoreError {
     /// The volume is in use: mounted or held open.
     #[error("{0}: in use")]
     Busy(LvName),
+    /// Its file system is in use and could not be frozen for the moment of a snapshot.
+    #[error("{lv}: its file system could not be frozen: {why}")]
+    Unfreezable {
+        /// The volume.
+        lv: LvName,
+        /// What kept it from that.
+        why: String,
+    },
     /// A volume of that name is there already.
     #[error("{0}: a logical volume of that name exists")]
     Exists(LvName),
@@ -272,11 +281,12 @@ pub trait Store: Send + Sync + 'static {
     fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError>;
 
     /// Makes `new` a snapshot of `origin`, of the same virtual size, and gives
-    /// the path of its block device if `new.active`.
+    /// the path of its block device if `new.active`. Where `origin` is mounted, its file system is frozen for that
+    /// moment, within seconds; no other call waits for that.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] when `origin` is gone, [`StoreError::Exists`],
-    /// [`StoreError::Full`], or what else failed.
+    /// [`StoreError::Full`], [`StoreError::Unfreezable`], or what else failed.
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError>;
 
     /// Makes `new` an empty volume of `size` bytes (rounded up to the store's grain).

@@ -21,10 +21,8 @@
 //! Removing works on a file system without a free block: it is a rename, and `~seq` is written over in place. Where
 //! even that fails, the change that it announces holds all the same.
 //!
-//! A snapshot of a mounted volume is consistent as LVM's is, where device-mapper
-//! freezes the file system: this freezes it, too, through one more mount of the
-//! same device. Killed in that moment, it would leave the file system frozen:
-//! opening the store thaws all that it finds.
+//! A snapshot of a mounted volume is consistent: its file system is frozen meanwhile, through one more mount of the
+//! same device, before it is this store's turn. What a killed helper leaves frozen is thawed when the store is opened.
 
 mod loops;
 
@@ -32,10 +30,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,6 +45,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 use self::loops::Loop;
+use super::freeze::{self, Frozen};
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{DEFAULT, SNAPSHOT};
@@ -76,6 +74,9 @@ const GRAIN: u64 = Bytes::MIB;
 /// How long the lock is waited for, in seconds. What holds it is
 /// one clone, or one mkfs of the base.
 const LOCK_SECONDS: u64 = 60;
+
+/// How often it is tried.
+const LOCK_RETRY: Duration = Duration::from_millis(2);
 
 /// How long a device that nobody has mounted may take to go: udev's probes, and
 /// children that have not reached their exec yet, hold it for moments.
@@ -222,7 +223,7 @@ impl ReflinkStore {
                 .ok()
                 .and_then(|image| loops.iter().find(|device| device.backs(&image)));
             match device.map(|device| self.mounted(device)) {
-                Some(Ok(Some(mounted))) => thaw(mounted.root()),
+                Some(Ok(Some(mounted))) => freeze::thaw(&mounted),
                 // One that has shut down, say: no reason to keep the others waiting.
                 Some(Err(error)) => warn!(lv = %name, %error, "whether it is frozen is not known"),
                 _ => {}
@@ -257,8 +258,19 @@ impl ReflinkStore {
     }
 
     fn lock(&self) -> Result<Turn<'_>, StoreError> {
-        let thread = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let deadline = Instant::now() + Duration::from_secs(LOCK_SECONDS);
+        let late = || StoreError::Timeout {
+            store: NAME.to_owned(),
+            seconds: LOCK_SECONDS,
+        };
+        let thread = loop {
+            match self.turn.try_lock() {
+                Ok(turn) => break turn,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Err(late()),
+                Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),
+            }
+        };
         let path = self.dir.join(LOCK);
         // Never written to, so that those who watch see only changes.
         let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::CLOEXEC;
@@ -273,16 +285,11 @@ impl ReflinkStore {
                         _process: process,
                     });
                 }
-                Err((_, nix::Error::EAGAIN)) if Instant::now() >= deadline => {
-                    return Err(StoreError::Timeout {
-                        store: NAME.to_owned(),
-                        seconds: LOCK_SECONDS,
-                    });
-                }
+                Err((_, nix::Error::EAGAIN)) if Instant::now() >= deadline => return Err(late()),
                 Err((back, nix::Error::EAGAIN)) => file = back,
                 Err((_, error)) => return Err(failed("locking", &path)(error.into())),
             }
-            thread::sleep(Duration::from_millis(2));
+            thread::sleep(LOCK_RETRY);
         }
     }
 
@@ -351,16 +358,19 @@ impl ReflinkStore {
         }
     }
 
-    /// Writes to the image what was written to the volume so far.
-    fn flush(&self, lv: &LvName) -> Result<(), StoreError> {
+    /// Writes to the image what was written to the volume so far, and freezes its file system where that is in use.
+    fn freeze(&self, lv: &LvName) -> Result<Option<Frozen>, StoreError> {
         let Some(device) = self.device(lv)? else {
-            return Ok(());
+            return Ok(None);
         };
-        match self.mounted(&device)? {
-            Some(mounted) => mounted.sync(),
-            None => device.flush(),
-        }
-        .map_err(failed("writing to", device.path()))
+        let what = failed("writing to", device.path());
+        let Some(mounted) = self.mounted(&device)? else {
+            device.flush().map_err(what)?;
+            return Ok(None);
+        };
+        // All of it now: little is written while it is frozen.
+        mounted.sync().map_err(what)?;
+        Frozen::new(&mounted, lv, None).map(Some)
     }
 
     /// Waits for a device to go that nobody has mounted.
@@ -552,25 +562,26 @@ impl ReflinkStore {
         statvfs(&self.dir).map_err(|error| failed("looking at", &self.dir)(error.into()))
     }
 
-    /// Makes `image`, an empty file, share all blocks of what `origin` holds now.
-    fn clone_image(&self, origin: &LvName, image: &Path) -> Result<(), StoreError> {
+    /// Makes `image`, an empty file, share all blocks of what `origin` holds now; `frozen`, where that is in use.
+    fn clone_image(
+        &self,
+        origin: &LvName,
+        frozen: Option<&Frozen>,
+        image: &Path,
+    ) -> Result<(), StoreError> {
         let source = self.image(origin);
         let what = failed("cloning", &source);
-        let frozen = match self.device(origin)? {
-            None => None,
-            Some(device) => match self.mounted(&device)? {
-                Some(mounted) => Some(Frozen::new(mounted).map_err(&what)?),
-                None => {
-                    device.flush().map_err(&what)?;
-                    None
-                }
-            },
-        };
+        if frozen.is_none()
+            && let Some(device) = self.device(origin)?
+        {
+            if device.mounted().is_some() {
+                return Err(StoreError::Busy(origin.clone()));
+            }
+            device.flush().map_err(&what)?;
+        }
         let from = open_image(&source)?;
         let to = open_image(image)?;
-        let cloned = rustix::fs::ioctl_ficlone(&to, &from).map_err(|error| what(error.into()));
-        drop(frozen);
-        cloned
+        rustix::fs::ioctl_ficlone(&to, &from).map_err(|error| what(error.into()))
     }
 }
 
@@ -673,15 +684,15 @@ impl Store for ReflinkStore {
 
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
         self.known(origin)?;
-        // Most of it now: nobody waits for a turn while this writes.
-        self.flush(origin)?;
+        // How long that takes a job decides, so no turn is held for it.
+        let frozen = self.freeze(origin)?;
         let turn = self.lock()?;
         let cloned = Origin {
             seq: self.known(origin)?.seq,
             name: origin.to_string(),
         };
         self.make(&turn, new, Some(cloned), |image| {
-            self.clone_image(origin, image)
+            self.clone_image(origin, frozen.as_ref(), image)
         })
     }
 
@@ -774,42 +785,6 @@ impl Store for ReflinkStore {
 struct Turn<'a> {
     _thread: MutexGuard<'a, ()>,
     _process: Flock<File>,
-}
-
-/// A frozen file system, thawed when dropped.
-struct Frozen(Mounted);
-
-impl Frozen {
-    fn new(mounted: Mounted) -> io::Result<Self> {
-        let mut unused = 0;
-        // SAFETY: FIFREEZE looks at no argument.
-        match unsafe { ioctl::freeze(mounted.root().as_raw_fd(), &raw mut unused) } {
-            // Frozen it is, left so by somebody who was killed.
-            Ok(_) | Err(nix::Error::EBUSY) => Ok(Self(mounted)),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        thaw(self.0.root());
-    }
-}
-
-fn thaw(root: BorrowedFd<'_>) {
-    let mut unused = 0;
-    // SAFETY: FITHAW looks at no argument.
-    match unsafe { ioctl::thaw(root.as_raw_fd(), &raw mut unused) } {
-        // EINVAL: it is not frozen.
-        Ok(_) | Err(nix::Error::EINVAL) => {}
-        Err(error) => warn!(%error, "a file system could not be thawed"),
-    }
-}
-
-mod ioctl {
-    nix::ioctl_readwrite!(freeze, b'X', 119, libc::c_int);
-    nix::ioctl_readwrite!(thaw, b'X', 120, libc::c_int);
 }
 
 fn not_prepared(dir: &Path) -> StoreError {

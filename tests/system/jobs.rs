@@ -6,15 +6,16 @@
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher as _};
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, symlink};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ const BODIES: &[Body] = &[
     ("a_checkpoint_while_dd_writes", checkpoint_of_much),
     ("mounts_go_on_after_a_kill", over_a_kill),
     ("a_checkpoint_is_not_the_end", not_the_end),
+    ("one_that_cannot_be_frozen_stops_no_other", unfreezable),
     ("none_gets_in_before_it_is_known", unknown),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
@@ -764,6 +766,85 @@ fn not_the_end(kind: Kind) {
         assert_eq!(fs::read_to_string(at.join(tag).join("n")).unwrap(), holds);
     }
     jobs.end("reader", 2);
+}
+
+/// A process that is in the middle of a write to a file, and stays there.
+struct Inside {
+    pipe: Option<io::PipeWriter>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Inside {
+    fn new(file: &Path) -> Self {
+        let file = File::create(file).unwrap();
+        let (empty, pipe) = io::pipe().unwrap();
+        let (sender, thread_id) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            sender.send(nix::unistd::gettid()).unwrap();
+            let (from, to) = (empty.as_raw_fd(), file.as_raw_fd());
+            let null = std::ptr::null_mut();
+            // SAFETY: no offsets are given.
+            let moved = unsafe { libc::splice(from, null, to, null, 4096, 0) };
+            assert_eq!(moved, 0, "{}", io::Error::last_os_error());
+        });
+        let call = format!("/proc/self/task/{}/syscall", thread_id.recv().unwrap());
+        let splice = format!("{} ", libc::SYS_splice);
+        wait_until(|| fs::read_to_string(&call).is_ok_and(|call| call.starts_with(&splice)));
+        Self {
+            pipe: Some(pipe),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+fn unfreezable(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    for fs_type in ["xfs", "ext4"] {
+        let at = jobs.job("job", &json!({"save": fs_type, "fs": fs_type}));
+        assert_ok(&ask(&at, "mount x\n"));
+        fs::write(at.join("x/who"), "1").unwrap();
+        let inside = Inside::new(&at.join("x/held"));
+        let saves = thread::spawn({
+            let at = at.clone();
+            move || ["save x early\n", "save x early\n"].map(|save| ask(&at, save))
+        });
+        // Others notice nothing, neither while it is waited for nor later.
+        jobs.entry("beside", &format!("beside-{fs_type}"), "-");
+        for answer in saves.join().unwrap() {
+            assert_refused(&answer, "could not be frozen");
+        }
+        jobs.entry("after", &format!("after-{fs_type}"), "-");
+        // Nor is it kept from its end: what is left behind does not hold the daemon.
+        jobs.daemon.take().unwrap().stop();
+        jobs.daemon = Some(jobs.site.serve());
+        jobs.entry("again", &format!("again-{fs_type}"), "-");
+        drop(inside);
+        fs::write(at.join("x/who"), "2").unwrap();
+        assert_ok(&ask(&at, "save x late\n"));
+        // What is still inside at the end of its lease is waited for, by nothing else.
+        let inside = Inside::new(&at.join("x/held"));
+        assert_refused(&ask(&at, "save x later\n"), "could not be frozen");
+        jobs.daemon().plugin().unmount("job", "test");
+        jobs.entry("ended", &format!("ended-{fs_type}"), "-");
+        drop(inside);
+        wait_until(|| jobs.status("job")["last_lease"]["x"]["published"].is_string());
+        jobs.daemon().plugin().remove("job");
+        let other = jobs.job("other", &json!({}));
+        for (tag, holds) in [("late", "2"), (fs_type, "2")] {
+            assert_ok(&ask(&other, &format!("mount {tag}\n> {tag} {fs_type}\n")));
+            let read = fs::read_to_string(other.join(tag).join("who")).unwrap();
+            assert_eq!(read, holds, "{fs_type} {tag}");
+        }
+        jobs.end("other", 2);
+        jobs.daemon().plugin().remove("other");
+    }
 }
 
 fn over_a_kill(kind: Kind) {

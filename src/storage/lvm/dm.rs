@@ -98,6 +98,13 @@ impl PoolDevices {
         self.message(&format!("delete {thin_id}"))
     }
 
+    /// Makes a volume, new and empty so far, a snapshot of another in the pool: both by their thin device ids. The other's
+    /// device must be suspended.
+    pub(super) fn snapshot(&self, thin_id: u64, of: u64) -> Result<(), StoreError> {
+        self.message(&format!("delete {thin_id}"))?;
+        self.message(&format!("create_snap {thin_id} {of}"))
+    }
+
     /// What each volume takes, by its thin device id.
     pub(super) fn usage(&self, system_dir: &Path) -> Result<HashMap<u64, Usage>, StoreError> {
         let mut lock = lock(system_dir, FlockArg::LockExclusive)?;

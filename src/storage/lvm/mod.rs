@@ -21,6 +21,14 @@
 //! sends the message late, and not always. `repair` finds such a volume when a
 //! store is opened and after `lvm` died over a command, and removes it.
 //!
+//! # A snapshot of what is in use
+//! LVM suspends the origin while it holds the group's lock, and device-mapper freezes its file system for that, which takes as
+//! long as a job likes (`freeze`). So LVM only makes an empty volume. Then the file system is frozen, which no lock
+//! waits for, and two messages to the pool make the volume a snapshot: what LVM does is the same, in another
+//! order. A file system that is frozen already would do for LVM on newer kernels alone: on Linux 6.1
+//! device-mapper's own freeze of it fails with EBUSY. Until it is a snapshot the volume is tagged as one that
+//! is being made. Killed between the messages, LVM can still remove it (2.03.16 and 2.03.31).
+//!
 //! `kill -9` of the daemon does not even interrupt LVM: it is sent SIGTERM, which
 //! it blocks while it holds the group's lock, and it ends after its command. Nor does
 //! systemd, which leaves it alone (`KillMode=process` in the unit): a daemon that stops closes
@@ -58,11 +66,13 @@ use self::repair::Pool;
 use self::repair::Strays;
 use self::report::{LV_COLUMNS, PoolUse};
 use self::runner::{Answer, Failure, Look, Runner};
+use super::freeze::{self, Frozen};
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{DOOMED, SNAPSHOT};
+use crate::cache::record::{DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
+use crate::mount::{self, Mounted};
 
 /// What LVM adds to a group's description for a thin volume, beside its name and
 /// tags, in bytes; measured (about 450), and some to spare.
@@ -143,7 +153,13 @@ impl LvmStore {
             known: Mutex::default(),
             pool_use: Mutex::default(),
         };
-        store.state()?;
+        let state = store.state()?;
+        for lv in state.lvs.iter().filter(|lv| lv.open) {
+            // One that has shut down, say, is no reason to keep the others waiting.
+            if let Ok(Some(mounted)) = store.mounted(&lv.name) {
+                freeze::thaw(&mounted);
+            }
+        }
         store.devices().release_leftover(&store.system_dir)?;
         Ok(store)
     }
@@ -221,6 +237,70 @@ impl LvmStore {
         } else {
             Err(self.unusable(&format!("it cannot be activated: {}", answer.reason())))
         }
+    }
+
+    /// One more mount of what is mounted from a volume's device. `None`: nothing is.
+    fn mounted(&self, lv: &LvName) -> Result<Option<Mounted>, StoreError> {
+        let device = self.device(lv);
+        let fs = || {
+            let node = device.canonicalize().ok()?;
+            mount::mounted_as(&node.file_name()?.to_string_lossy())
+        };
+        let Some(as_fs) = fs() else {
+            return Ok(None);
+        };
+        match Mounted::device(&device, as_fs) {
+            Ok(mounted) => Ok(Some(mounted)),
+            // Unmounted in the meantime.
+            Err(_) if fs().is_none() => Ok(None),
+            Err(error) => Err(io_error(
+                format!("freezing {}", device.display()),
+                error.into(),
+            )),
+        }
+    }
+
+    /// Makes `new` a snapshot of a volume that is mounted, without LVM's part in it: see above.
+    fn snapshot_of_mounted(
+        &self,
+        origin: &LvName,
+        mounted: &Mounted,
+        new: &NewLv,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        // Little is written while it is frozen.
+        mounted
+            .sync()
+            .map_err(|e| io_error(format!("writing to {origin}"), e))?;
+        let of = |state: &State, lv: &LvName| {
+            let found = state.find(lv).map(|lv| (lv.seq, lv.size));
+            found.ok_or_else(|| StoreError::NotFound(lv.clone()))
+        };
+        let (origin_id, size) = of(&self.state()?, origin)?;
+        let making = MAKING.parse::<Tag>().expect("is a tag");
+        let only_now = !new.tags.contains(&making);
+        let mut unfinished = NewLv {
+            active: false,
+            ..new.clone()
+        };
+        unfinished.tags.extend(only_now.then(|| making.clone()));
+        self.create(&unfinished, size)?;
+        let made = (|| {
+            let (id, _) = of(&self.state()?, &new.name)?;
+            let devices = PoolDevices::new(&self.vg, &self.pool);
+            let frozen = Frozen::new(mounted, origin, Some(&devices.of(origin.as_str())))?;
+            devices.snapshot(id, origin_id)?;
+            drop(frozen);
+            if only_now {
+                self.change_tags(&new.name, &[], &[making])?;
+            }
+            new.active.then(|| self.activate(&new.name)).transpose()
+        })();
+        if made.is_err()
+            && let Err(error) = self.remove(&new.name)
+        {
+            tracing::debug!(lv = %new.name, %error, "not removed yet");
+        }
+        made
     }
 
     fn known(&self) -> MutexGuard<'_, HashSet<LvName>> {
@@ -536,7 +616,10 @@ impl Store for LvmStore {
 
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
         self.is_ours(origin)?;
-        self.make(Command::new("lvcreate"), new, Some(origin))
+        match self.mounted(origin)? {
+            Some(mounted) => self.snapshot_of_mounted(origin, &mounted, new),
+            None => self.make(Command::new("lvcreate"), new, Some(origin)),
+        }
     }
 
     fn create(&self, new: &NewLv, size: Bytes) -> Result<Option<PathBuf>, StoreError> {

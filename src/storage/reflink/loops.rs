@@ -15,6 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::cache::spec::FsType;
+use crate::mount;
 
 /// Logical block size of the devices, in bytes. The kernel's own choice follows
 /// the alignment that direct I/O on the file needs, and that changes from 512 to
@@ -144,17 +145,9 @@ impl Loop {
         Path::new("/dev").join(&self.name)
     }
 
-    /// As which file system it is mounted, in whatever namespace, attached
-    /// there or not. Unlike an exclusive open, looking disturbs nobody.
+    /// As which file system it is mounted.
     pub fn mounted(&self) -> Option<FsType> {
-        let mounted = |fs: &str| Path::new("/sys/fs").join(fs).join(&self.name).exists();
-        if mounted("xfs") {
-            Some(FsType::Xfs)
-        } else if mounted("ext4") {
-            Some(FsType::Ext4)
-        } else {
-            None
-        }
+        mount::mounted_as(&self.name)
     }
 
     /// Writes what the device's page cache holds.
