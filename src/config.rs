@@ -119,6 +119,8 @@ struct PolicyTable {
     metadata_floor: Floor,
     #[serde(deserialize_with = "parsed")]
     group_floor: Floor,
+    #[serde(deserialize_with = "parsed")]
+    cut_off: Floor,
     #[serde(deserialize_with = "duration")]
     keep_used: Duration,
     scope: BTreeMap<String, LimitsTable>,
@@ -142,6 +144,7 @@ impl Default for PolicyTable {
             data,
             metadata,
             group,
+            cut_off,
             ..
         } = Policy::default();
         Self {
@@ -151,6 +154,7 @@ impl Default for PolicyTable {
             data_floor: data,
             metadata_floor: metadata,
             group_floor: group,
+            cut_off,
             keep_used: Duration::from_secs(600),
             scope: BTreeMap::new(),
         }
@@ -168,6 +172,7 @@ impl PolicyTable {
             data: self.data_floor,
             metadata: self.metadata_floor,
             group: self.group_floor,
+            cut_off: self.cut_off,
             ..Policy::default()
         };
         for (name, table) in self.scope {
@@ -209,6 +214,11 @@ pub struct JobLimits {
     /// Checkpoints in one use of the job volume (after a restart of the daemon, from then on). At
     /// its end each mount may be published once more.
     pub saves: usize,
+    /// Changes to the store a minute: a mount and a checkpoint are three each.
+    pub changes: u32,
+    /// Bytes of tags in one use of the job volume, of all that it mounts and saves.
+    #[serde(deserialize_with = "parsed")]
+    pub tags: Bytes,
     /// Connections at once.
     pub connections: usize,
     /// From a request's first byte to its last.
@@ -225,6 +235,9 @@ impl Default for JobLimits {
             terms: 64,
             mounts: 32,
             saves: 16,
+            changes: 60,
+            // The action's key and version, of 600 bytes, for each mount and each checkpoint.
+            tags: Bytes(32 << 10),
             connections: 64,
             request_time: Duration::from_secs(30),
         }
@@ -546,12 +559,15 @@ fn text(store: &StoreConfig) -> String {
          \n\
          # What one job may do on the socket of its job volume: bytes of a line, criteria of a\n\
          # request, its terms and tags, caches mounted at once, checkpoints saved in one use,\n\
-         # connections at once, and the time that a request may take to arrive.\n\
+         # changes to the store a minute, bytes of tags in one use, connections at once, and the\n\
+         # time that a request may take to arrive.\n\
          #job.line = {line}\n\
          #job.criteria = {criteria}\n\
          #job.terms = {terms}\n\
          #job.mounts = {mounts}\n\
          #job.saves = {saves}\n\
+         #job.changes = {changes}\n\
+         #job.tags = {tags}\n\
          #job.connections = {connections}\n\
          #job.request-time = {request_time}\n\
          \n\
@@ -569,6 +585,9 @@ fn text(store: &StoreConfig) -> String {
          #policy.metadata-floor = {data_floor}\n\
          #policy.group-floor = {data_floor}\n\
          #policy.keep-used = {keep_used}\n\
+         # Where less than this is free of the pool's data while jobs write, the one that wrote most is cut off, of those that\n\
+         # are trusted least: all that uses its cache gets I/O errors, and it is not published.\n\
+         #policy.cut-off = {cut_off}\n\
          \n\
          {store}",
         socket = path(&default_socket()),
@@ -585,10 +604,13 @@ fn text(store: &StoreConfig) -> String {
         terms = job.terms,
         mounts = job.mounts,
         saves = job.saves,
+        changes = job.changes,
+        tags = quoted("32K"),
         connections = job.connections,
         request_time = quoted("30s"),
         data_floor = quoted("10%"),
         keep_used = quoted("10m"),
+        cut_off = quoted("3%"),
     )
 }
 

@@ -171,6 +171,19 @@ pub fn discard_all(device: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Shuts the mounted file system down whose root is `root`: nothing is written to its device any more, not its log either, and
+/// all that uses it gets EIO.
+///
+/// # Errors
+/// What the kernel says.
+pub fn shut_down(root: BorrowedFd<'_>) -> io::Result<()> {
+    // XFS_FSOP_GOING_FLAGS_NOLOGFLUSH and EXT4_GOING_FLAGS_NOLOGFLUSH: what is flushed may need room.
+    let no_log_flush = 2_u32;
+    // SAFETY: both file systems read one u32.
+    unsafe { ioctl::shut_down(root.as_raw_fd(), &raw const no_log_flush) }?;
+    Ok(())
+}
+
 /// Whether the file system on the unmounted `device` was unmounted cleanly and
 /// has no recorded error: its log needs no recovery. In doubt it is not clean.
 ///
@@ -269,6 +282,16 @@ pub fn device_node(device: (u32, u32)) -> io::Result<PathBuf> {
         .ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
+/// The kernel's own name of a block device: `dm-3`.
+///
+/// # Errors
+/// When there is no such device.
+pub fn kernel_name((major, minor): (u32, u32)) -> io::Result<String> {
+    let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}"))?;
+    let name = link.file_name().unwrap_or_default();
+    Ok(name.to_string_lossy().into_owned())
+}
+
 fn sys_block((major, minor): (u32, u32), attribute: &str) -> io::Result<String> {
     std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{attribute}"))
 }
@@ -297,6 +320,12 @@ struct FstrimRange {
 
 mod ioctl {
     nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    // XFS_IOC_GOINGDOWN and EXT4_IOC_SHUTDOWN, declared as ones that read.
+    nix::ioctl_write_ptr_bad!(
+        shut_down,
+        nix::request_code_read!(b'X', 125, size_of::<u32>()),
+        u32
+    );
     nix::ioctl_readwrite!(fitrim, b'X', 121, super::FstrimRange);
     nix::ioctl_write_ptr!(ext4_resize_fs, b'f', 16, u64);
     nix::ioctl_write_ptr!(xfs_growfs_data, b'X', 110, super::xfs::GrowfsData);

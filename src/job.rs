@@ -26,11 +26,15 @@ use crate::mount;
 use crate::plugin::wire::printable;
 use crate::userns::Ids;
 
-/// How many requests of all jobs are worked on at once: each has a thread.
-pub const MAX_WORK: usize = 32;
+/// How many requests of all jobs are worked on at once beside the first of each, which waits for no other job's: each has a
+/// thread.
+const SHARED_WORK: usize = 32;
 
-/// And of one job.
-const WORK_OF_JOB: usize = 4;
+/// And of one job, beside its first.
+const SHARED_OF_JOB: usize = 3;
+
+/// Threads for all of them: a host runs no more jobs at once than some hundred.
+pub const MAX_WORK: usize = SHARED_WORK + 480;
 
 /// How long a request waits for somebody to say whose job it is. A supervisor is told of a job
 /// some seconds after it has begun.
@@ -49,15 +53,18 @@ pub async fn serve(
     limits: JobLimits,
     mut sockets: UnboundedReceiver<JobSocket>,
 ) {
-    let work = Arc::new(Semaphore::new(MAX_WORK));
+    let shared = Arc::new(Semaphore::new(SHARED_WORK));
     while let Some(JobSocket { job, listener }) = sockets.recv().await {
         match UnixListener::from_std(listener) {
             Ok(listener) => {
                 let place = Place {
                     engine: Arc::clone(&engine),
                     limits,
-                    work: Arc::clone(&work),
-                    own: Arc::new(Semaphore::new(WORK_OF_JOB)),
+                    work: Arc::new(Work {
+                        first: Arc::new(Semaphore::new(1)),
+                        more: Arc::new(Semaphore::new(SHARED_OF_JOB)),
+                        shared: Arc::clone(&shared),
+                    }),
                     job,
                 };
                 tokio::spawn(place.serve(listener));
@@ -72,9 +79,28 @@ pub async fn serve(
 struct Place {
     engine: Arc<Engine>,
     limits: JobLimits,
-    work: Arc<Semaphore>,
-    own: Arc<Semaphore>,
+    work: Arc<Work>,
     job: Arc<Job>,
+}
+
+/// The places for a job's requests: one of its own, and some that all jobs share, so that however many of the others'
+/// requests take long, each job has a request worked on.
+struct Work {
+    first: Arc<Semaphore>,
+    more: Arc<Semaphore>,
+    shared: Arc<Semaphore>,
+}
+
+impl Work {
+    /// Waits for a place, which is free again when what this gives is dropped.
+    async fn place(&self) -> impl Send + use<> {
+        let take = |places: &Arc<Semaphore>| Arc::clone(places).acquire_owned();
+        tokio::select! {
+            biased;
+            first = take(&self.first) => (first, None),
+            more = async { (take(&self.more).await, take(&self.shared).await) } => (more.0, Some(more.1)),
+        }
+    }
 }
 
 impl Place {
@@ -236,10 +262,9 @@ impl Place {
                     return Ok(true);
                 }
                 let act = self.clone();
-                let own = Arc::clone(&self.own).acquire_owned().await;
-                let work = Arc::clone(&self.work).acquire_owned().await;
+                let work = self.work.place().await;
                 let done = tokio::task::spawn_blocking(move || {
-                    let _places = (own, work);
+                    let _place = work;
                     // Here, as a job can make its mount table as long as it likes.
                     act.act(
                         &Peer::of(client, &act.job, &act.engine.place_of(&act.job))?,
@@ -274,7 +299,7 @@ impl Place {
                     ));
                 }
                 let view = engine
-                    .mount_late(job, &at, &criteria, &save, self.limits.mounts, &peer.ids)
+                    .mount_late(job, &at, &criteria, &save, &self.limits, &peer.ids)
                     .inspect_err(|e| engine.tally().refused(e))
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
@@ -295,7 +320,7 @@ impl Place {
             }
             Request::Save { path, tags } => {
                 let saved = engine
-                    .save_late(job, &place(&path)?, &tags, self.limits.saves)
+                    .save_late(job, &place(&path)?, &tags, &self.limits)
                     .map_err(|e| e.to_string())?;
                 Ok(format!(
                     "{}ok saved={} tags={} ms={}\n",
@@ -322,7 +347,9 @@ impl Place {
                 ))
             }
             Request::Verdict { success } => {
-                engine.judge(job, success).map_err(|e| e.to_string())?;
+                engine
+                    .judge(job, success, &self.limits)
+                    .map_err(|e| e.to_string())?;
                 let verdict = if success { "success" } else { "failure" };
                 Ok(format!("ok verdict={verdict}\n"))
             }
@@ -369,6 +396,9 @@ fn told(view: &LateView) -> String {
     }
     if let Some(age) = view.age {
         text += &format!(" age={age}");
+    }
+    if view.cut_off {
+        text += " cut-off=1";
     }
     text
 }
@@ -431,5 +461,50 @@ impl Peer {
     fn seen(&self, at: &LatePath) -> String {
         let target = self.targets.first().map_or("", String::as_str);
         format!("{target}/{at}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(shared: &Arc<Semaphore>) -> Work {
+        Work {
+            first: Arc::new(Semaphore::new(1)),
+            more: Arc::new(Semaphore::new(SHARED_OF_JOB)),
+            shared: Arc::clone(shared),
+        }
+    }
+
+    #[test]
+    fn no_jobs_take_all_places() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let shared = Arc::new(Semaphore::new(2));
+            let now = Duration::ZERO;
+            let (greedy, other) = (work(&shared), work(&shared));
+            let mut held = Vec::new();
+            while let Ok(place) = timeout(now, greedy.place()).await {
+                held.push(place);
+            }
+            assert_eq!(held.len(), 3, "its own, and all that are shared");
+            let first = timeout(now, other.place()).await.expect("its own");
+            assert!(timeout(now, other.place()).await.is_err());
+            // One that is free again is there for all.
+            held.pop();
+            let second = timeout(now, other.place()).await.expect("a shared one");
+            assert!(timeout(now, greedy.place()).await.is_err());
+            drop((first, second));
+            // No job takes all that are shared.
+            let many = work(&Arc::new(Semaphore::new(100)));
+            let mut held = Vec::new();
+            while let Ok(place) = timeout(now, many.place()).await {
+                held.push(place);
+            }
+            assert_eq!(held.len(), 1 + SHARED_OF_JOB);
+        });
     }
 }

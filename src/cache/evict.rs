@@ -3,7 +3,9 @@
 //!
 //! Least recently used first. What is pinned, or in use, never goes; the newest of
 //! the entries that were published into one scope under the same tags goes after all
-//! others, since it is what the next job would take.
+//! others, since it is what the next job would take. For want of room, and by number, those of scopes of lesser trust
+//! go before all of those ([`Trust`]): a stranger's pull request, which makes scopes at will, does not have the default
+//! branch's caches evicted.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -37,6 +39,37 @@ pub struct Entry {
     pub scope: Scope,
     /// Its tags.
     pub tags: Vec<Tag>,
+}
+
+/// How far a scope is trusted, told by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Trust {
+    /// Other code than the default branch's writes it: the supervisor calls it `HOST:ID:EVENT:…`, the repository's default scope,
+    /// an event, and what it was of ([`crate::supervisor::scope`]).
+    Lesser,
+    /// All others: default scopes, those that an administrator has named, and none.
+    Full,
+}
+
+impl Trust {
+    /// That of a scope.
+    #[must_use]
+    pub fn of(scope: &Scope) -> Self {
+        let Some(scope) = scope else {
+            return Self::Full;
+        };
+        let parts: Vec<&str> = scope.as_str().split(':').collect();
+        let is_number =
+            |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+        let is_event = |part: &str| part.starts_with(|first: char| first.is_ascii_alphabetic());
+        // A host may have a port.
+        let below = parts
+            .iter()
+            .skip(1)
+            .zip(parts.iter().skip(2))
+            .any(|(id, event)| is_number(id) && is_event(event));
+        if below { Self::Lesser } else { Self::Full }
+    }
 }
 
 /// How many entries there may be, and how old.
@@ -98,6 +131,8 @@ pub struct Policy {
     pub metadata: Floor,
     /// What must be free for the description of all volumes.
     pub group: Floor,
+    /// What must be free for data lest a lease is cut off.
+    pub cut_off: Floor,
 }
 
 impl Default for Policy {
@@ -109,6 +144,7 @@ impl Default for Policy {
             data: Floor::Percent(10.0),
             metadata: Floor::Percent(10.0),
             group: Floor::Percent(10.0),
+            cut_off: Floor::Percent(3.0),
         }
     }
 }
@@ -181,6 +217,18 @@ impl Space {
     pub fn mark(&self, floor: Floor) -> f64 {
         let share = self.floor(floor) * 100.0 / self.size.0.max(1) as f64;
         (100.0 - share).clamp(0.0, self.limit)
+    }
+
+    /// Less than that is free.
+    #[must_use]
+    pub fn is_below(&self, floor: Floor) -> bool {
+        self.size.0 > 0 && self.free() < self.floor(floor)
+    }
+
+    /// Share in use, 0 to 100, at which just that is free.
+    #[must_use]
+    pub fn share(&self, floor: Floor) -> f64 {
+        100.0 - self.floor(floor) * 100.0 / self.size.0.max(1) as f64
     }
 
     /// No more volumes are made.
@@ -369,8 +417,8 @@ impl Steady {
 /// `gives` says how many bytes of data the removal of one entry gives back, where that
 /// is known; entries share blocks, so that the removal of two gives back that much or
 /// more. What is not known is not guessed: then one entry goes for a floor, and whoever
-/// removed it looks again. `refused`: a volume could not be made, so one goes in any case,
-/// if one can.
+/// removed it looks again. `refused`: a volume could not be made for a scope of that trust, so one goes in any case,
+/// if one can that is of no more trust.
 #[must_use]
 pub fn plan<'a>(
     entries: &'a [Entry],
@@ -378,7 +426,7 @@ pub fn plan<'a>(
     policy: &Policy,
     now: u64,
     gives: impl Fn(&LvName) -> Option<Bytes>,
-    refused: bool,
+    refused: Option<Trust>,
 ) -> Vec<Victim<'a>> {
     let order = in_order(entries, now);
     let mut going: Vec<Option<Reason>> = order
@@ -442,11 +490,11 @@ pub fn plan<'a>(
             }
         }
     }
-    if refused
-        && going.iter().all(Option::is_none)
-        && let Some(first) = going.first_mut()
+    if let (Some(trust), Some(entry), true) =
+        (refused, order.first(), going.iter().all(Option::is_none))
+        && Trust::of(&entry.scope) <= trust
     {
-        *first = Some(Reason::Refused);
+        going[0] = Some(Reason::Refused);
     }
     let victims = order.into_iter().zip(going);
     victims
@@ -474,7 +522,10 @@ fn in_order(entries: &[Entry], now: u64) -> Vec<&Entry> {
         })
         .filter(|(_, entry)| !entry.pinned && !entry.in_use)
         .collect();
-    order.sort_unstable_by_key(|(newest, entry)| (*newest, entry.last_use(now), entry.seq));
+    order.sort_by_cached_key(|(newest, entry)| {
+        let trust = Trust::of(&entry.scope);
+        (trust, *newest, entry.last_use(now), entry.seq)
+    });
     order.into_iter().map(|(_, entry)| entry).collect()
 }
 
@@ -785,7 +836,7 @@ mod tests {
             ),
         ] {
             let entries = entries(given);
-            let plan = plan(&entries, &Fill::default(), &policy, NOW, |_| None, false);
+            let plan = plan(&entries, &Fill::default(), &policy, NOW, |_| None, None);
             assert_eq!(told(&plan), want, "{given}");
         }
     }
@@ -824,7 +875,7 @@ mod tests {
         ] {
             let entries = entries(ENTRIES);
             let gives = |_: &LvName| gives.map(Bytes);
-            let plan = plan(&entries, &fill, &Policy::default(), NOW, gives, false);
+            let plan = plan(&entries, &fill, &Policy::default(), NOW, gives, None);
             let names: Vec<_> = plan.iter().map(|victim| victim.entry.lv.as_str()).collect();
             assert_eq!(names.join(" "), want, "{fill:?}");
         }
@@ -841,7 +892,7 @@ mod tests {
                 },
                 ..Fill::default()
             };
-            told(&plan(&entries, &fill, &policy, NOW, |_| None, false))
+            told(&plan(&entries, &fill, &policy, NOW, |_| None, None))
         };
         let why = |percent: f64| format!("a: {percent:.1} % of 1000 B for data are in use");
         assert_eq!(with(Floor::Bytes(Bytes(200)), 80.0, 95.0), "");
@@ -861,9 +912,61 @@ mod tests {
             ("a x; b x", all(limits(1, 0, 0)), "a: more entries than 1"),
         ] {
             let entries = entries(given);
-            let plan = plan(&entries, &Fill::default(), &policy, NOW, |_| None, true);
+            let plan = plan(
+                &entries,
+                &Fill::default(),
+                &policy,
+                NOW,
+                |_| None,
+                Some(Trust::Full),
+            );
             assert_eq!(told(&plan), want, "{given}");
         }
+    }
+
+    #[test]
+    fn trust_is_told_by_the_name() {
+        for (scope, trust) in [
+            ("-", Trust::Full),
+            ("linux", Trust::Full),
+            ("o/r", Trust::Full),
+            ("api.github.com:1296269", Trust::Full),
+            ("ghe.example:8443:12", Trust::Full),
+            ("api.github.com:12:pull_request:fork/9/main", Trust::Lesser),
+            ("api.github.com:12:pull_request_target:run/7", Trust::Lesser),
+            ("api.github.com:12:merge_group:commit/abc", Trust::Lesser),
+            ("ghe.example:8443:12:push:branch/x", Trust::Lesser),
+        ] {
+            let named = (scope != "-").then(|| scope.parse().unwrap());
+            assert_eq!(Trust::of(&named), trust, "{scope}");
+        }
+    }
+
+    #[test]
+    fn scopes_of_lesser_trust_make_room_first_and_for_no_other() {
+        let names = |given: &str, policy: &Policy, percent: f64, refused: Option<Trust>| {
+            let entries = entries(given);
+            let fill = Fill {
+                group: space(percent),
+                ..Fill::default()
+            };
+            let gives = |_: &LvName| Some(Bytes(10));
+            let plan = plan(&entries, &fill, policy, NOW, gives, refused);
+            let names = plan.iter().map(|victim| victim.entry.lv.to_string());
+            names.collect::<Vec<_>>().join(" ")
+        };
+        const BOTH: &str = "old x created=9 scope=h:1; own x created=8 scope=h:1; fork x scope=h:1:pull_request:fork/2/x";
+        const ONE: &str = "old x created=9 scope=h:1; own x created=8 scope=h:1";
+        let (any, two) = (Policy::default(), all(limits(2, 0, 0)));
+        assert_eq!(names(BOTH, &any, 91.0, None), "fork");
+        assert_eq!(names(BOTH, &two, 0.0, None), "fork");
+        assert_eq!(names(BOTH, &any, 0.0, Some(Trust::Full)), "fork");
+        assert_eq!(names(BOTH, &any, 0.0, Some(Trust::Lesser)), "fork");
+        assert_eq!(names(ONE, &any, 0.0, Some(Trust::Full)), "old");
+        assert_eq!(names(ONE, &any, 0.0, Some(Trust::Lesser)), "");
+        // Age is no matter of trust.
+        let fresh = all(limits(0, 7, 0));
+        assert_eq!(names(BOTH, &fresh, 0.0, None), "old own");
     }
 
     #[test]
@@ -895,7 +998,11 @@ mod tests {
             proptest::collection::vec(0..3_usize, 1..3),
         );
         proptest::collection::vec(entry, 0..30).prop_map(|entries| {
-            let named = |n: usize| ["x", "y", "z"][n].parse::<Tag>().unwrap();
+            let named = |n: usize| {
+                ["x", "h:1", "h:1:pull_request:fork/2/x"][n]
+                    .parse::<Tag>()
+                    .unwrap()
+            };
             (1..)
                 .zip(entries)
                 .map(
@@ -933,7 +1040,7 @@ mod tests {
             policy in any_policy(),
             percent in 0.0..100.0_f64,
             gives in proptest::option::of(0..100_u64),
-            refused: bool,
+            refused in proptest::option::of(proptest::sample::select(vec![Trust::Lesser, Trust::Full])),
         ) {
             let fill = Fill { data: space(percent), ..Fill::default() };
             let gives = |_: &LvName| gives.map(Bytes);
@@ -943,7 +1050,7 @@ mod tests {
             prop_assert_eq!(distinct.len(), names.len());
             prop_assert!(victims.iter().all(|v| !v.entry.pinned && !v.entry.in_use));
 
-            // Order: the newest of a tag set last; else least recently used first.
+            // Order: by trust, then the newest of a tag set last; else least recently used first.
             let newest = |entry: &Entry| {
                 let set = |entry: &Entry| {
                     let tags: std::collections::BTreeSet<_> = entry.tags.iter().cloned().collect();
@@ -951,7 +1058,7 @@ mod tests {
                 };
                 entries.iter().all(|other| set(other) != set(entry) || other.seq <= entry.seq)
             };
-            let place = |entry: &Entry| (newest(entry), entry.last_use(NOW), entry.seq);
+            let place = |entry: &Entry| (Trust::of(&entry.scope), newest(entry), entry.last_use(NOW), entry.seq);
             for pair in victims.windows(2) {
                 prop_assert!(place(pair[0].entry) < place(pair[1].entry));
             }
@@ -965,7 +1072,7 @@ mod tests {
 
             // Once they are gone, the limits are kept as far as they can be.
             let left: Vec<_> = entries.iter().filter(|e| !names.contains(&&e.lv)).cloned().collect();
-            let again = plan(&left, &Fill::default(), &policy, NOW, gives, false);
+            let again = plan(&left, &Fill::default(), &policy, NOW, gives, None);
             prop_assert_eq!(again, Vec::new());
             // The order in which entries are listed says nothing.
             let reversed: Vec<_> = entries.iter().rev().cloned().collect();

@@ -74,7 +74,7 @@ fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Ev
         let entries = bounds::entries(&listing, &mounts, &HashMap::new(), Duration::ZERO);
         let capacity = &listing.capacity;
         let policy = &settings.policy;
-        let round = bounds::plan(entries, capacity, policy, now, usage.as_ref(), false);
+        let round = bounds::plan(entries, capacity, policy, now, usage.as_ref(), None);
         let last = dry_run || round.is_empty();
         for (lv, evicted) in round {
             if !dry_run {

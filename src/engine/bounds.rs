@@ -6,6 +6,7 @@
 //! removes: room that is about to be given back is no reason to evict.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,10 @@ use tracing::{debug, info, warn};
 
 use super::volume::{Phase, Restored, Source};
 use super::{Engine, EngineError, lock, tag, unix_now};
-use crate::cache::evict::{self, Entry, Policy};
+use crate::cache::evict::{self, Entry, Policy, Trust};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, place, used_tag};
+use crate::cache::spec::Spec;
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint};
 use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
@@ -147,7 +149,7 @@ pub fn plan(
     policy: &Policy,
     now: u64,
     usage: Option<&HashMap<LvName, Usage>>,
-    refused: bool,
+    refused: Option<Trust>,
 ) -> Vec<(LvName, Evicted)> {
     let exclusive = |lv: &LvName| Some(usage?.get(lv)?.exclusive);
     let ageless;
@@ -210,8 +212,8 @@ fn entry_of(source: &Source) -> Option<&LvName> {
 
 /// Somebody waits for what an eviction comes to.
 pub(super) struct Ask {
-    /// For one that a volume may have room: one round is all that he waits for.
-    room: bool,
+    /// That a volume may have room, of a scope that is trusted so far: one round is all that is waited for.
+    room: Option<Trust>,
     so_far: Vec<Evicted>,
     answer: Sender<Result<Vec<Evicted>, String>>,
 }
@@ -228,10 +230,10 @@ impl Engine {
                 .usage()
                 .inspect_err(|error| debug!(%error, "space used is not known"));
             let listing = self.store.list()?;
-            let plan = self.plan(&listing, usage.as_ref().ok(), false)?;
+            let plan = self.plan(&listing, usage.as_ref().ok(), None)?;
             return Ok(plan.into_iter().map(|(_, evicted)| evicted).collect());
         }
-        let answer = self.ask(false);
+        let answer = self.ask(None);
         match answer.recv() {
             Ok(Ok(evicted)) => Ok(evicted),
             Ok(Err(error)) => Err(StoreError::Failed(error).into()),
@@ -239,7 +241,7 @@ impl Engine {
         }
     }
 
-    fn ask(&self, room: bool) -> mpsc::Receiver<Result<Vec<Evicted>, String>> {
+    fn ask(&self, room: Option<Trust>) -> mpsc::Receiver<Result<Vec<Evicted>, String>> {
         let (answer, answered) = mpsc::channel();
         self.upkeep.ask(Ask {
             room,
@@ -249,10 +251,11 @@ impl Engine {
         answered
     }
 
-    /// Does what needs room in the store, and makes room as long as that is refused for want of it and
+    /// Does what needs room in the store for `spec`, and makes room as long as that is refused for want of it and
     /// there is something to evict. [`EngineError::Stopping`] where the daemon stops before that is known.
     pub(super) fn with_room<T>(
         &self,
+        spec: &Spec,
         patience: Duration,
         mut act: impl FnMut() -> Result<T, EngineError>,
     ) -> Result<T, EngineError> {
@@ -263,7 +266,7 @@ impl Engine {
                 done => return done,
             };
             let left = until.saturating_duration_since(Instant::now());
-            match self.ask(true).recv_timeout(left) {
+            match self.ask(Some(Trust::of(&spec.scope))).recv_timeout(left) {
                 Ok(Ok(evicted)) if !evicted.is_empty() => {}
                 // Whether there is anything to evict is not known: that is no "no".
                 _ if self.is_stopping() => return Err(EngineError::Stopping),
@@ -274,7 +277,7 @@ impl Engine {
 
     /// One round of eviction, for those who asked among others; gives those who wait for more.
     pub(super) fn evict_round(&self, asks: Vec<Ask>) -> Vec<Ask> {
-        let room = asks.iter().any(|ask| ask.room);
+        let room = asks.iter().filter_map(|ask| ask.room).max();
         let round = self.evict_once(room);
         let more = match &round {
             Ok(evicted) => !evicted.is_empty(),
@@ -288,7 +291,7 @@ impl Engine {
             match &round {
                 Ok(evicted) => {
                     ask.so_far.extend_from_slice(evicted);
-                    if more && !ask.room {
+                    if more && ask.room.is_none() {
                         waiting.push(ask);
                     } else {
                         let _ = ask.answer.send(Ok(ask.so_far));
@@ -304,7 +307,7 @@ impl Engine {
         waiting
     }
 
-    fn evict_once(&self, refused: bool) -> Result<Vec<Evicted>, StoreError> {
+    fn evict_once(&self, refused: Option<Trust>) -> Result<Vec<Evicted>, StoreError> {
         let listing = self.store.list()?;
         let plan = self.plan(&listing, None, refused)?;
         if plan.is_empty() && self.is_short(&listing.capacity) {
@@ -337,7 +340,7 @@ impl Engine {
         &self,
         listing: &Listing,
         usage: Option<&HashMap<LvName, Usage>>,
-        refused: bool,
+        refused: Option<Trust>,
     ) -> Result<Vec<(LvName, Evicted)>, StoreError> {
         let wall = unix_now();
         let keep = self.settings.keep_used;
@@ -362,11 +365,19 @@ impl Engine {
         ))
     }
 
-    /// Has entries evicted where a lease that goes on leaves less free than there should be.
-    pub(super) fn check_room(&self) {
-        let short = match self.store.room() {
-            Ok(capacity) => self.is_short(&capacity),
-            Err(StoreError::Full { .. }) => true,
+    /// Has entries evicted where a lease that goes on leaves less free than there should be, and a lease cut off where that does
+    /// not help. Gives whether room is short.
+    pub(super) fn check_room(self: &Arc<Self>) -> bool {
+        let capacity = match self.store.room() {
+            // It says nothing of how full it is then.
+            Err(StoreError::Full { .. }) => self.store.list().map(|listing| listing.capacity),
+            known => known,
+        };
+        let short = match capacity {
+            Ok(capacity) => {
+                self.cut_off(&capacity);
+                self.is_short(&capacity)
+            }
             Err(error @ StoreError::OutOfService { .. }) => {
                 warn!(%error, "leases go on in a store that takes no writes");
                 false
@@ -379,6 +390,7 @@ impl Engine {
         if short && self.upkeep.was_fruitful(FRUITLESS) {
             self.upkeep.tidy();
         }
+        short
     }
 
     fn is_short(&self, capacity: &Capacity) -> bool {

@@ -13,6 +13,8 @@
 //! - `told`: how containers ended, as hooks and Docker tell
 //! - `job`: job volumes, and what is mounted in them while they are in use
 //! - `bounds`: which entries go, and when
+//! - `budget`: what one job may cost the store
+//! - `cutoff`: a lease that fills the store
 //! - `users`: who uses a volume
 //! - `pending`: what the store is still to be told of leases
 //! - `start`: what the store and the mount table say after a restart
@@ -23,7 +25,9 @@
 //! cache tag; a volume that a client was told of has no LV.
 
 pub mod bounds;
+mod budget;
 mod catalog;
+mod cutoff;
 mod job;
 mod pending;
 mod prepare;
@@ -238,6 +242,8 @@ struct State {
     catalog: Catalog,
     /// Volumes that are no more, and since when: in a listing begun before, LVs have their names still.
     dropped: HashMap<VolumeName, Instant>,
+    /// How full the store was when a lease was last cut off for that, in percent.
+    last_cut: Option<f64>,
     stopping: bool,
     /// Requests and settlements that are being worked on.
     under_way: usize,
@@ -370,13 +376,15 @@ impl Engine {
         reach("create", 1);
         let copy = match volume.spec.kind {
             Kind::Cache => self
-                .with_room(REQUEST_PATIENCE, || self.prepare(volume, "create"))
+                .with_room(&volume.spec, REQUEST_PATIENCE, || {
+                    self.prepare(volume, "create")
+                })
                 .map(Phase::Ready),
             Kind::Job => Err(EngineError::Miss(volume.name.clone())),
         };
         let made = match copy {
             Err(EngineError::Miss(_)) => self
-                .with_room(REQUEST_PATIENCE, || self.placeholder(volume))
+                .with_room(&volume.spec, REQUEST_PATIENCE, || self.placeholder(volume))
                 .map(|lv| Phase::Stale(Some(lv))),
             other => other,
         };
@@ -563,7 +571,8 @@ impl Engine {
             Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
                 // What a kept volume holds is nowhere else, and may be what is to be cleared away.
                 if !volume.keeps()
-                    && let Err(full) = self.with_room(REQUEST_PATIENCE, || self.room_for_lease())
+                    && let Err(full) =
+                        self.with_room(&volume.spec, REQUEST_PATIENCE, || self.room_for_lease())
                 {
                     return Err(refuse(Phase::Ready(copy), full));
                 }
@@ -583,7 +592,9 @@ impl Engine {
             Phase::Making | Phase::Changing | Phase::Leased(_) => (None, None),
         };
         reach("refresh", 1);
-        match self.with_room(REQUEST_PATIENCE, || self.prepare_open(volume, "refresh")) {
+        match self.with_room(&volume.spec, REQUEST_PATIENCE, || {
+            self.prepare_open(volume, "refresh")
+        }) {
             Ok(ready) => {
                 reach("refresh", 4);
                 if let Some(lv) = old {
@@ -865,7 +876,7 @@ impl Engine {
     /// Notes in the store whether the work of a volume's present lease has failed, so that no other life of ours
     /// publishes what did. Its `op` the caller holds.
     fn note_verdict(&self, volume: &Volume, told: &Arc<told::Told>) {
-        let (lvs, failed) = {
+        let (lvs, job, failed) = {
             let now = lock(&volume.now);
             let Phase::Leased(lease) = &now.phase else {
                 return;
@@ -875,11 +886,18 @@ impl Engine {
             }
             let lvs = match &lease.backing {
                 Backing::Lv { copy, .. } if may_publish(&volume.spec) => vec![copy.lv.clone()],
-                Backing::Job { job, .. } => job.lvs(),
-                Backing::Lv { .. } | Backing::Scratch(_) => Vec::new(),
+                Backing::Job { .. } | Backing::Lv { .. } | Backing::Scratch(_) => Vec::new(),
             };
-            (lvs, lease.heard().verdict() == Verdict::Failure)
+            let job = match &lease.backing {
+                Backing::Job { job, .. } => Some(Arc::clone(job)),
+                Backing::Lv { .. } | Backing::Scratch(_) => None,
+            };
+            (lvs, job, lease.heard().verdict() == Verdict::Failure)
         };
+        let noted = job.map_or(Ok(()), |job| self.note_job(&job, failed));
+        if let Err(error) = noted {
+            warn!(volume = %volume.name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
+        }
         for lv in lvs {
             if let Err(error) = self.note_failure(&lv, failed) {
                 warn!(volume = %volume.name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");

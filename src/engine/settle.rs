@@ -16,7 +16,7 @@ use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
     may_publish,
 };
-use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Tally, Verdict, cutoff, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
 use crate::cache::spec::{Publish, Spec};
@@ -55,6 +55,8 @@ pub(super) struct Ended {
     pub lost: bool,
     /// See [`Lease::stuck`].
     pub stuck: bool,
+    /// See [`Lease::cut_off`].
+    pub cut_off: bool,
     /// It was cut short: by a reboot.
     pub cut_short: bool,
     /// What the LV carries as long as it is not settled.
@@ -79,6 +81,7 @@ impl Ended {
             changed: true,
             saved: self.source.saved,
             discarded: self.discarded,
+            cut_off: self.cut_off,
         };
         let mut bytes = None;
         if let Some(open) = &self.open {
@@ -117,6 +120,8 @@ struct End {
     /// See [`Source::saved`].
     saved: bool,
     discarded: bool,
+    /// See [`Lease::cut_off`].
+    cut_off: bool,
 }
 
 /// Whether a lease that ended so is published, or why not.
@@ -126,6 +131,9 @@ fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
     }
     if end.discarded {
         return Some("the job discarded it");
+    }
+    if end.cut_off {
+        return Some(cutoff::WHY);
     }
     let by_verdict = match (spec.publish, end.verdict) {
         (Publish::Never, _) => Some("publish=never"),
@@ -238,6 +246,7 @@ impl Engine {
             discarded: lease.discarded,
             lost: lease.lost,
             stuck: lease.stuck,
+            cut_off: lease.cut_off,
             cut_short: false,
             mark: self.lease_tag(),
             marking: lease.mark,
@@ -376,8 +385,10 @@ impl Engine {
             (Err(error), Some(device)) => {
                 info!(volume = %volume.name, %error, "no next copy: tried again without the data of the last lease");
                 crate::fs::discard_all(&device).map_err(|e| io_error("discarding", &device, e))?;
-                self.with_room(PUBLISH_PATIENCE, || self.prepare(volume, "refresh"))
-                    .map(Phase::Ready)
+                self.with_room(&volume.spec, PUBLISH_PATIENCE, || {
+                    self.prepare(volume, "refresh")
+                })
+                .map(Phase::Ready)
             }
         }
     }
@@ -440,7 +451,9 @@ impl Engine {
             tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
             active: false,
         };
-        self.with_room(PUBLISH_PATIENCE, || Ok(self.make_lv(Of::Lv(lv), &new)?))?;
+        self.with_room(spec, PUBLISH_PATIENCE, || {
+            Ok(self.make_lv(Of::Lv(lv), &new)?)
+        })?;
         self.born(new.name.clone(), spec);
         Ok(new.name)
     }
@@ -550,7 +563,9 @@ impl Engine {
             tags: vec![tag(SNAPSHOT), tag(MAKING)],
             active: true,
         };
-        let device = self.with_room(REQUEST_PATIENCE, || Ok(self.make_lv(Of::Lv(lv), &making)?))?;
+        let device = self.with_room(spec, REQUEST_PATIENCE, || {
+            Ok(self.make_lv(Of::Lv(lv), &making)?)
+        })?;
         let recovered = (|| {
             written()?;
             let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
@@ -811,6 +826,7 @@ mod tests {
                 changed,
                 saved,
                 discarded: false,
+                cut_off: false,
             };
             assert_eq!(refusal(&spec, end), want, "{options:?} {end:?}");
         }

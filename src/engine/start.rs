@@ -588,6 +588,7 @@ impl Engine {
                 discarded: false,
                 lost: false,
                 stuck: false,
+                cut_off: false,
                 cut_short: lease.cut_short,
                 mark: lease.mark,
                 marking: None,

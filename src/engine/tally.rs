@@ -53,7 +53,7 @@ pub const RESTORED: [&str; 7] = [
 const FAILED: &str = "it failed";
 
 /// Why no entry is made of a lease: what is counted.
-pub const UNPUBLISHED: [&str; 10] = [
+pub const UNPUBLISHED: [&str; 11] = [
     "no save tags",
     "the job discarded it",
     "publish=never",
@@ -63,6 +63,7 @@ pub const UNPUBLISHED: [&str; 10] = [
     "nothing changed",
     "an entry has its tags already",
     "the volume is in use again, or removed",
+    super::cutoff::WHY,
     FAILED,
 ];
 

@@ -43,6 +43,8 @@ const FILLING: Duration = Duration::from_secs(5);
 /// How often a directory is looked for that changes by others showed in and that was removed; until it is there again,
 /// the store is read as often.
 const UNWATCHED: Duration = Duration::from_secs(10);
+/// And while room is short.
+const SHORT: Duration = Duration::from_secs(1);
 
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
@@ -318,13 +320,14 @@ impl Engine {
 
     fn upkeep_thread(self: &Arc<Self>) {
         let mut unready = false;
+        let mut filling = FILLING;
         loop {
             let again = if unready {
                 Some(UNREADY)
             } else {
                 self.has_homeless().then_some(HOMELESS)
             };
-            let patience = again.or_else(|| self.has_leases().then_some(FILLING));
+            let patience = again.or_else(|| self.has_leases().then_some(filling));
             let Some(mut todo) = self.upkeep.next(patience) else {
                 return;
             };
@@ -339,7 +342,7 @@ impl Engine {
                 self.write_use(&todo.used);
             }
             if self.has_leases() {
-                self.check_room();
+                filling = if self.check_room() { SHORT } else { FILLING };
             }
             if todo.list {
                 self.rest(BETWEEN_LISTINGS);

@@ -200,6 +200,8 @@ pub(super) struct Lease {
     /// A freeze of its file system was left behind, which ends when the write in it does that it waits for: until then
     /// all that changes it waits, too.
     pub stuck: bool,
+    /// It filled the store: its file system was shut down.
+    pub cut_off: bool,
     /// Whose ids its mount shows; `None` after a restart, where that is not known.
     pub shown: Option<Ids>,
     /// The lowest mount at the mountpoint is known to show this host's ids.
@@ -235,6 +237,7 @@ impl Lease {
             discarded: false,
             lost: false,
             stuck: false,
+            cut_off: false,
             shown: None,
             plain_below: false,
         }

@@ -280,6 +280,17 @@ pub trait Store: Send + Sync + 'static {
     /// When the store cannot be read.
     fn usage(&self) -> Result<HashMap<LvName, Usage>, StoreError>;
 
+    /// Bytes mapped by an active volume, shared ones included. Cheap enough to be asked for each lease.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    fn mapped(&self, lv: &LvName) -> Result<Bytes, StoreError> {
+        let usage = self.usage()?.remove(lv);
+        usage
+            .map(|usage| usage.mapped)
+            .ok_or_else(|| StoreError::NotFound(lv.clone()))
+    }
+
     /// Makes `new` a snapshot of `origin`, of the same virtual size, and gives
     /// the path of its block device if `new.active`. Where `origin` is mounted, its file system is frozen for that
     /// moment, within seconds; no other call waits for that.

@@ -682,6 +682,12 @@ impl Store for ReflinkStore {
         Ok(usages)
     }
 
+    fn mapped(&self, lv: &LvName) -> Result<Bytes, StoreError> {
+        let image = self.image(lv);
+        let stat = fs::metadata(&image).map_err(failed("looking at", &image))?;
+        Ok(Bytes(stat.blocks() * 512))
+    }
+
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
         self.known(origin)?;
         // How long that takes a job decides, so no turn is held for it.

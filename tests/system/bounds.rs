@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,10 +14,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::harness::{Group, Test, Tier, test};
+use crate::jobs::ask_here;
 use crate::support::census::{Census, Known};
 use crate::support::command::{outcome, run, sh};
 use crate::support::content::{self, Content};
 use crate::support::daemon::{Daemon, Plugin};
+use crate::support::disks::statvfs;
 use crate::support::lvm::{DISK, TestVg};
 use crate::support::site::{Kind, Site, with_each_store};
 use crate::support::wait_until;
@@ -30,7 +33,11 @@ const MIB: usize = 1 << 20;
 pub fn tests() -> Vec<Test> {
     let mut tests = with_each_store(
         "bounds",
-        &[("of_data", of_data), ("never_shrunk", never_shrunk)],
+        &[
+            ("of_data", of_data),
+            ("never_shrunk", never_shrunk),
+            ("who_fills_the_store_is_cut_off", cut_off),
+        ],
     );
     tests.extend([
         test(Tier::Reflink, "bounds::by_number", by_number),
@@ -129,6 +136,64 @@ fn used(census: &Census, entry: &str) -> usize {
     tags.iter()
         .filter(|tag| tag.starts_with("friend:used:"))
         .count()
+}
+
+/// Two jobs write; the one that is trusted less, and writes more, is cut off before the store is full.
+fn cut_off(kind: Kind) {
+    let site = Site::new(kind);
+    let free = match kind {
+        Kind::Reflink => {
+            let stat = statvfs(Path::new(&site.store())).unwrap();
+            stat.blocks_available() * stat.fragment_size()
+        }
+        // Of the pool.
+        Kind::Lvm => 5 << 30,
+    };
+    // Far from what really fills it.
+    site.configure(&format!("policy.cut-off = \"{}M\"\n", (free >> 20) - 400));
+    let daemon = site.serve();
+    let plugin = daemon.plugin();
+    let scope = "api.github.com:1";
+    plugin.create("calm", &json!({"save": "calm", "scope": scope}));
+    let stranger = format!("{scope}:pull_request:fork/2/x");
+    plugin.create(
+        "job",
+        &json!({"type": "job", "save": "hog", "scope": stranger, "size": "2G"}),
+    );
+    let calm = plugin.mount("calm", "x");
+    let at = plugin.mount("job", "x");
+    assert!(ask_here(&at, "mount hog\n").contains("ok "));
+    let file = File::create(at.join("hog/file")).unwrap();
+    let block: Vec<u8> = (0..4 * MIB).map(|n| (n / 7) as u8).collect();
+    let mut written = 0;
+    let error = loop {
+        // In place from 1 GiB on: there is always room in the file system itself.
+        let put = file
+            .write_all_at(&block, (written % (256 * block.len())) as u64)
+            .and_then(|()| file.sync_data());
+        written += block.len();
+        match put {
+            Ok(()) if written == 32 * block.len() => content::write(&calm, 1),
+            Ok(()) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+    file.set_len(0).unwrap_err();
+    content::write(&calm, 2);
+    let status = ask_here(&at, "status\n");
+    assert!(status.contains("cut-off=1"), "{status}");
+    let refused = ask_here(&at, "save hog\n");
+    assert!(refused.contains("filled the store"), "{refused}");
+    drop(file);
+    plugin.unmount("job", "x");
+    plugin.unmount("calm", "x");
+    let last = |name: &str| plugin.status(name)["last_lease"].clone();
+    wait_until(|| last("calm")["published"].is_string());
+    wait_until(|| last("job")["hog"]["why"].is_string());
+    let why = last("job")["hog"]["why"].as_str().unwrap().to_owned();
+    assert!(why.contains("filled the store"), "{why}");
+    assert!(daemon.log().contains("is cut off"));
 }
 
 fn by_number() {

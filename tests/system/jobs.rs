@@ -40,6 +40,8 @@ const BODIES: &[Body] = &[
     ("mounts_go_on_after_a_kill", over_a_kill),
     ("a_checkpoint_is_not_the_end", not_the_end),
     ("one_that_cannot_be_frozen_stops_no_other", unfreezable),
+    ("what_changes_nothing_costs_no_commit", no_commit),
+    ("changes_and_tags_are_budgeted", budgets),
     ("none_gets_in_before_it_is_known", unknown),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
     ("places_that_are_refused", places),
@@ -845,6 +847,66 @@ fn unfreezable(kind: Kind) {
         jobs.end("other", 2);
         jobs.daemon().plugin().remove("other");
     }
+}
+
+/// What each change to the store changes.
+fn commits(site: &Site) -> String {
+    match site.kind {
+        Kind::Reflink => {
+            let seq = fs::metadata(Path::new(&site.store()).join("~seq")).unwrap();
+            format!("{:?}", seq.modified().unwrap())
+        }
+        Kind::Lvm => run(
+            "vgs",
+            ["--noheadings", "--options", "vg_seqno", &site.store()],
+        ),
+    }
+}
+
+fn no_commit(kind: Kind) {
+    let jobs = Jobs::with(kind, "job.changes = 5\n");
+    let at = jobs.job("job", &json!({"save": "a"}));
+    assert_ok(&ask(&at, "mount x\n\nmount y\n"));
+    let leased = |row: &&Value| row["tags"].to_string().contains("friend:lease");
+    wait_until(|| jobs.site.list().iter().filter(leased).count() == 2);
+    // Nothing is to be taken back.
+    let before = commits(&jobs.site);
+    assert_ok(&ask(&at, &"verdict success\n".repeat(50)));
+    assert_eq!(commits(&jobs.site), before);
+    assert_ok(&ask(&at, "discard x\nverdict failure\n"));
+    let before = commits(&jobs.site);
+    for request in ["verdict failure\n", "discard x\n"] {
+        assert_ok(&ask(&at, &request.repeat(50)));
+    }
+    assert_eq!(commits(&jobs.site), before);
+    let last = jobs.end("job", 2);
+    assert!(last["y"]["published"].is_null(), "{last}");
+}
+
+fn budgets(kind: Kind) {
+    let jobs = Jobs::with(kind, "job.changes = 1\njob.tags = \"100\"\n");
+    let at = jobs.job("job", &json!({"save": "a"}));
+    let long = "t".repeat(60);
+    assert_ok(&ask(&at, &format!("mount x\n< {long}\n")));
+    assert_refused(
+        &ask(&at, &format!("mount y\n< {long}\n")),
+        "at most 100 bytes",
+    );
+    assert_refused(&ask(&at, &format!("save x {long}\n")), "at most 100 bytes");
+    assert_refused(&ask(&at, "save x b\n"), "at most 1 changes");
+    // Others have their own.
+    let other = jobs.job("other", &json!({}));
+    assert_ok(&ask(&other, &format!("mount x\n< {long}\n")));
+    jobs.end("other", 1);
+    // A failure is always heard. It is taken back as often as there are changes left.
+    let refused = (0..1000).find_map(|_| {
+        assert_ok(&ask(&at, "verdict failure\n"));
+        let answer = ask(&at, "verdict success\n");
+        answer.starts_with("error ").then_some(answer)
+    });
+    assert_refused(&refused.unwrap(), "at most 1 changes");
+    let last = jobs.end("job", 1);
+    assert_eq!(last["x"]["verdict"], "failure", "{last}");
 }
 
 fn over_a_kill(kind: Kind) {

@@ -180,6 +180,18 @@ impl PoolDevices {
         Ok(self.status()?.as_deref().map(Health::of))
     }
 
+    /// What an active volume has mapped: `SECTORS HIGHEST`.
+    pub(super) fn mapped(&self, lv: &str) -> Result<Bytes, StoreError> {
+        let name = self.of(lv);
+        let said =
+            status(&name).map_err(|error| io_error(format!("the status of {name}"), error))?;
+        let sectors = said.split_ascii_whitespace().next();
+        let sectors = sectors.and_then(|sectors| sectors.parse::<u64>().ok());
+        sectors
+            .map(|sectors| Bytes(sectors * 512))
+            .ok_or_else(|| StoreError::Failed(format!("the status of {name} is {said:?}")))
+    }
+
     /// `TRANSACTION METADATA DATA HELD-ROOT …`.
     fn status(&self) -> Result<Option<String>, StoreError> {
         self.lowest()

@@ -242,9 +242,11 @@ impl LvmStore {
     /// One more mount of what is mounted from a volume's device. `None`: nothing is.
     fn mounted(&self, lv: &LvName) -> Result<Option<Mounted>, StoreError> {
         let device = self.device(lv);
+        // Where there is no udev its node has LVM's name, and not the kernel's.
         let fs = || {
-            let node = device.canonicalize().ok()?;
-            mount::mounted_as(&node.file_name()?.to_string_lossy())
+            let number = rustix::fs::stat(&device).ok()?.st_rdev;
+            let number = (rustix::fs::major(number), rustix::fs::minor(number));
+            mount::mounted_as(&crate::fs::kernel_name(number).ok()?)
         };
         let Some(as_fs) = fs() else {
             return Ok(None);
@@ -612,6 +614,10 @@ impl Store for LvmStore {
             .into_iter()
             .filter_map(|lv| Some((lv.name, *of_id.get(&lv.seq)?)))
             .collect())
+    }
+
+    fn mapped(&self, lv: &LvName) -> Result<Bytes, StoreError> {
+        PoolDevices::new(&self.vg, &self.pool).mapped(lv.as_str())
     }
 
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
