@@ -89,6 +89,8 @@ pub struct Job {
     /// Its directory, where it is attached.
     dir: Mounted,
     now: Mutex<Now>,
+    /// Held from what the job says of how it ended until that is noted: the last word stands.
+    judging: Mutex<()>,
     closed: watch::Sender<bool>,
 }
 
@@ -471,6 +473,7 @@ impl Engine {
             volume: Arc::clone(volume),
             dir,
             now: Mutex::default(),
+            judging: Mutex::default(),
             closed: watch::Sender::new(false),
         })
     }
@@ -802,6 +805,7 @@ impl Engine {
     /// When it could not be noted for another life of the daemon. One that takes back a failure is refused where it costs
     /// more changes than are left to the job; a failure never is.
     pub fn judge(&self, job: &Job, success: bool, limits: &JobLimits) -> Result<(), EngineError> {
+        let _turn = lock(&job.judging);
         if success {
             let failed = lock(&job.now).failed.len();
             job.charge(u32::try_from(failed).unwrap_or(u32::MAX), &[], limits)?;

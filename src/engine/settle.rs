@@ -327,6 +327,7 @@ impl Engine {
         // Damage that only shows in use would meet every job after this one, too.
         if !end.clean
             && !cut_short
+            && !end.cut_off
             && let Some(entry) = &story.source.lv
         {
             self.give_up_if_damaged(entry);
