@@ -366,6 +366,10 @@ fn frozen() {
         disk.open();
         assert_eq!(thaw(), not_frozen, "opening the store thaws");
         freeze();
+        // Whether it is frozen, or another freeze waits still for a process that is inside a write, cannot be told.
+        let refused = store.snapshot(&lv("one"), &new("two", &[]));
+        assert!(matches!(refused, Err(StoreError::Unfreezable { .. })));
+        assert_eq!(thaw(), Ok(0), "what others froze stays frozen");
         store.snapshot(&lv("one"), &new("two", &[])).unwrap();
         assert_eq!(thaw(), not_frozen, "a snapshot thaws");
         store.snapshot(&lv("one"), &new("three", &[])).unwrap();
