@@ -168,6 +168,8 @@ impl Bench {
             cut_short: false,
             mark: self.engine.lease_tag(),
             marking: None,
+            stuck: false,
+            cut_off: false,
             mount: Duration::ZERO,
             lasted: Duration::ZERO,
             nth: 1,
