@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power cuts: what was published stays, whole, and what was being written is never seen.
 
+mod replay;
 mod supervised;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,10 +21,8 @@ use crate::support::content::{self, Content, Random};
 use crate::support::daemon::{Daemon, Plugin, friend};
 use crate::support::lvm::TestVg;
 use crate::support::site::Kind;
-use crate::support::vm::{boot_part, start_part};
+use crate::support::vm::{VolatileDisk, boot_part, start_part};
 use crate::support::{temp_dir, wait_until};
-
-const CUTS: u32 = 10;
 
 /// The longest that a guest works before its power is cut.
 const LONGEST: Duration = Duration::from_secs(8);
@@ -36,28 +35,35 @@ const SHARE: &str = "/share";
 const CONFIG: &str = "/tmp/config.toml";
 
 pub fn tests() -> Vec<Test> {
-    vec![
-        test(Tier::Driver, "powercut::ten_times", ten_times),
+    let mut tests = vec![
+        test(Tier::Driver, "powercut::ten_times", || cuts(10)),
+        test(Tier::Driver, "torture::power_is_cut", || cuts(100)),
         test(Tier::Part, "powercut::work", work),
         test(Tier::Part, "powercut::all_whole", all_whole),
         test(Tier::Driver, "powercut::supervised", supervised::over_cuts),
         test(Tier::Part, "powercut::supervise", supervised::supervise),
-    ]
+    ];
+    tests.extend(replay::tests());
+    tests
 }
 
-fn ten_times() {
+/// Cuts the power so many times, at random moments.
+fn cuts(times: u32) {
     let here = temp_dir();
-    let (disk, share) = (here.path().join("disk"), here.path().join("share"));
+    let share = here.path().join("share");
     fs::create_dir(&share).unwrap();
-    let options = [
-        "--disk",
-        disk.to_str().unwrap(),
-        "--share",
-        share.to_str().unwrap(),
-    ];
+    let disk = VolatileDisk::new(here.path());
+    let with_share = ["--share", share.to_str().unwrap()];
     let mut random = Random::from_clock();
-    for cut in 1..=CUTS {
+    let mut lost = 0;
+    for cut in 1..=times {
         let _ = fs::remove_file(share.join("working"));
+        let options = disk.options();
+        let options: Vec<_> = options
+            .iter()
+            .map(String::as_str)
+            .chain(with_share)
+            .collect();
         let mut guest = start_part(here.path(), &options, "powercut::work");
         wait_until(|| {
             assert!(guest.is_running(), "it works until its power is cut");
@@ -67,39 +73,52 @@ fn ten_times() {
         thread::sleep(Duration::from_millis(after));
         assert!(guest.is_running(), "it works until its power is cut");
         guest.cut_power();
-        println!("cut {cut}, after {after} ms of work");
+        let writes = disk.lose_what_was_not_flushed();
+        lost += writes;
+        println!("cut {cut}, after {after} ms of work: {writes} writes are lost");
     }
+    assert!(lost > 0, "the disk flushed by itself");
+    let options = disk.options();
+    let options: Vec<_> = options
+        .iter()
+        .map(String::as_str)
+        .chain(with_share)
+        .collect();
     let last = boot_part(&options, "powercut::all_whole");
     print!("{}{}", last.stdout, last.stderr);
     assert_eq!(last.status, 0);
 }
 
-/// What the host keeps of what clients were told.
+/// What clients were told, or asked for.
+#[derive(Debug, Default)]
 struct Told {
     /// Volumes that there must be.
     volumes: BTreeSet<String>,
     /// Volumes that were being made or removed.
     maybe: BTreeSet<String>,
     /// Jobs whose work must be there.
-    published: Vec<u64>,
-    /// What the kept volume holds.
-    kept: Content,
+    published: BTreeSet<u64>,
+    /// Jobs whose work must be gone.
+    gone: BTreeSet<u64>,
+    /// Jobs whose entries must be pinned, and such that must not.
+    pinned: BTreeMap<u64, bool>,
+    /// What the kept volume holds, if it is not being changed.
+    kept: Option<Content>,
     /// The highest number given to any work.
     last: u64,
 }
 
 impl Told {
-    fn read() -> Self {
+    fn of<'a>(lines: impl Iterator<Item = &'a str>) -> Self {
         let mut told = Self {
-            volumes: BTreeSet::new(),
-            maybe: BTreeSet::new(),
-            published: Vec::new(),
-            kept: Content::Blank,
-            last: 0,
+            kept: Some(Content::Blank),
+            ..Self::default()
         };
-        let text = fs::read_to_string(Path::new(SHARE).join("told")).unwrap_or_default();
-        for line in text.lines() {
-            let (what, of) = line.split_once(' ').unwrap();
+        for line in lines {
+            // What is no more than a place in the log is one word.
+            let Some((what, of)) = line.split_once(' ') else {
+                continue;
+            };
             let number = || of.parse().unwrap();
             match what {
                 "making" | "removing" => {
@@ -114,12 +133,58 @@ impl Told {
                     told.maybe.remove(of);
                 }
                 "working" => told.last = told.last.max(number()),
-                "published" => told.published.push(number()),
-                "kept" => told.kept = Content::Whole(number()),
+                "published" => drop(told.published.insert(number())),
+                "unpublishing" => drop(told.published.remove(&number())),
+                "unpublished" => drop(told.gone.insert(number())),
+                "pinning" | "unpinning" => drop(told.pinned.remove(&number())),
+                "pinned" => drop(told.pinned.insert(number(), true)),
+                "unpinned" => drop(told.pinned.insert(number(), false)),
+                "keeping" => told.kept = None,
+                "kept" => told.kept = Some(Content::Whole(number())),
                 other => panic!("{other}"),
             }
         }
         told
+    }
+
+    /// What outlived the guest.
+    fn read() -> Self {
+        let text = fs::read_to_string(Path::new(SHARE).join("told")).unwrap_or_default();
+        Self::of(text.lines())
+    }
+
+    /// All of it is so in a store that was just brought up, and there is nothing else but entries of jobs of which nothing was told.
+    fn holds(&self, kind: Kind, store: &str, plugin: &Plugin) -> Census {
+        let names: BTreeSet<_> = plugin.names().into_iter().collect();
+        assert!(
+            self.volumes.is_subset(&names),
+            "{names:?} of {:?}",
+            self.volumes
+        );
+        for name in &names {
+            assert!(
+                self.volumes.contains(name) || self.maybe.contains(name),
+                "{name}"
+            );
+            plugin.ok("VolumeDriver.Get", &json!({"Name": name}));
+        }
+        let idle: Vec<_> = names.iter().map(|name| Known::idle(name)).collect();
+        let census = settled(kind, store, &idle);
+        for job in &self.published {
+            assert_eq!(census.with_tag(&tag(*job)).len(), 1, "job {job}");
+        }
+        for job in &self.gone {
+            assert_eq!(census.with_tag(&tag(*job)), [""; 0], "job {job}");
+        }
+        for (job, pinned) in &self.pinned {
+            let entry = census.with_tag(&tag(*job))[0];
+            assert_eq!(
+                census.lvs[entry].contains("friend:pin"),
+                *pinned,
+                "{entry} of job {job}"
+            );
+        }
+        census
     }
 }
 
@@ -155,25 +220,7 @@ fn bring_up() -> (Daemon, Census, Told) {
     let config = Path::new(CONFIG);
     init(config);
     let daemon = Daemon::start(config);
-    let plugin = daemon.plugin();
-    let names: BTreeSet<_> = plugin.names().into_iter().collect();
-    assert!(
-        told.volumes.is_subset(&names),
-        "{names:?} of {:?}",
-        told.volumes
-    );
-    for name in &names {
-        assert!(
-            told.volumes.contains(name) || told.maybe.contains(name),
-            "{name}"
-        );
-        plugin.ok("VolumeDriver.Get", &json!({"Name": name}));
-    }
-    let idle: Vec<_> = names.iter().map(|name| Known::idle(name)).collect();
-    let census = settled(Kind::Lvm, TestVg::NAME, &idle);
-    for job in &told.published {
-        assert_eq!(census.with_tag(&tag(*job)).len(), 1, "job {job}");
-    }
+    let census = told.holds(Kind::Lvm, TestVg::NAME, daemon.plugin());
     (daemon, census, told)
 }
 
@@ -219,45 +266,55 @@ fn work() {
         number
     };
     let plugin = daemon.plugin();
-    make(plugin, "kept", &json!({}));
+    make(plugin, tell, "kept", &json!({}));
     let at = plugin.mount("kept", "x");
-    assert_eq!(content::read(&at), told.kept);
-    let kept = number();
-    content::write(&at, kept);
-    run("sync", ["--file-system".as_ref(), at.as_os_str()]);
-    tell(&format!("kept {kept}"));
+    assert_eq!(Some(content::read(&at)), told.kept);
     plugin.unmount("kept", "x");
+    keep(plugin, tell, number());
     fs::write(Path::new(SHARE).join("working"), "").unwrap();
     thread::scope(|scope| {
         for worker in 0..WORKERS {
             scope.spawn(move || {
                 loop {
-                    job(plugin, &format!("w{worker}"), number());
+                    job(plugin, tell, &format!("w{worker}"), number());
                 }
             });
         }
     });
 }
 
-fn make(plugin: &Plugin, name: &str, options: &Value) {
+/// How a client's answer is written down where the power cut does not reach.
+type Tell = fn(&str);
+
+fn make(plugin: &Plugin, tell: Tell, name: &str, options: &Value) {
     tell(&format!("making {name}"));
     plugin.create(name, options);
     tell(&format!("made {name}"));
 }
 
-fn remove(plugin: &Plugin, name: &str) {
+fn remove(plugin: &Plugin, tell: Tell, name: &str) {
     tell(&format!("removing {name}"));
     plugin.remove(name);
     tell(&format!("removed {name}"));
 }
 
+/// The kept volume holds something else, and its job has flushed that.
+fn keep(plugin: &Plugin, tell: Tell, number: u64) {
+    let at = plugin.mount("kept", "x");
+    tell(&format!("keeping {number}"));
+    content::write(&at, number);
+    run("sync", ["--file-system".as_ref(), at.as_os_str()]);
+    tell(&format!("kept {number}"));
+    plugin.unmount("kept", "x");
+}
+
 /// A job from the best entry there is to one of its own.
-fn job(plugin: &Plugin, name: &str, number: u64) {
+fn job(plugin: &Plugin, tell: Tell, name: &str, number: u64) {
     if plugin.names().iter().any(|there| there == name) {
-        remove(plugin, name);
+        remove(plugin, tell, name);
     }
     let options = json!({"restore": "job-*", "save": format!("job-{number}")});
-    make(plugin, name, &options);
+    make(plugin, tell, name, &options);
     let at: PathBuf = plugin.mount(name, "x");
     content::read(&at);
     content::write(&at, number);
@@ -282,8 +339,8 @@ fn all_whole() {
     );
     assert!(!told.published.is_empty());
     let plugin = daemon.plugin();
-    assert_eq!(content::read(&plugin.mount("kept", "x")), told.kept);
+    assert_eq!(Some(content::read(&plugin.mount("kept", "x"))), told.kept);
     plugin.unmount("kept", "x");
-    job(plugin, "last", told.last + 1);
+    job(plugin, tell, "last", told.last + 1);
     daemon.stop();
 }

@@ -20,6 +20,7 @@ pub mod podman;
 pub mod reflink;
 pub mod site;
 pub mod vm;
+pub mod writes;
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_lvm-cache-friend");

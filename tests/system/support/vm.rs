@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests that a test drives by itself: power cuts, restarts, disks that survive.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use super::command::{Outcome, outcome_of};
+use super::command::{Outcome, outcome_of, run};
+use super::writes::Log;
 use crate::harness::{this_binary, vm_run};
 
 /// Runs a command in a guest of its own, with options for `tests/vm/run`, to its end.
@@ -82,5 +84,52 @@ impl Drop for Guest {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM);
             let _ = self.child.wait();
         }
+    }
+}
+
+/// A disk of guests, one after the other, that keeps nothing over a power cut but what was flushed to it.
+pub struct VolatileDisk {
+    /// What it keeps.
+    image: PathBuf,
+    /// What the guest has, and all its writes.
+    cached: PathBuf,
+    log: PathBuf,
+}
+
+impl VolatileDisk {
+    /// A blank one.
+    pub fn new(dir: &Path) -> Self {
+        let [image, cached, log] = ["disk", "cached", "log"].map(|name| dir.join(name));
+        File::create(&image).unwrap().set_len(8 << 30).unwrap();
+        Self { image, cached, log }
+    }
+
+    /// Options for the next guest's `tests/vm/run`.
+    pub fn options(&self) -> [String; 4] {
+        run(
+            "cp",
+            [
+                "--sparse=always".as_ref(),
+                "--reflink=auto".as_ref(),
+                self.image.as_os_str(),
+                self.cached.as_os_str(),
+            ],
+        );
+        let path = |path: &Path| path.to_str().unwrap().to_owned();
+        [
+            "--disk".into(),
+            path(&self.cached),
+            "--log".into(),
+            path(&self.log),
+        ]
+    }
+
+    /// Once the guest's power was cut. How many writes are lost.
+    pub fn lose_what_was_not_flushed(&self) -> usize {
+        let log = Log::read(&self.log).unwrap();
+        let image = File::options().write(true).open(&self.image).unwrap();
+        let flushed = log.flushed();
+        log.apply(&log.entries[..flushed], &image).unwrap();
+        log.entries.len() - flushed
     }
 }
