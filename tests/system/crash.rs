@@ -37,7 +37,10 @@ pub fn tests() -> Vec<Test> {
         };
         add("on_the_way_up", on_the_way_up);
         add("of_a_removed_volume", of_a_removed_volume);
-        add("under_load", under_load);
+        add("under_load", |kind| match kind {
+            Kind::Reflink => under_load(kind, 15),
+            Kind::Lvm => under_load(kind, 5),
+        });
         add("told_to_stop", told_to_stop);
     }
     tests
@@ -480,10 +483,10 @@ fn of_a_removed_volume(kind: Kind) {
 }
 
 /// The daemon is killed at random moments while jobs go on: in the end each job's work is published, once.
-fn under_load(kind: Kind) {
-    let (kills, longest) = match kind {
-        Kind::Reflink => (15, 800),
-        Kind::Lvm => (5, 5000),
+pub fn under_load(kind: Kind, kills: u32) {
+    let longest = match kind {
+        Kind::Reflink => 800,
+        Kind::Lvm => 5000,
     };
     let site = Site::new(kind);
     let mut random = Random::from_clock();
@@ -527,6 +530,7 @@ fn under_load(kind: Kind) {
         entries.remove(entry);
     }
     assert!(entries.is_empty(), "nobody's: {entries:?}");
+    assert_eq!(census.lost_ids(), [0; 0]);
 }
 
 /// Uses of one volume after the other, each from the best entry there is. Gives the numbers of what was written.
@@ -644,7 +648,7 @@ fn told_to_stop(kind: Kind) {
 }
 
 /// Keeps every change of the store waiting, as another command would.
-fn lock_store(site: &Site) -> Flock<File> {
+pub fn lock_store(site: &Site) -> Flock<File> {
     let file = match site.kind {
         Kind::Reflink => File::open(Path::new(&site.store()).join("~lock")),
         Kind::Lvm => File::options()

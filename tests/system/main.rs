@@ -29,6 +29,7 @@ mod reflink;
 mod stop;
 mod store;
 mod support;
+mod torture;
 mod views;
 mod vm;
 
@@ -58,6 +59,7 @@ fn main() {
             stop::tests(),
             #[cfg(feature = "failpoints")]
             store::tests_in_memory(),
+            torture::tests(),
             views::tests(),
             vm::tests(),
         ]

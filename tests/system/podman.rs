@@ -12,6 +12,7 @@ pub mod doctor;
 mod hooks;
 mod job_client;
 mod jobs;
+mod locked;
 mod nested;
 mod options;
 mod registry;
@@ -20,6 +21,8 @@ mod set_jobs;
 pub mod story;
 mod supervisor;
 mod users;
+
+pub use locked::locked_by_others;
 
 use std::fs;
 use std::path::Path;

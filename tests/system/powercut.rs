@@ -284,7 +284,7 @@ fn work() {
 }
 
 /// How a client's answer is written down where the power cut does not reach.
-type Tell = fn(&str);
+pub type Tell = fn(&str);
 
 fn make(plugin: &Plugin, tell: Tell, name: &str, options: &Value) {
     tell(&format!("making {name}"));
@@ -309,7 +309,7 @@ fn keep(plugin: &Plugin, tell: Tell, number: u64) {
 }
 
 /// A job from the best entry there is to one of its own.
-fn job(plugin: &Plugin, tell: Tell, name: &str, number: u64) {
+pub fn job(plugin: &Plugin, tell: Tell, name: &str, number: u64) {
     if plugin.names().iter().any(|there| there == name) {
         remove(plugin, tell, name);
     }

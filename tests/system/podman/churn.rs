@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Many containers that end in many ways, at once: what is left of them.
 
-use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -117,7 +116,7 @@ fn many(kind: Kind) {
     };
     run(place, "first", volumes[0], &first);
     settled();
-    let before = descriptors(host.daemon().pid());
+    let before = host.daemon().descriptors();
 
     let plans: Vec<_> = (0..CONTAINERS).map(|_| Plan::draw(&mut random)).collect();
     let next = AtomicUsize::new(0);
@@ -141,10 +140,10 @@ fn many(kind: Kind) {
     assert_eq!(host.podman.done(&["ps", "--all", "--quiet"]), "");
     settled();
     // A connection that ended is closed a moment later.
-    wait_until(|| descriptors(host.daemon().pid()).len() <= before.len());
+    wait_until(|| host.daemon().descriptors().len() <= before.len());
     // Podman 5's service may have had a connection open then that it has not now.
     let mut known = before.clone();
-    for open in descriptors(host.daemon().pid()) {
+    for open in host.daemon().descriptors() {
         let at = known.iter().position(|known| *known == open);
         known.remove(at.unwrap_or_else(|| panic!("{open} is left; before: {before:?}")));
     }
@@ -206,16 +205,4 @@ fn below_mount_dir() -> usize {
     let table = lvm_cache_friend::mount::table().unwrap();
     let below = |at: &Path| at.starts_with(MOUNT_DIR) && at != Path::new(MOUNT_DIR);
     table.iter().filter(|mount| below(&mount.at)).count()
-}
-
-/// What a process has open, sorted: sockets and the like without their numbers.
-fn descriptors(pid: u32) -> Vec<String> {
-    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-    let mut open: Vec<_> = open
-        .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
-        .map(|to| to.display().to_string())
-        .map(|to| to.split(":[").next().unwrap_or_default().to_owned())
-        .collect();
-    open.sort();
-    open
 }

@@ -301,6 +301,7 @@ impl Disk {
         let daemon = Daemon::start(Path::new(CONFIG));
         let census = told.holds(self.kind, &store, daemon.plugin());
         look_at(&census, &Default::default());
+        assert_eq!(census.lost_ids(), [0; 0]);
         // What a volume gives is an entry's, or nothing; a kept one's is its own.
         let plugin = daemon.plugin();
         let names = plugin.names();

@@ -148,6 +148,23 @@ impl Census {
         }
     }
 
+    /// Thin devices that the pool has and LVM does not.
+    pub fn lost_ids(&self) -> Vec<u64> {
+        let Store::Pool { vg, pool, volumes } = &self.store else {
+            return Vec::new();
+        };
+        let device = |part: &str| format!("/dev/mapper/{}-{}{part}", dm(vg), dm(pool));
+        let message = |text| run("dmsetup", ["message", &device("-tpool"), "0", text]);
+        message("reserve_metadata_snap");
+        let options = ["--metadata-snap", "--no-headers", "--format", "DEV"];
+        let metadata = device("_tmeta");
+        let ids = run("thin_ls", options.into_iter().chain([metadata.as_str()]));
+        message("release_metadata_snap");
+        let known: BTreeSet<_> = volumes.values().map(|(id, _)| *id).collect();
+        let ids = ids.split_whitespace().map(|id| id.parse().unwrap());
+        ids.filter(|id| !known.contains(id)).collect()
+    }
+
     /// What is there beside one base, entries at rest, and one LV for each of these volumes.
     fn complaints(&self, volumes: &[Known<'_>]) -> Vec<String> {
         let mut complaints = self.strays.clone();

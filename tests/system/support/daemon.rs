@@ -107,6 +107,18 @@ impl Daemon {
         self.child.id()
     }
 
+    /// What it has open, sorted: sockets and the like without their numbers.
+    pub fn descriptors(&self) -> Vec<String> {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let mut open: Vec<_> = open
+            .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+            .map(|to| to.display().to_string())
+            .map(|to| to.split(":[").next().unwrap_or_default().to_owned())
+            .collect();
+        open.sort();
+        open
+    }
+
     /// What it has logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()

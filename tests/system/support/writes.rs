@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
@@ -121,7 +122,11 @@ impl Log {
                     let flags =
                         FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                     let (at, length) = (place.start.cast_signed(), length(place) as i64);
-                    fallocate(disk, flags, at, length)?;
+                    match fallocate(disk, flags, at, length) {
+                        // A disk may do as it likes with it.
+                        Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 What::Mark(_) => {}
             }
