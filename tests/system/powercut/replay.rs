@@ -78,7 +78,7 @@ fn replay(kind: Kind, at_most: usize) {
         let next = (point..log.entries.len()).find(|at| log.entries[*at].lasts());
         let group = &log.entries[point..next.unwrap_or(log.entries.len())];
         let told = log.entries[..point].iter().chain(group).filter_map(mark);
-        let told = Told::of(told);
+        let told = Told::of(kind, told);
         disk.cut(&mut random);
         if random.below(3) == 0 {
             partly += 1;
@@ -244,7 +244,7 @@ impl Disk {
         content::write(dir.path(), 3);
         let from = dir.path().to_str().unwrap();
         friend(config, &["import", from, "--tags", "job-3"]);
-        tell("published 3");
+        tell("imported 3");
         super::job(plugin, tell, "a", 4);
         let census = Census::of(self.kind, &store);
         let entry = |job| census.with_tag(&tag(job))[0].to_owned();
