@@ -25,14 +25,14 @@ use crate::support::vm::{VolatileDisk, boot_part, start_part};
 use crate::support::{temp_dir, wait_until};
 
 /// The longest that a guest works before its power is cut.
-const LONGEST: Duration = Duration::from_secs(8);
+const LONGEST: Duration = Duration::from_secs(6);
 
 /// Jobs at once.
 const WORKERS: u64 = 2;
 
 /// In the guest: what survives there is on its disk and in here.
 const SHARE: &str = "/share";
-const CONFIG: &str = "/tmp/config.toml";
+const CONFIG: &str = "/share/config.toml";
 
 pub fn tests() -> Vec<Test> {
     let mut tests = vec![
@@ -53,18 +53,12 @@ fn cuts(times: u32) {
     let share = here.path().join("share");
     fs::create_dir(&share).unwrap();
     let disk = VolatileDisk::new(here.path());
-    let with_share = ["--share", share.to_str().unwrap()];
+    let options = || disk.options(&["--share", share.to_str().unwrap()]);
     let mut random = Random::from_clock();
     let mut lost = 0;
     for cut in 1..=times {
         let _ = fs::remove_file(share.join("working"));
-        let options = disk.options();
-        let options: Vec<_> = options
-            .iter()
-            .map(String::as_str)
-            .chain(with_share)
-            .collect();
-        let mut guest = start_part(here.path(), &options, "powercut::work");
+        let mut guest = start_part(here.path(), &options(), "powercut::work");
         wait_until(|| {
             assert!(guest.is_running(), "it works until its power is cut");
             share.join("working").exists()
@@ -78,13 +72,7 @@ fn cuts(times: u32) {
         println!("cut {cut}, after {after} ms of work: {writes} writes are lost");
     }
     assert!(lost > 0, "the disk flushed by itself");
-    let options = disk.options();
-    let options: Vec<_> = options
-        .iter()
-        .map(String::as_str)
-        .chain(with_share)
-        .collect();
-    let last = boot_part(&options, "powercut::all_whole");
+    let last = boot_part(&options(), "powercut::all_whole");
     print!("{}{}", last.stdout, last.stderr);
     assert_eq!(last.status, 0);
 }
@@ -212,7 +200,7 @@ fn make_group() {
     std::mem::forget(TestVg::fresh());
 }
 
-/// Prepares it where that is not done, and the configuration.
+/// Prepares it, and the configuration.
 fn init(config: &Path) {
     let options = ["--vg", TestVg::NAME, "--size", "5G", "--base-size", "1G"];
     friend(config, &[&["init"][..], &options].concat());
@@ -221,11 +209,11 @@ fn init(config: &Path) {
 /// Brings up what the disk holds, and looks at all of it.
 fn bring_up() -> (Daemon, Census, Told) {
     let told = Told::read();
+    let config = Path::new(CONFIG);
     if told.last == 0 {
         make_group();
+        init(config);
     }
-    let config = Path::new(CONFIG);
-    init(config);
     let daemon = Daemon::start(config);
     let census = told.holds(Kind::Lvm, TestVg::NAME, daemon.plugin());
     (daemon, census, told)

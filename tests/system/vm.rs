@@ -9,7 +9,7 @@ use crate::harness::{Group, Place, System, Test, Tier, agent, guest, test, vm_ru
 use crate::support::command::{outcome_of, run, sh};
 use crate::support::lvm::TestVg;
 use crate::support::reflink::ReflinkFs;
-use crate::support::vm::{boot, boot_part, start_part};
+use crate::support::vm::{VolatileDisk, boot, boot_part, start_part};
 use crate::support::{busybox_image, temp_dir, wait_until};
 
 pub fn tests() -> Vec<Test> {
@@ -142,31 +142,41 @@ fn as_documented() {
     assert!(said.contains("vda"), "{said}");
 }
 
+/// Where the guest writes to the disk itself, in bytes: what it flushes, and what it does not.
+const FLUSHED: u64 = 8190 << 20;
+const UNFLUSHED: u64 = 8191 << 20;
+
 fn power_cut() {
     let here = temp_dir();
-    let disk = here.path().join("disk");
+    let disk = VolatileDisk::new(here.path());
     let share = here.path().join("share");
     fs::create_dir(&share).unwrap();
-    let options = [
-        "--disk",
-        disk.to_str().unwrap(),
-        "--share",
-        share.to_str().unwrap(),
-    ];
-    let mut guest = start_part(here.path(), &options, "vm::write_and_wait");
+    let options = || disk.options(&["--share", share.to_str().unwrap()]);
+    let mut guest = start_part(here.path(), &options(), "vm::write_and_wait");
     wait_until(|| {
         assert!(guest.is_running(), "it waits for its end");
         share.join("written").exists()
     });
     guest.cut_power();
-    let ended = boot_part(&options, "vm::what_was_written");
+    let byte = || [FLUSHED, UNFLUSHED].map(|at| disk.byte(at));
+    assert_eq!(byte(), [0, 0], "the image is as it was");
+    assert!(disk.lose_what_was_not_flushed() > 0);
+    assert_eq!(byte(), [b'x', 0]);
+    let ended = boot_part(&options(), "vm::what_was_written");
     assert_eq!(ended.status, 0, "{ended:?}");
 }
 
 fn write_and_wait() {
+    // Its journal would be flushed after five seconds.
     sh(
-        "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && echo kept >/mnt/synced && sync && echo lost >/mnt/cached",
+        "mkfs.ext4 -q /dev/vda && mount -o commit=300 /dev/vda /mnt && echo kept >/mnt/synced && sync && echo lost >/mnt/cached",
     );
+    for (at, how) in [(FLUSHED, "fsync"), (UNFLUSHED, "notrunc")] {
+        let at = at >> 12;
+        sh(&format!(
+            "head -c 4096 /dev/zero | tr '\\0' x | dd of=/dev/vda bs=4096 seek={at} count=1 iflag=fullblock oflag=direct conv={how}"
+        ));
+    }
     fs::write("/share/written", "").unwrap();
     std::thread::sleep(Duration::from_secs(3600));
 }

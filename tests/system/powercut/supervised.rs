@@ -24,7 +24,7 @@ use crate::support::daemon::Daemon;
 use crate::support::lvm::TestVg;
 use crate::support::podman::{Podman, Service};
 use crate::support::site::Kind;
-use crate::support::vm::start_part;
+use crate::support::vm::{VolatileDisk, start_part};
 use crate::support::{PROGRAM, image, temp_dir, wait_until};
 
 /// In the guest, where it outlives a power cut: it is there once all is prepared.
@@ -41,7 +41,8 @@ const CUT_SHORT: &str = "echo cut short >/cache/data; exec sleep 3600";
 pub fn over_cuts() {
     let here = temp_dir();
     let path = |name: &str| here.path().join(name).to_str().unwrap().to_owned();
-    let (disk, root, share) = (path("disk"), path("root"), path("share"));
+    let (root, share) = (path("root"), path("share"));
+    let disk = VolatileDisk::new(here.path());
     fs::create_dir(&share).unwrap();
     let share = Path::new(&share);
     let fake = Fake::start();
@@ -60,11 +61,12 @@ pub fn over_cuts() {
     let is_running = |job: u64| matches!(fake.state().jobs[&job].stage, Stage::Running(_));
     let boot = |failpoint: &str, until: &dyn Fn() -> bool| {
         let variable = format!("LVM_CACHE_FRIEND_FAILPOINT={failpoint}");
-        let mut options = vec!["--net", "--disk", &disk, "--root", &root];
+        let mut options = vec!["--net", "--root", &root];
         options.extend(["--share", share.to_str().unwrap()]);
         if !failpoint.is_empty() {
             options.extend(["--env", &variable]);
         }
+        let options = disk.options(&options);
         let mut guest = start_part(here.path(), &options, "powercut::supervise");
         while !until() {
             assert!(guest.is_running(), "it works until its power is cut");
@@ -90,6 +92,7 @@ pub fn over_cuts() {
             }
         });
         guest.cut_power();
+        disk.lose_what_was_not_flushed();
         let _ = fs::remove_file(&reached);
         jobs.insert(job);
         cut_short.extend(jobs.iter().filter(|job| is_running(**job)));

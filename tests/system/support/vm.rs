@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Guests that a test drives by itself: power cuts, restarts, disks that survive.
 
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -15,25 +17,24 @@ pub fn boot(options: &[&str], command: &[&str]) -> Outcome {
 }
 
 /// Runs a [`part`](crate::harness::Tier::Part) by its name in a guest of its own.
-pub fn boot_part(options: &[&str], name: &str) -> Outcome {
+pub fn boot_part(options: &[impl AsRef<OsStr>], name: &str) -> Outcome {
     outcome_of(part_command(options, name).stdin(Stdio::null()))
 }
 
 /// Starts a part in a guest of its own: see [`Guest`].
-pub fn start_part(dir: &Path, options: &[&str], name: &str) -> Guest {
+pub fn start_part(dir: &Path, options: &[impl AsRef<OsStr>], name: &str) -> Guest {
     let pidfile = dir.join("pid");
     let _ = std::fs::remove_file(&pidfile);
-    let child = part_command(
-        &[&["--pidfile", pidfile.to_str().unwrap()], options].concat(),
-        name,
-    )
-    .stdin(Stdio::null())
-    .spawn()
-    .expect("a guest");
+    let mut options: Vec<_> = options.iter().map(AsRef::as_ref).collect();
+    options.extend(["--pidfile".as_ref(), pidfile.as_os_str()]);
+    let child = part_command(&options, name)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("a guest");
     Guest { child, pidfile }
 }
 
-fn part_command(options: &[&str], name: &str) -> Command {
+fn part_command(options: &[impl AsRef<OsStr>], name: &str) -> Command {
     let mut command = vm_run();
     command
         .args(["--cpus", "1"])
@@ -104,24 +105,31 @@ impl VolatileDisk {
         Self { image, cached, log }
     }
 
-    /// Options for the next guest's `tests/vm/run`.
-    pub fn options(&self) -> [String; 4] {
-        run(
-            "cp",
-            [
-                "--sparse=always".as_ref(),
-                "--reflink=auto".as_ref(),
-                self.image.as_os_str(),
-                self.cached.as_os_str(),
-            ],
-        );
+    /// Options for the next guest's `tests/vm/run`, and others.
+    pub fn options(&self, others: &[&str]) -> Vec<String> {
+        let options = ["--sparse=always", "--reflink=auto"].map(AsRef::as_ref);
+        let files = [self.image.as_os_str(), self.cached.as_os_str()];
+        run("cp", options.into_iter().chain(files));
         let path = |path: &Path| path.to_str().unwrap().to_owned();
-        [
+        let disk = [
             "--disk".into(),
             path(&self.cached),
             "--log".into(),
             path(&self.log),
-        ]
+        ];
+        disk.into_iter()
+            .chain(others.iter().map(|word| (*word).to_owned()))
+            .collect()
+    }
+
+    /// What it keeps at a place.
+    pub fn byte(&self, at: u64) -> u8 {
+        let mut byte = [0];
+        File::open(&self.image)
+            .unwrap()
+            .read_exact_at(&mut byte, at)
+            .unwrap();
+        byte[0]
     }
 
     /// Once the guest's power was cut. How many writes are lost.
