@@ -80,13 +80,16 @@ impl Pool {
         }
     }
 
-    /// Looks for what a killed command left, and puts it right. `false`: LVM cannot list the group now, so nothing is known.
+    /// Looks for what a killed command left, and puts it right. `false`: LVM cannot list the group now, or the pool is not active, so
+    /// not all is known.
     pub(super) fn repair(&self, runner: &mut Runner, deadline: Instant) -> Result<bool, Failure> {
         let Some(listed) = self.list(runner, false, deadline)? else {
             return Ok(false);
         };
+        // As long as it is not active, which it need not be after a power cut, the pool does not tell how far the command came.
+        let pool_tells = self.devices.transaction_id().map_err(broken)?.is_some();
         if self.left(&listed)?.is_none() {
-            return Ok(true);
+            return Ok(pool_tells);
         }
         // It may be the work of a command that is still running: with its lock in
         // our hands there is none.
