@@ -96,13 +96,8 @@ struct Told {
     last: u64,
 }
 
-/// Whether LVM's answer to a change of tags alone means that the disk has it: LVM flushes nothing, and what makes or removes a volume
-/// lasts by the thin pool's own commit. Where it does not, what rests on such a change alone is not looked for.
-const TAGS_LAST: bool = false;
-
 impl Told {
-    fn of<'a>(kind: Kind, lines: impl Iterator<Item = &'a str>) -> Self {
-        let tags_last = TAGS_LAST || kind == Kind::Reflink;
+    fn of<'a>(lines: impl Iterator<Item = &'a str>) -> Self {
         let mut told = Self {
             kept: Some(Content::Blank),
             ..Self::default()
@@ -122,13 +117,12 @@ impl Told {
                     told.maybe.remove(of);
                     told.volumes.insert(of.to_owned());
                 }
-                "removed" if tags_last => {
+                "removed" => {
                     told.maybe.remove(of);
                 }
-                "imported" if tags_last => drop(told.published.insert(number())),
-                "pinned" if tags_last => drop(told.pinned.insert(number(), true)),
-                "unpinned" if tags_last => drop(told.pinned.insert(number(), false)),
-                "removed" | "imported" | "pinned" | "unpinned" => {}
+                "imported" => drop(told.published.insert(number())),
+                "pinned" => drop(told.pinned.insert(number(), true)),
+                "unpinned" => drop(told.pinned.insert(number(), false)),
                 "working" => told.last = told.last.max(number()),
                 "published" => drop(told.published.insert(number())),
                 "unpublishing" => drop(told.published.remove(&number())),
@@ -145,7 +139,7 @@ impl Told {
     /// What outlived the guest.
     fn read() -> Self {
         let text = fs::read_to_string(Path::new(SHARE).join("told")).unwrap_or_default();
-        Self::of(Kind::Lvm, text.lines())
+        Self::of(text.lines())
     }
 
     /// All of it is so in a store that was just brought up, and there is nothing else but entries of jobs of which nothing was told.

@@ -78,7 +78,7 @@ fn replay(kind: Kind, at_most: usize) {
         let next = (point..log.entries.len()).find(|at| log.entries[*at].lasts());
         let group = &log.entries[point..next.unwrap_or(log.entries.len())];
         let told = log.entries[..point].iter().chain(group).filter_map(mark);
-        let told = Told::of(kind, told);
+        let told = Told::of(told);
         disk.cut(&mut random);
         if random.below(3) == 0 {
             partly += 1;
