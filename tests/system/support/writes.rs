@@ -11,6 +11,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
@@ -50,8 +51,8 @@ pub enum What {
 }
 
 impl Log {
-    /// What there is by the log's own account, which is brought up to date with each flush and at its end, and what QEMU wrote after
-    /// that, if the log was blank.
+    /// What there is by the log's own account, which is brought up to date with each flush and at its end; in a file, which is to have
+    /// been blank and sparse before, what QEMU wrote after that, too.
     pub fn read(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let mut sector = [0; 512];
@@ -69,13 +70,23 @@ impl Log {
         }
         assert_eq!((magic, version), (MAGIC, VERSION));
         let (count, size) = (field(&sector, 2), field(&sector, 3) & 0xffff_ffff);
+        let is_file = file.metadata()?.is_file();
         let mut entries = Vec::new();
         let mut at = size;
         loop {
             file.read_exact_at(&mut sector, at)?;
             let [first, sectors, flags, length] = [0, 1, 2, 3].map(|n| field(&sector, n));
-            if entries.len() as u64 >= count && (sectors, flags) == (0, 0) {
+            if entries.len() as u64 >= count && !is_file {
                 break;
+            }
+            if (sectors, flags) == (0, 0) {
+                // Of a write that was under way when QEMU was killed there is nothing, though of later ones there is.
+                match lseek(&file, at.cast_signed(), Whence::SeekData) {
+                    Ok(data) => at = (at + size).max(data.cast_unsigned() / size * size),
+                    Err(Errno::ENXIO) => break,
+                    Err(error) => return Err(error.into()),
+                }
+                continue;
             }
             at += size;
             let place = first * size..(first + sectors) * size;
