@@ -1,8 +1,12 @@
-.PHONY: advisories bench deb demo package packers rpm run-tests test test-all torture
+.PHONY: advisories bench deb demo package packers pictures rpm run-tests test test-all torture
 
 # Installs what is missing, then tells the whole story on real LVM and real Podman.
 demo:
 	@demo/run
+
+# Makes docs/pictures/ anew, from a run of the demo.
+pictures:
+	demo/record
 
 # Installs what is missing, then runs every test on one system, and on Debian 13 too what touches the system's own behaviour
 # (.config/nextest.toml); in virtual machines where that is needed.

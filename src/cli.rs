@@ -37,68 +37,67 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Prepare storage, once, and write the configuration; changes nothing when it
-    /// has been done.
+    /// Create the storage and write the configuration file. Safe to rerun: creates only what is
+    /// missing.
     #[command(after_help = EXIT_CODES)]
     Init(Init),
-    /// Run the daemon that Podman and Docker talk to.
+    /// Run the daemon: the volume plugin of Podman and Docker.
     #[command(after_help = EXIT_CODES)]
     Serve(Serve),
-    /// Show what was made from what: the entries as a tree, with hits and sizes.
+    /// Show the entries as a tree, by what each was copied from, with hits and sizes.
     #[command(after_help = EXIT_CODES)]
     Tree(Tree),
-    /// Show how often what jobs asked for was there, how long Mounts took, and what was published,
-    /// since the daemon started.
+    /// Show hit rates, mount times, and what was published and evicted since the daemon started.
     #[command(after_help = EXIT_CODES)]
     Stats(Stats),
-    /// List the base, the entries that can be restored from, and the volumes.
+    /// List the base image, the entries, and the volumes.
     #[command(after_help = EXIT_CODES)]
     List(List),
-    /// Show all there is to know of one volume or logical volume.
+    /// Show everything about one volume or logical volume.
     #[command(after_help = EXIT_CODES)]
     Show(Show),
-    /// Make an entry from a directory.
+    /// Create an entry from a directory.
     #[command(after_help = EXIT_CODES)]
     Import(Import),
     /// Remove an entry (by its logical volume) or a volume (by its name).
     #[command(after_help = EXIT_CODES)]
     Remove(Remove),
-    /// Look for what keeps caches from working on this host, and say how to mend it.
+    /// Find what keeps caches from working on this host, and suggest fixes.
     #[command(after_help = EXIT_CODES)]
     Doctor(Doctor),
-    /// Never evict an entry.
+    /// Pin an entry, so that it is never evicted.
     #[command(after_help = EXIT_CODES)]
     Pin(Pin),
-    /// Let an entry that was pinned be evicted again.
+    /// Unpin an entry, so that it may be evicted again.
     #[command(after_help = EXIT_CODES)]
     Unpin(Pin),
-    /// Evict the entries that have to go by the policy in the configuration, as the daemon
-    /// does by itself.
+    /// Evict the entries that the policy in the configuration does not keep, as the daemon does by
+    /// itself.
     #[command(after_help = EXIT_CODES)]
     Gc(Gc),
-    /// Keep ephemeral GitHub runners running, each a container for one job.
+    /// Run ephemeral GitHub runners, each a container for one job.
     #[command(after_help = EXIT_CODES)]
     Supervise(Supervise),
-    /// Show the supervisor's runners, and tell it what to do.
+    /// Show and control the supervisor's runners.
     #[command(after_help = EXIT_CODES)]
     Runners(Runners),
-    /// What the hooks in hooks.d run when a container starts or has ended; reads the
-    /// OCI runtime's state, or its configuration, from standard input.
+    /// Handle an OCI hook: Podman and the OCI runtime run it as a container starts or ends. Reads
+    /// the container's state or configuration from standard input.
     #[command(after_help = EXIT_CODES)]
     Hook(Hook),
-    /// In a job: mount the best cache in the job volume, and have paths lead to it.
+    /// (in a job) Mount the best cache in the job volume, and link paths to it.
     #[command(override_help = client::RESTORE)]
     Restore(Client),
-    /// In a job: publish what a cache holds now, while the job goes on.
+    /// (in a job) Publish what a cache holds now, while the job goes on.
     #[command(override_help = client::SAVE)]
     Save(Client),
-    /// In a job: have what is in a cache not published when the job ends.
+    /// (in a job) Do not publish a cache when the job ends.
     #[command(override_help = client::DISCARD)]
     Discard(Client),
-    /// In a job: say what is mounted in the job volume.
+    /// (in a job) List the caches that are mounted in the job volume.
     #[command(override_help = client::STATUS)]
     Status(Client),
-    /// In a job: say how the job's work ended.
+    /// (in a job) Report the job's result.
     #[command(override_help = client::VERDICT)]
     Verdict(Client),
     /// Print a script that completes this program's commands in a shell.
@@ -120,23 +119,23 @@ pub enum Command {
     ExampleConfig,
 }
 
-/// Where the caches will be: exactly one of three.
+/// Where to keep the caches: exactly one of three.
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("store").required(true).multiple(false).args(["vg", "loop_file", "reflink"]))]
 pub struct Init {
-    /// A thin pool, made in this existing volume group.
+    /// Create a thin pool in this existing volume group.
     #[arg(long, value_name = "VG", requires = "size")]
     pub vg: Option<LvName>,
 
-    /// A volume group of its own, on a loop device on this file, which is made.
+    /// Create this file, and a volume group with a thin pool on a loop device on it.
     #[arg(long = "loop", value_name = "FILE", requires = "size")]
     pub loop_file: Option<PathBuf>,
 
-    /// Image files in this directory, on XFS with reflinks or btrfs.
+    /// Keep image files in this directory, on XFS with reflinks or btrfs.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["size", "pool"])]
     pub reflink: Option<PathBuf>,
 
-    /// The pool's name.
+    /// Name of the thin pool.
     #[arg(
         long,
         value_name = "POOL",
@@ -149,8 +148,7 @@ pub struct Init {
     #[arg(long, value_name = "SIZE")]
     pub size: Option<Bytes>,
 
-    /// Virtual size of the base: what a volume has room for that names no size.
-    /// It takes space in the pool only as it is written to.
+    /// Default size of a volume. Thin-provisioned: unused space takes none of the pool.
     #[arg(long, value_name = "SIZE", default_value = "10G")]
     pub base_size: Bytes,
 }
@@ -158,8 +156,7 @@ pub struct Init {
 /// Options of `serve`.
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// What is logged; goes before the configuration's log-level, and RUST_LOG
-    /// before both.
+    /// Log level. Overrides log-level in the configuration; RUST_LOG overrides both.
     #[arg(long, value_name = "LEVEL", value_enum)]
     pub log_level: Option<LogLevel>,
 }
@@ -167,12 +164,11 @@ pub struct Serve {
 /// Options of `supervise`.
 #[derive(Debug, Args)]
 pub struct Supervise {
-    /// Only look whether the configuration and its secrets are right; ask nobody, start nothing.
+    /// Only check the configuration and its secrets; connect to nothing, start nothing.
     #[arg(long)]
     pub check: bool,
 
-    /// What is logged; goes before the configuration's log-level, and RUST_LOG
-    /// before both.
+    /// Log level. Overrides log-level in the configuration; RUST_LOG overrides both.
     #[arg(long, value_name = "LEVEL", value_enum)]
     pub log_level: Option<LogLevel>,
 }
@@ -188,35 +184,35 @@ pub struct Runners {
 /// The commands of `runners`.
 #[derive(Debug, Subcommand)]
 pub enum RunnersCommand {
-    /// List the slots: state, job, and how many of its caches were restored.
+    /// List the slots: state, runner, job, and how many of its caches were restored.
     List {
-        /// Of this pool only.
+        /// Only this pool.
         pool: Option<String>,
-        /// One JSON array instead of a table.
+        /// Print one JSON array instead of a table.
         #[arg(long)]
         json: bool,
     },
-    /// Take no new jobs; runners without one go.
+    /// Take no new jobs, and remove idle runners.
     Pause {
-        /// This pool only.
+        /// Only this pool.
         pool: Option<String>,
     },
     /// Take jobs again.
     Resume {
-        /// This pool only.
+        /// Only this pool.
         pool: Option<String>,
     },
-    /// Take no new jobs, and end the supervisor when those that run have ended.
+    /// Take no new jobs, and exit when the running ones have ended.
     Drain {
-        /// End the jobs that run too; nothing of them is published.
+        /// End running jobs, too; nothing of them is published.
         #[arg(long)]
         now: bool,
     },
     /// Show the last lines of a runner's log.
     Logs {
-        /// The runner, or its slot.
+        /// A runner, or a slot.
         runner: String,
-        /// How many lines.
+        /// Number of lines.
         #[arg(long, value_name = "N", default_value_t = 200)]
         lines: u32,
     },
@@ -225,11 +221,11 @@ pub enum RunnersCommand {
 /// Options of `list`.
 #[derive(Debug, Args)]
 pub struct List {
-    /// One JSON array instead of a table.
+    /// Print one JSON array instead of a table.
     #[arg(long)]
     pub json: bool,
 
-    /// Whether it is shown again and again.
+    /// Whether to repeat it.
     #[command(flatten)]
     pub watch: Watch,
 }
@@ -237,11 +233,11 @@ pub struct List {
 /// Options of `tree`.
 #[derive(Debug, Args)]
 pub struct Tree {
-    /// One JSON array instead of a tree.
+    /// Print one JSON array instead of a tree.
     #[arg(long)]
     pub json: bool,
 
-    /// Whether it is shown again and again.
+    /// Whether to repeat it.
     #[command(flatten)]
     pub watch: Watch,
 }
@@ -249,11 +245,11 @@ pub struct Tree {
 /// Options of `stats`.
 #[derive(Debug, Args)]
 pub struct Stats {
-    /// One JSON object instead of text.
+    /// Print one JSON object instead of text.
     #[arg(long)]
     pub json: bool,
 
-    /// Whether it is shown again and again.
+    /// Whether to repeat it.
     #[command(flatten)]
     pub watch: Watch,
 }
@@ -261,7 +257,7 @@ pub struct Stats {
 /// The option of all that can be looked at again and again.
 #[derive(Debug, Args)]
 pub struct Watch {
-    /// Show it again every so many seconds (2 if none are given), until it is interrupted.
+    /// Repeat every SECONDS seconds (2 by default), until interrupted.
     #[arg(
         long = "watch",
         value_name = "SECONDS",
@@ -280,7 +276,7 @@ pub struct Show {
     #[arg(value_name = "NAME")]
     pub name: String,
 
-    /// One JSON object instead of lines.
+    /// Print one JSON object instead of lines.
     #[arg(long)]
     pub json: bool,
 }
@@ -288,24 +284,24 @@ pub struct Show {
 /// Options of `import`.
 #[derive(Debug, Args)]
 pub struct Import {
-    /// The directory whose content the entry gets, with ownership, modes, times,
-    /// hard links, extended attributes, ACLs and holes.
+    /// Directory to copy, with ownership, modes, times, hard links, extended attributes, ACLs
+    /// and holes.
     #[arg(value_name = "DIR")]
     pub dir: PathBuf,
 
-    /// The tags that criteria will match, separated by spaces.
+    /// Tags for restore keys to match, separated by spaces.
     #[arg(long, value_name = "TAGS")]
     pub tags: String,
 
-    /// The scope that the entry belongs to; without it, to volumes without scope.
+    /// Scope of the entry; by default none.
     #[arg(long, value_name = "SCOPE")]
     pub scope: Option<String>,
 
-    /// The file system to make: xfs (the default) or ext4.
+    /// File system to create: xfs (the default) or ext4.
     #[arg(long, value_name = "FS")]
     pub fs: Option<String>,
 
-    /// Virtual size; by default that of the base, or what the content needs where
+    /// Size of the file system; by default that of the base image, or what the content needs if
     /// that is more.
     #[arg(long, value_name = "SIZE")]
     pub size: Option<String>,
@@ -334,7 +330,7 @@ pub struct Remove {
 /// Options of `doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
-    /// One JSON object instead of lines.
+    /// Print one JSON object instead of lines.
     #[arg(long)]
     pub json: bool,
 }
@@ -350,12 +346,12 @@ pub struct Pin {
 /// Options of `gc`.
 #[derive(Debug, Args)]
 pub struct Gc {
-    /// Only say which entries would go, and why. For room, it is an estimate: the real thing looks
-    /// again after each.
+    /// Only print which entries would be evicted, and why. For room, it is an estimate: the real
+    /// eviction checks again after each entry.
     #[arg(long)]
     pub dry_run: bool,
 
-    /// One JSON array instead of a table.
+    /// Print one JSON array instead of a table.
     #[arg(long)]
     pub json: bool,
 }
@@ -363,7 +359,7 @@ pub struct Gc {
 /// Options of `hook`.
 #[derive(Debug, Args)]
 pub struct Hook {
-    /// When in a container's life this is.
+    /// Stage of the container's life.
     #[arg(value_name = "STAGE", value_enum)]
     pub stage: Stage,
 }
@@ -371,14 +367,14 @@ pub struct Hook {
 /// A stage of the OCI runtime specification, or of Podman's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Stage {
-    /// Before the container is made; refuses one that would get a local volume
-    /// in place of a cache.
+    /// Before the container is created; refuses one that would get a local volume instead of a
+    /// cache.
     #[value(name = "precreate")]
     Precreate,
-    /// Its mounts are made, its process is not started yet.
+    /// After its mounts are made, before its process starts.
     #[value(name = "createRuntime")]
     CreateRuntime,
-    /// It has ended.
+    /// After it has ended.
     #[value(name = "poststop")]
     Poststop,
 }

@@ -318,7 +318,7 @@ pub struct Settings {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// There is none.
-    #[error("{}: there is no such file: make it with `lvm-cache-friend init`, or name another with --config", .0.display())]
+    #[error("{}: no such file: create it with `lvm-cache-friend init`, or name another with --config", .0.display())]
     Missing(PathBuf),
     /// It cannot be read or written.
     #[error("{}: {source}", .path.display())]
@@ -407,12 +407,12 @@ impl Settings {
             (None, Some(reflink)) => StoreConfig::Reflink(reflink),
             (None, None) => {
                 return Err(
-                    "no store is named: one of the tables [lvm] (vg, pool) and [reflink] (dir) is needed"
+                    "no store: one of the tables [lvm] (vg, pool) and [reflink] (dir) is needed"
                         .into(),
                 );
             }
             (Some(_), Some(_)) => {
-                return Err("two stores are named: [lvm] or [reflink], not both".into());
+                return Err("two stores: [lvm] or [reflink] is needed, not both".into());
             }
         };
         Ok(Self {
@@ -510,7 +510,7 @@ pub fn example() -> String {
     text(&lvm).replace("loop-file =", "#loop-file =")
         + "\n# Or, in place of [lvm]:\n"
         + &other
-        + "\n# [supervise], runners for GitHub's jobs: docs/supervisor.md has it.\n"
+        + "\n# [supervise] sets up runners for GitHub jobs: see docs/supervisor.md.\n"
 }
 
 fn text(store: &StoreConfig) -> String {
@@ -520,13 +520,13 @@ fn text(store: &StoreConfig) -> String {
         "# Configuration of lvm-cache-friend. A line that begins with # and a setting shows\n\
          # the default. Restart the daemon after a change.\n\
          \n\
-         # The plugin's socket (systemd's socket unit goes before this), and the group\n\
-         # whose members may use it: they can mount and remove every cache.\n\
+         # The plugin's socket (systemd's socket unit overrides this), and the group whose members\n\
+         # may use it: they can mount and remove every cache, and are as powerful as root.\n\
          #socket = {socket}\n\
          #socket-group = {group}\n\
          \n\
-         # The socket of Docker's API, where there is one: it says how Docker's containers\n\
-         # ended. Empty: it is not asked, and their ends are unknown.\n\
+         # The socket of Docker's API, which reports how Docker's containers ended. Empty: it is not\n\
+         # used, and their results are unknown.\n\
          #docker-socket = {docker}\n\
          \n\
          # Where volumes are mounted, each in a directory of its name.\n\
@@ -536,31 +536,31 @@ fn text(store: &StoreConfig) -> String {
          # see the status page (/) and metrics (/metrics). Empty: only on the plugin's socket.\n\
          #status-address = \"\"\n\
          \n\
-         # Where SELinux is on, the label of all that containers see of volumes; without it, that which the\n\
-         # policy has for containers' files. \"none\": no label is given.\n\
+         # With SELinux, the label of everything in volumes; by default the policy's label for\n\
+         # containers' files. \"none\": no label.\n\
          # selinux-context = \"system_u:object_r:container_file_t:s0\"\n\
          \n\
-         # How many idle volumes are kept mounted, invisibly, so that a container's start\n\
-         # need not wait for it. Each takes about 0.8 MB of the kernel's memory.\n\
+         # How many idle volumes are kept mounted, out of sight, so that a container's start need not\n\
+         # wait for it. Each takes about 0.8 MB of the kernel's memory.\n\
          #premounted = {premounted}\n\
          \n\
-         # Size of the directory in memory that on-error=scratch falls back to, where the\n\
-         # volume names no size.\n\
+         # Size of the directory in memory that on-error=scratch falls back to, for volumes without\n\
+         # a size.\n\
          #scratch-size = {scratch}\n\
          \n\
-         # Virtual size of a volume that starts empty, where neither it nor the base says one.\n\
+         # Size of a volume that starts empty, if neither it nor the base image has one.\n\
          #empty-size = {empty}\n\
          \n\
-         # How long the daemon, told to stop, finishes what is under way.\n\
+         # How long the daemon finishes the work under way when it is stopped.\n\
          #stop-timeout = {stop}\n\
          \n\
-         # error, warn, info, debug or trace; `--log-level` and RUST_LOG go before it.\n\
+         # error, warn, info, debug or trace; `--log-level` and RUST_LOG override it.\n\
          #log-level = {level}\n\
          \n\
-         # What one job may do on the socket of its job volume: bytes of a line, criteria of a\n\
-         # request, its terms and tags, caches mounted at once, checkpoints saved in one use,\n\
-         # changes to the store a minute, bytes of tags in one use, connections at once, and the\n\
-         # time that a request may take to arrive.\n\
+         # Limits for one job on the socket of its job volume: bytes of a line, restore keys\n\
+         # (criteria) of a request, its terms and tags, caches mounted at once, checkpoints saved in\n\
+         # one use, changes to the store a minute, bytes of tags in one use, connections at once, and\n\
+         # how long a request may take to arrive.\n\
          #job.line = {line}\n\
          #job.criteria = {criteria}\n\
          #job.terms = {terms}\n\
@@ -571,16 +571,17 @@ fn text(store: &StoreConfig) -> String {
          #job.connections = {connections}\n\
          #job.request-time = {request_time}\n\
          \n\
-         # What goes, least recently used first, and when. How many entries there may be, how long ago\n\
-         # they may have been published, and last been restored from: as many and as long as there is\n\
+         # Which entries are evicted, least recently used first: how many there may be, how long ago\n\
+         # they may have been published, and last been restored. By default all are kept while there is\n\
          # room. policy.scope.\"NAME\" has the same three for the entries of a scope, \"-\" for those\n\
-         # without scope, and \"*\" for each scope that is not named.\n\
+         # without a scope, and \"*\" for each scope that is not named.\n\
          # policy.max-entries = 1000\n\
          # policy.max-age = \"90d\"\n\
          # policy.max-unused = \"30d\"\n\
          # policy.scope.\"*\".max-entries = 50\n\
-         # What is kept free of the pool's data, of its metadata, and of the volume group's metadata\n\
-         # area: a share or a size. And for how long an entry stays in any case that was restored from.\n\
+         # Free space to keep in the pool's data, in its metadata, and in the volume group's metadata\n\
+         # area, as a share or a size; and how long an entry is kept in any case after it was published\n\
+         # or restored.\n\
          #policy.data-floor = {data_floor}\n\
          #policy.metadata-floor = {data_floor}\n\
          #policy.group-floor = {data_floor}\n\
@@ -634,7 +635,7 @@ fn store_text(store: &StoreConfig) -> String {
             );
             if let Some(file) = &lvm.loop_file {
                 table.push_str(&format!(
-                    "# The group's only disk: a loop device on this file, set up again at each boot.\n\
+                    "# The group's only disk: a loop device on this file, attached again at each boot.\n\
                      loop-file = {}\n",
                     path(file)
                 ));
@@ -666,7 +667,7 @@ fn absolute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Er
         Ok(path)
     } else {
         Err(de::Error::custom(format_args!(
-            "{path:?} is not an absolute path: it must begin with /"
+            "{path:?} is not an absolute path, which begins with /"
         )))
     }
 }
@@ -685,7 +686,7 @@ fn socket_if_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Pa
         Ok(Some(path))
     } else {
         Err(de::Error::custom(format_args!(
-            "{path:?} is not an absolute path, nor empty: it must begin with /"
+            "{path:?} is neither empty nor an absolute path, which begins with /"
         )))
     }
 }
@@ -712,10 +713,10 @@ fn loopback<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketA
     match text.parse::<SocketAddr>() {
         Ok(address) if address.ip().is_loopback() => Ok(Some(address)),
         Ok(_) => Err(de::Error::custom(format_args!(
-            "{text:?} is not a loopback address: there is no password; have a web server with one pass it on"
+            "{text:?} is not a loopback address: as there is no password, use a web server with authentication for others"
         ))),
         Err(_) => Err(de::Error::custom(format_args!(
-            "{text:?} is not an address and port: write one such as \"127.0.0.1:9469\""
+            "{text:?} is not an address and port: expected one such as \"127.0.0.1:9469\""
         ))),
     }
 }
@@ -731,7 +732,7 @@ pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dur
         })
         .ok_or_else(|| {
             de::Error::custom(format_args!(
-                "{text:?} is not a length of time: write one such as \"30s\", \"2m\" or \"14d\""
+                "{text:?} is not a length of time: expected one such as \"30s\", \"2m\" or \"14d\""
             ))
         })
 }

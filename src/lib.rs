@@ -11,8 +11,8 @@
 //! choice is made again in memory, and where it holds the mount is moved into
 //! place. After the last Unmount the engine flushes, waits for the last close,
 //! looks whether the file system is whole, publishes (one more snapshot, with cache
-//! tags), makes the volume's next copy, and has the old one removed. What is then too
-//! much goes: [`cache::evict`].
+//! tags), makes the volume's next copy, and has the old one removed. Entries over the
+//! policy's limits are then evicted: [`cache::evict`].
 //!
 //! # The rooms
 //!
@@ -42,6 +42,20 @@
 //! - State anywhere but in the store's tags and the kernel's mount table.
 //! - An Unmount that fails, or a Get that waits for the store.
 //! - A request that waits for another volume's flush, mkfs or recovery.
+//!
+//! # The words
+//!
+//! docs/glossary.md has them all. Those that the code is full of:
+//!
+//! - *base*: what volumes start from on a miss. *Entry*: a published cache; never written again.
+//!   *Copy*: a writable snapshot of one of these. *Volume*: options, and a copy that waits or is used.
+//! - *Term*: a tag or a tag prefix. *Criterion* (for users: restore key): terms that an entry must have.
+//!   *Scope*: what keeps entries apart; set on the host alone.
+//! - *Lease*: one use of a volume, from the first mount to the last unmount; *settled* when its content
+//!   was published or discarded. *Verdict* (for users: result): how the work in it ended.
+//! - *Job volume*: a directory in which a job mounts caches. *Checkpoint*: published while the job goes on.
+//! - *Doomed*: marked for removal. *Floor*: free space that eviction keeps. *Scratch*: a directory in
+//!   memory in place of a cache.
 
 pub mod acl;
 pub mod cache;
@@ -50,6 +64,8 @@ pub mod commands;
 pub mod config;
 pub mod container;
 pub mod docker;
+#[cfg(test)]
+mod documents;
 pub mod engine;
 pub mod exec;
 pub mod failpoint;

@@ -14,9 +14,9 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
-    /// What failed.
+    /// Failures.
     Error,
-    /// And what was worked around.
+    /// And problems that were worked around.
     Warn,
     /// And one line for each lease.
     #[default]

@@ -195,7 +195,7 @@ pub struct Labels {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LabelError {
     /// The configuration's is none of the policy's.
-    #[error("selinux-context: the policy that is loaded does not know {0}")]
+    #[error("selinux-context: the loaded policy does not know {0}")]
     Unknown(Label),
     /// The policy says nothing of containers, or what it does not know itself.
     #[error("{0}")]
@@ -255,7 +255,7 @@ pub fn begin(setting: &Setting) -> Result<(), LabelError> {
         Ok(labels) => labels,
         Err(error @ LabelError::Unknown(_)) => return Err(error),
         Err(error) => {
-            tracing::warn!(%error, "SELinux is on, and no label for caches is known: confined containers cannot use them (`lvm-cache-friend doctor` says more)");
+            tracing::warn!(%error, "SELinux is on, but has no label for caches: confined containers cannot use them (see `lvm-cache-friend doctor`)");
             Labels::default()
         }
     };
@@ -279,13 +279,13 @@ pub fn with_socket_label<T>(make: impl FnOnce() -> T) -> T {
     let label = LABELS.get().and_then(|labels| labels.sockets.as_ref());
     let Some(label) = label else { return make() };
     if let Err(error) = set_socket_label(label.as_str()) {
-        tracing::warn!(%label, %error, "a job volume's socket gets no label: confined containers cannot connect to it");
+        tracing::warn!(%label, %error, "cannot label a job volume's socket: confined containers cannot connect to it");
         return make();
     }
     let made = make();
     if let Err(error) = set_socket_label("") {
         // This thread's next socket has it too; a thread that makes some serves jobs alone.
-        tracing::warn!(%error, "the label for sockets is not taken back");
+        tracing::warn!(%error, "cannot reset the label for sockets");
     }
     made
 }

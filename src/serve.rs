@@ -200,7 +200,7 @@ async fn live(
             }
             // Caches are served all the same.
             Err(error) => {
-                tracing::error!(%address, %error, "status-address cannot be listened on: no status page there");
+                tracing::error!(%address, %error, "cannot listen on status-address: no status page there");
             }
         }
     }
@@ -221,7 +221,7 @@ async fn live(
         NotifyState::Stopping,
         NotifyState::Status("Finishing what is under way"),
     ]);
-    tracing::info!("{name}: finishing what is under way");
+    tracing::info!("{name}: finishing the work under way");
     let bound = settings.stop_timeout;
     let _ = stop.send(());
     let finish = tokio::task::spawn_blocking(move || engine.stop(bound));
@@ -281,6 +281,6 @@ impl Signals {
 
 fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(false, state) {
-        tracing::warn!(%error, "cannot tell systemd");
+        tracing::warn!(%error, "cannot notify systemd");
     }
 }

@@ -96,7 +96,9 @@ pub enum Floor {
 
 /// What a floor may look like.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a floor: write a share from 0% to 90%, such as 10%, or a size, such as 20G")]
+#[error(
+    "{0:?} is not a floor: expected a share from 0% to 90%, such as 10%, or a size, such as 20G"
+)]
 pub struct BadFloor(String);
 
 impl FromStr for Floor {

@@ -6,6 +6,7 @@
 //! - [`lineage`] · what was made from what, as it is drawn.
 //! - [`names`] · tags and names, made only by parsing; how text becomes part of a tag.
 //! - [`units`] · sizes.
+//! - [`options`] · the table of a volume's options.
 //! - [`spec`] · a volume's options, from what Podman or Docker hands over to the tags
 //!   on its LV and back.
 //! - [`record`] · what an LV is to us, told by its tags. What does not parse is
@@ -17,6 +18,7 @@
 pub mod evict;
 pub mod lineage;
 pub mod names;
+pub mod options;
 pub mod record;
 pub mod request;
 pub mod select;

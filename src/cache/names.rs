@@ -21,16 +21,16 @@ pub const MAX_VOLUME_NAME: usize = 255;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadName {
     /// Not a tag.
-    #[error("{0:?} is not a tag: use letters, digits and _ + . - / = ! : & #")]
+    #[error("{0:?} is not a tag: expected letters, digits and _ + . - / = ! : & #")]
     Tag(String),
     /// Not a logical volume's name.
     #[error(
-        "{0:?} is not a logical volume's name: use letters, digits and . _ + -, not starting with -, at most 127 bytes"
+        "{0:?} is not a logical volume's name: expected letters, digits and . _ + -, not starting with -, at most 127 bytes"
     )]
     Lv(String),
     /// Not a volume's name.
     #[error(
-        "{0:?} is not a volume name: use letters, digits and _ . -, starting with a letter or digit, at most {MAX_VOLUME_NAME} bytes"
+        "{0:?} is not a volume name: expected letters, digits and _ . -, starting with a letter or digit, at most {MAX_VOLUME_NAME} bytes"
     )]
     Volume(String),
 }

@@ -51,6 +51,13 @@ pub const CHECKPOINT: &str = "friend:note:checkpoint";
 /// one whose volume was made before: it is newer than that one. Earlier versions may pass over it.
 pub const AFTER: &str = "friend:note:after:";
 
+/// All of these, as docs/lvm-tags.md has them.
+#[cfg(test)]
+pub(crate) const TAGS: [&str; 17] = [
+    DEFAULT, SNAPSHOT, CACHE, RESTORE, SAVE, OPT, SCOPE, VOLUME, FROM, PIN, USED, DOOMED, MAKING,
+    LEASE, FAILED, NOTE, CHECKPOINT,
+];
+
 /// What all tags of ours begin with. Others' tags are never looked at.
 const OURS: &str = "friend:";
 

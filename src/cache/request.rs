@@ -432,7 +432,10 @@ mod tests {
                 "refused save needs the name of a mount | refused discard needs the name of a mount",
             ),
             ("verdict perhaps", "refused verdict is success or failure"),
-            ("mount a\n> *\n> b", "refused \"*\" is not a term"),
+            (
+                "mount a\n> *\n> b",
+                "refused \"*\" is not a tag or tag prefix",
+            ),
             ("mount a\n> a\n> b\n> c", "mount a >a;b;c <"),
             (
                 "mount a\n> a\n> b\n> c\n> d",

@@ -34,11 +34,13 @@ pub const MAX_TERMS: usize = 64;
 pub enum BadCriteria {
     /// Not a term.
     #[error(
-        "{0:?} is not a term: write a tag (letters, digits and _ + . - / = ! : & #, at most {MAX_TERM} bytes), or the beginning of one with * after it"
+        "{0:?} is not a tag or tag prefix: expected letters, digits and _ + . - / = ! : & #, at most {MAX_TERM} bytes, with * at the end of a prefix"
     )]
     Term(String),
     /// Over a bound.
-    #[error("at most {MAX_CRITERIA} criteria with {MAX_TERMS} terms in all are accepted")]
+    #[error(
+        "too many: at most {MAX_CRITERIA} restore keys with {MAX_TERMS} tags in all are accepted"
+    )]
     TooMany,
 }
 

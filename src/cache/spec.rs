@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::names::{Tag, escape, shortened, unescape};
+use super::options;
 use super::record::{OPT, RESTORE, SAVE, SCOPE};
 use super::select::{Criteria, Criterion, MAX_TERM};
 use super::units::Bytes;
@@ -26,7 +27,7 @@ pub const MIN_SIZE: Bytes = Bytes::mib(16);
 pub const MAX_SIZE: Bytes = Bytes::mib(256 << 20);
 
 /// A type whose values are words in options and tags.
-trait Word: Copy + PartialEq + 'static {
+pub(super) trait Word: Copy + PartialEq + 'static {
     /// Each word and what it stands for.
     const WORDS: &'static [(&'static str, Self)];
 
@@ -275,12 +276,8 @@ impl BadOption {
 
 /// What is wrong with a value, and what is accepted.
 fn refused(value: &str, accepted: &str) -> String {
-    format!("{:?} is not accepted: write {accepted}", shortened(value))
+    format!("invalid value {:?}: expected {accepted}", shortened(value))
 }
-
-/// The options, as an error about an unknown one lists them.
-const OPTIONS: &str = "restore, save, publish, scope, read-scopes, size, fs, owner, mode, \
-                       on-miss, on-error, reuse, type, admit";
 
 impl Spec {
     /// The specification that a volume's options make.
@@ -317,7 +314,7 @@ impl Spec {
                      or from volume_plugin_timeout in containers.conf"
                         .to_owned(),
                 ),
-                _ => spec.set(option, value),
+                _ => options::set(&mut spec, option, value),
             }
             .map_err(|problem| BadOption::new(option, problem))?;
         }
@@ -333,14 +330,14 @@ impl Spec {
             if spec.owner.is_some_and(|owner| owner != wanted) {
                 return Err(BadOption::new(
                     "owner",
-                    "contradicts uid or gid: write one of them",
+                    "contradicts uid or gid: set only one of them",
                 ));
             }
             spec.owner = Some(wanted);
         }
         if given.contains_key("reuse") {
             if spec.kind == Kind::Job {
-                let problem = "a job volume has none: each cache in it starts afresh";
+                let problem = "not for job volumes: each cache in one starts fresh";
                 return Err(BadOption::new("reuse", problem));
             }
         } else if given.contains_key("restore") || given.contains_key("save") {
@@ -365,7 +362,7 @@ impl Spec {
             let problem = if self.kind != Kind::Job {
                 "later is for job volumes: it needs type=job"
             } else if self.scope.is_some() || !self.read_scopes.is_empty() {
-                "later, so neither scope nor read-scopes may be given: whoever admits the job says them"
+                "later excludes scope and read-scopes: the supervisor sets both when the job starts"
             } else {
                 ""
             };
@@ -379,37 +376,6 @@ impl Spec {
                 "size",
                 format!("an empty {fs} file system needs at least {}", fs.min_size()),
             ));
-        }
-        Ok(())
-    }
-
-    /// Sets one option of ours.
-    fn set(&mut self, option: &str, value: &str) -> Result<(), String> {
-        match option {
-            "restore" => self.restore = value.parse::<Criteria>().map_err(|e| e.to_string())?,
-            "save" => self.save = tags(value)?,
-            "publish" => self.publish = Word::parse(value)?,
-            "scope" => self.scope = scope(value)?,
-            "read-scopes" => {
-                self.read_scopes = value
-                    .split(|c: char| c.is_whitespace() || c == ',')
-                    .filter(|name| !name.is_empty())
-                    .map(scope)
-                    .collect::<Result<_, _>>()?;
-                if self.read_scopes.len() > MAX_READ_SCOPES {
-                    return Err(format!("at most {MAX_READ_SCOPES} scopes are accepted"));
-                }
-            }
-            "size" => self.size = Some(size(value)?),
-            "fs" => self.fs = Some(Word::parse(value)?),
-            "owner" => self.owner = Some(owner(value)?),
-            "mode" => self.mode = Some(mode(value)?),
-            "on-miss" => self.on_miss = Word::parse(value)?,
-            "on-error" => self.on_error = Word::parse(value)?,
-            "reuse" => self.reuse = Word::parse(value)?,
-            "type" => self.kind = Word::parse(value)?,
-            "admit" => self.admit = Word::parse(value)?,
-            _ => return Err(format!("there is no such option; there are {OPTIONS}")),
         }
         Ok(())
     }
@@ -502,7 +468,7 @@ impl Spec {
                 if has_tags_of_its_own || !given.insert(option) {
                     return None;
                 }
-                spec.set(option, &unescape(value)?).ok()?;
+                options::set(&mut spec, option, &unescape(value)?).ok()?;
             }
         }
         for (n, (place, terms)) in restore.into_iter().enumerate() {
@@ -567,10 +533,10 @@ impl Spec {
                 option.as_str(),
                 "scope" | "read-scopes" | "restore" | "save"
             ) {
-                let problem = "is settled when the volume is created";
+                let problem = "cannot be changed after the volume was created";
                 return Err(BadOption::new(option, problem));
             }
-            spec.set(option, value)
+            options::set(&mut spec, option, value)
                 .map_err(|problem| BadOption::new(option, problem))?;
         }
         spec.settle_read_scopes();
@@ -621,7 +587,7 @@ fn unless<T: Copy + PartialEq + ToString>(value: T, default: T) -> Option<String
     (value != default).then(|| value.to_string())
 }
 
-fn tags(text: &str) -> Result<Vec<Tag>, String> {
+pub(super) fn tags(text: &str) -> Result<Vec<Tag>, String> {
     let mut tags = text
         .split_whitespace()
         .map(|word| {
@@ -671,7 +637,7 @@ pub fn scope(text: &str) -> Result<Scope, String> {
     })
 }
 
-fn size(text: &str) -> Result<Bytes, String> {
+pub(super) fn size(text: &str) -> Result<Bytes, String> {
     let size: Bytes = text
         .parse()
         .map_err(|e: super::units::BadSize| e.to_string())?;
@@ -695,7 +661,7 @@ fn id(text: &str) -> Result<u32, String> {
         .ok_or_else(|| refused(text, "a number from 0 to 4294967294"))
 }
 
-fn owner(text: &str) -> Result<Owner, String> {
+pub(super) fn owner(text: &str) -> Result<Owner, String> {
     let (uid, gid) = text.split_once(':').unwrap_or((text, text));
     match (id(uid), id(gid)) {
         (Ok(uid), Ok(gid)) => Ok(Owner { uid, gid }),
@@ -706,7 +672,7 @@ fn owner(text: &str) -> Result<Owner, String> {
     }
 }
 
-fn mode(text: &str) -> Result<u32, String> {
+pub(super) fn mode(text: &str) -> Result<u32, String> {
     u32::from_str_radix(text, 8)
         .ok()
         .filter(|mode| digits(text) && (3..=5).contains(&text.len()) && *mode <= 0o3777)
@@ -839,8 +805,12 @@ pub(super) mod tests {
             ("colour=red".to_owned(), "colour", "restore, save, publish"),
             ("o=restore=a,colour".to_owned(), "colour", "restore, save"),
             ("=x".to_owned(), "", "restore, save"),
-            ("\u{1b}[31m=x".to_owned(), "\\u{1b}[31m", "no such option"),
-            ("restore=*".to_owned(), "restore", "\"*\" is not a term"),
+            ("\u{1b}[31m=x".to_owned(), "\\u{1b}[31m", "unknown option"),
+            (
+                "restore=*".to_owned(),
+                "restore",
+                "\"*\" is not a tag or tag prefix",
+            ),
             ("restore=a b*c".to_owned(), "restore", "\"b*c\""),
             ("restore=a**".to_owned(), "restore", "\"a**\""),
             ("restore=a,b".to_owned(), "restore", "\"a,b\""),
@@ -852,8 +822,8 @@ pub(super) mod tests {
                 "restore",
                 "at most 32",
             ),
-            (format!("restore={}", many("a", 65)), "restore", "64 terms"),
-            ("save=a*".to_owned(), "save", "\"a*\" is not accepted"),
+            (format!("restore={}", many("a", 65)), "restore", "64 tags"),
+            ("save=a*".to_owned(), "save", "invalid value \"a*\""),
             (format!("save={long}"), "save", "at most 512 bytes"),
             (format!("save={}", distinct.join(" ")), "save", "at most 32"),
             (format!("save={}", "a ".repeat(3000)), "save", "4096 bytes"),
@@ -904,7 +874,7 @@ pub(super) mod tests {
             (
                 "type=job\nreuse=fresh".to_owned(),
                 "reuse",
-                "a job volume has none",
+                "not for job volumes",
             ),
             ("type=tmpfs".to_owned(), "type", "cache, job"),
             (

@@ -16,7 +16,7 @@ pub struct Bytes(pub u64);
 /// What a size may look like.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is not a size: write a number of bytes above 0, or one with a suffix K, M, G or T (powers of 1024), such as 30G"
+    "{0:?} is not a size: expected a number of bytes above 0, or one with a suffix K, M, G or T (powers of 1024), such as 30G"
 )]
 pub struct BadSize(pub String);
 

@@ -117,7 +117,7 @@ fn row(evicted: &Evicted) -> Value {
 
 fn lines(evicted: &[Evicted], now: u64, width: Option<usize>) -> String {
     if evicted.is_empty() {
-        return "nothing has to go\n".to_owned();
+        return "nothing to evict\n".to_owned();
     }
     let lines = evicted.iter().map(|evicted| {
         [
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn what_went_is_a_table() {
-        assert_eq!(lines(&[], 0, None), "nothing has to go\n");
+        assert_eq!(lines(&[], 0, None), "nothing to evict\n");
         let evicted = Evicted {
             lv: "friend-1".into(),
             reason: "more entries than 1".into(),

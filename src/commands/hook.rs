@@ -67,7 +67,7 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         if let Err(missed) = told {
             warn!(
                 missed,
-                "in a user namespace, the container's volumes have the host's owners"
+                "in a user namespace, the container's volumes have their owners on the host"
             );
         }
         return print(&input);
@@ -81,7 +81,7 @@ pub fn run(config: &Path, args: &cli::Hook) -> Result<(), Failure> {
         None => Ok(()),
     });
     if let Err(missed) = told {
-        warn!(?stage, missed, "the daemon was not told of a container");
+        warn!(?stage, missed, "could not report a container to the daemon");
     }
     Ok(())
 }
@@ -270,19 +270,17 @@ fn guard(config: &Path, spec: &Result<Spec, serde_json::Error>, text: &str) -> R
         let hint = format!("podman volume create --driver lvm-cache-friend {name}");
         match sources.last() {
             None => {
-                return refused(format!(
-                    "no volume is mounted at {target}, where {name} should be"
-                ));
+                return refused(format!("no volume is mounted at {target}; expected {name}"));
             }
             Some(source) if *source != at => {
                 return refused(format!(
-                    "what is mounted at {target} is not the cache volume {name} but {}: a local volume of that name hides it, or it was never created (with {hint})",
+                    "{target} is not the cache volume {name}, but {}: a local volume of that name hides it, or it was never created ({hint})",
                     source.display()
                 ));
             }
             Some(_) if table.iter().all(|mount| mount.at != at) => {
                 return refused(format!(
-                    "the cache volume {name} is not mounted there: does the daemon run?"
+                    "the cache volume {name} is not mounted there: is the daemon running?"
                 ));
             }
             Some(_) => {}

@@ -51,7 +51,7 @@ pub fn run(config: &Path, args: &cli::Import) -> Result<(), Failure> {
     let dir = fs::canonicalize(&args.dir).map_err(failed(args.dir.display()))?;
     if !dir.is_dir() {
         return Err(Failure::Failed(format!(
-            "{}: it is not a directory",
+            "{}: not a directory",
             dir.display()
         )));
     }
@@ -103,7 +103,7 @@ fn spec(args: &cli::Import) -> Result<Spec, Failure> {
     })?;
     if spec.save.is_empty() {
         return Err(Failure::Usage(
-            "--tags: at least one is needed: without it no criterion could match".into(),
+            "--tags: at least one is needed, for restore keys to match".into(),
         ));
     }
     Ok(spec)
@@ -207,7 +207,7 @@ impl Drop for Making<'_> {
             && let Err(error) = self.store.remove(self.name)
         {
             eprintln!(
-                "{}: cannot be removed again ({error}); the daemon does so when it starts next",
+                "{}: cannot be removed ({error}); the daemon will remove it at its next start",
                 self.name
             );
         }
@@ -232,7 +232,7 @@ fn fill(
     };
     let device = store
         .create(&new, size)?
-        .ok_or_else(|| Failure::Failed(format!("{name}: it has no device")))?;
+        .ok_or_else(|| Failure::Failed(format!("{name}: has no device")))?;
     // Held until the tags are there: a daemon that starts meanwhile tells by
     // it that somebody is still making this one.
     let held = store.hold(name)?;
@@ -272,14 +272,14 @@ fn fill(
         Some(Role::Entry { .. })
     ) {
         return Err(Failure::Failed(format!(
-            "{name}: it was removed meanwhile, by somebody else or by a daemon that took it for left over"
+            "{name}: it was removed meanwhile, by another program or by a daemon that considered it left over"
         )));
     }
     making.done = true;
     drop(held);
     // Entries are inactive; this one is whole whether or not that comes true now.
     if let Err(error) = store.deactivate(name) {
-        eprintln!("{name}: its device stays for now: {error}");
+        eprintln!("{name}: its device stays active for now: {error}");
     }
     Ok(())
 }

@@ -64,7 +64,7 @@ pub fn run(config: &Path, args: &cli::Init) -> Result<(), Failure> {
         && !wanted.is(&settings.store, pool)
     {
         return Err(Failure::Failed(format!(
-            "{}: it names another store already ({}); to start over with this one, move that file away first",
+            "{}: configures another store already ({}); to start over, move that file away first",
             config.display(),
             settings.store
         )));
@@ -107,7 +107,7 @@ pub fn run(config: &Path, args: &cli::Init) -> Result<(), Failure> {
         ));
     }
     if !said.get() {
-        say(format!("nothing to do: {store} is prepared already"));
+        say(format!("nothing to do: {store} is ready"));
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ pub fn run(config: &Path, args: &cli::List) -> Result<(), Failure> {
 pub(super) fn rows(store: &dyn Store, listing: &Listing) -> Result<Rows, Failure> {
     let usage = store
         .usage()
-        .inspect_err(|error| eprintln!("space used is not known: {error}"))
+        .inspect_err(|error| eprintln!("used space is unknown: {error}"))
         .ok();
     let mounts = mount::table().map_err(failed("the mount table"))?;
     Ok(Rows::new(listing, usage.as_ref(), &mounts))

@@ -24,7 +24,7 @@ pub fn run(config: &Path, args: &cli::Pin, pinned: bool) -> Result<(), Failure> 
     };
     if !matches!(role, Role::Entry { .. }) {
         return Err(Failure::Failed(format!(
-            "{name}: only entries are evicted, so only they are pinned"
+            "{name}: only entries can be pinned"
         )));
     }
     let pin: [Tag; 1] = [PIN.parse().expect("a tag")];

@@ -92,7 +92,7 @@ fn through_daemon(settings: &Settings, volume: &VolumeName, force: bool) -> Resu
     };
     let failed = |error: ClientError| match error {
         ClientError::NotRunning => Failure::Failed(format!(
-            "{}: {error}, yet a daemon has {}: does it use another configuration?",
+            "{}: {error}, but a daemon uses {}: does it have another configuration?",
             settings.socket.display(),
             settings.store
         )),
@@ -115,7 +115,7 @@ fn mark(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
     let name = &lv.name;
     if Role::from_tags(&lv.tags) == Role::Base {
         return Err(Failure::Failed(format!(
-            "{name}: it is the base, what volumes start from when nothing matches; it is not removed"
+            "{name}: the base image, which volumes start from on a miss, cannot be removed"
         )));
     }
     if lv.open {
@@ -134,7 +134,7 @@ fn mark(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
 fn remove(store: &dyn Store, lv: &LvName) -> Result<(), Failure> {
     match store.remove(lv) {
         Err(StoreError::Busy(_)) => Err(Failure::Failed(format!(
-            "{lv}: it came into use meanwhile; it is marked, and removed once it is free"
+            "{lv}: came into use meanwhile; marked, and removed once it is free"
         ))),
         other => Ok(other?),
     }

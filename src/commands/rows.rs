@@ -124,7 +124,7 @@ impl Rows {
         for (count, what) in [
             (self.doomed, "marked for removal"),
             (self.making, "being imported, or left over from an import"),
-            (self.plain, "ours, but with no tag that gives it a use"),
+            (self.plain, "snapshots without cache tags"),
         ] {
             if count > 0 {
                 remarks.push(format!("not listed: {count} {what}"));

@@ -79,16 +79,14 @@ pub(super) fn absent(listing: &Listing, name: &str, store: &str) -> Failure {
     let lv = listing.lvs.iter().find(|lv| lv.name.as_str() == name);
     match lv.map(|lv| Role::from_tags(&lv.tags)) {
         Some(Role::Unclear(reason)) => Failure::Failed(format!(
-            "{name}: left alone, for it is not clearly ours: {reason}"
+            "{name}: left alone, as it is not clearly ours: {reason}"
         )),
-        Some(Role::Foreign) => Failure::NotFound(format!("{name}: it is in {store}, but not ours")),
-        Some(Role::Doomed) => Failure::NotFound(format!("{name}: it is being removed")),
+        Some(Role::Foreign) => Failure::NotFound(format!("{name}: in {store}, but not ours")),
+        Some(Role::Doomed) => Failure::NotFound(format!("{name}: being removed")),
         Some(Role::Making) => Failure::Failed(format!(
-            "{name}: it is being imported, or left over from an import"
+            "{name}: being imported, or left over from an import"
         )),
-        Some(Role::Plain) => Failure::Failed(format!(
-            "{name}: a snapshot of ours with no tag that gives it a use"
-        )),
+        Some(Role::Plain) => Failure::Failed(format!("{name}: a snapshot without cache tags")),
         _ => Failure::NotFound(format!(
             "{name}: no volume or logical volume of that name in {store}"
         )),
@@ -198,7 +196,7 @@ fn lines(story: &Story, now: u64) -> String {
     if let (Some(used), Some(exclusive)) = (row.used, row.exclusive) {
         line(
             "used",
-            &format!("{}, {} of it its own", Bytes(used), Bytes(exclusive)),
+            &format!("{}, of which exclusive {}", Bytes(used), Bytes(exclusive)),
         );
     }
     if let Some(scope) = &row.scope {
@@ -221,7 +219,7 @@ fn lines(story: &Story, now: u64) -> String {
         line("mounted at", &at.display().to_string());
     }
     if story.leased && !row.mounted {
-        line("lease", "begun and not settled yet");
+        line("lease", "open, or not settled yet");
     }
     for ancestor in &story.lineage {
         let gone = if ancestor.present { "" } else { " (gone)" };

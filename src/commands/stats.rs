@@ -75,7 +75,7 @@ fn text(answer: &Stats, now: u64, width: Option<usize>) -> String {
     line(
         "restored",
         format!(
-            "{} that jobs need not fetch or make again",
+            "{} that jobs did not have to fetch or build",
             Bytes(stats.restored_bytes)
         ),
     );
@@ -140,7 +140,7 @@ fn listed<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> String {
 fn rates(hits: Hits) -> String {
     let total = hits.total();
     if total == 0 {
-        return "nothing was asked for yet".into();
+        return "no requests yet".into();
     }
     let share = |what, n| format!("{what} {n} ({} %)", percent(n, total));
     [
@@ -200,7 +200,7 @@ volumes    3, 1 in use
 mounts     base 1, exact 2
 hits       exact 2 (67 %), fallback 0 (0 %), miss 1 (33 %)
 mount time p50 0.5 ms, p99 12.25 ms, of the last 3
-restored   3 GiB that jobs need not fetch or make again
+restored   3 GiB that jobs did not have to fetch or build
 written    0 B
 published  1
 not        the work failed 1

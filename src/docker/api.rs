@@ -38,7 +38,7 @@ const MAX_OF_VOLUME: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum DockerError {
     /// Nobody listens on its socket.
-    #[error("nobody listens on {}", .0.display())]
+    #[error("nothing listens on {}", .0.display())]
     Away(PathBuf),
     /// It is Podman that listens there, whose hooks tell.
     #[error("{} is Podman's", .0.display())]
@@ -344,7 +344,7 @@ impl Events {
             if self.buffer.len() > MAX_ANSWER {
                 self.buffer.clear();
                 if !std::mem::replace(&mut self.skips, true) {
-                    warn!("an event of Docker's is too long: it is passed over");
+                    warn!("an event from Docker is too long: skipped");
                 }
             }
             self.searched = self.buffer.len();

@@ -67,7 +67,7 @@ pub async fn listen(engine: Arc<Engine>, socket: PathBuf, mut asks: UnboundedRec
         };
         match connected.await {
             Ok((version, events)) => {
-                info!(version, "Docker tells how containers end");
+                info!(version, "Docker reports how containers end");
                 (pause, told) = (RETRY.0, false);
                 listener.follow(events, &mut asks, &mut wanted).await;
                 info!("Docker's events have ended");
@@ -77,7 +77,7 @@ pub async fn listen(engine: Arc<Engine>, socket: PathBuf, mut asks: UnboundedRec
                     let error = printable(&error.to_string());
                     warn!(
                         error,
-                        "Docker does not tell how containers end: until it does, that is unknown (said once)"
+                        "Docker does not report how containers end: until it does, their results are unknown (logged once)"
                     );
                 }
                 // One that only has not answered yet is waited for.
@@ -322,7 +322,7 @@ impl Listener {
             if lies {
                 warn!(
                     container,
-                    "its label exitCode hides its exit code, and it is gone: it counts as failed"
+                    "its label exitCode hides its exit code, and it was removed already: it counts as failed"
                 );
                 Verdict::Failure
             } else {

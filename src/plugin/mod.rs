@@ -365,7 +365,7 @@ fn panicked(panic: &(dyn Any + Send)) -> Refusal {
     tracing::error!(panic = %wire::printable(text), "a request made the daemon panic: please report it");
     Refusal::new(
         StatusCode::INTERNAL_SERVER_ERROR,
-        format!("the daemon has a defect, its log says more: {text}"),
+        format!("the daemon has a defect, see its log: {text}"),
     )
 }
 

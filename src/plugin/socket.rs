@@ -22,10 +22,10 @@ pub enum SocketError {
     #[error("{}: another daemon answers on this socket", .0.display())]
     Taken(PathBuf),
     /// Something that is no socket is in the socket's place.
-    #[error("{}: there is something else than a socket in this place; it is left alone", .0.display())]
+    #[error("{}: exists, and is not a socket; left alone", .0.display())]
     NotASocket(PathBuf),
     /// Another daemon holds the lock.
-    #[error("{}: another lvm-cache-friend daemon uses this; one at a time may", .0.display())]
+    #[error("{}: in use by another lvm-cache-friend daemon", .0.display())]
     Locked(PathBuf),
     /// systemd handed over what cannot be served on.
     #[error("systemd handed over {0}: exactly one listening unix stream socket is expected")]

@@ -217,7 +217,7 @@ impl Start {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|e| {
-        let problem = format!("not what a hook says of a container: {e}");
+        let problem = format!("not a hook's report of a container: {e}");
         Refusal::new(StatusCode::BAD_REQUEST, problem)
     })
 }

@@ -102,7 +102,7 @@ async fn only_by_loopback_name(headers: HeaderMap, request: Request, next: Next)
     if host.is_none_or(is_loopback_name) {
         return next.run(request).await;
     }
-    let why = "this is shown under the name localhost or a loopback address alone\n";
+    let why = "this is only served as localhost or a loopback address\n";
     (StatusCode::MISDIRECTED_REQUEST, why).into_response()
 }
 
@@ -127,7 +127,7 @@ async fn metrics(State(status): State<Arc<Status>>) -> Response {
 }
 
 async fn not_a_get() -> Refusal {
-    let why = "the status page and the metrics are to be got: GET / and GET /metrics";
+    let why = "only GET / (the status page) and GET /metrics are allowed";
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, why)
 }
 

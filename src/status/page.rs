@@ -110,9 +110,9 @@ fn pool(full: Capacity, policy: &Policy, rows: &Rows) -> Markup {
     let is_short = bounds.iter().any(|(_, space, f)| space.missing(*f) > 0);
     html! {
         @if is_full {
-            p.alert { strong { "Full: " } "no more volumes are made, and jobs are about to fail when they write. Remove entries, or give the pool more room." }
+            p.alert { strong { "Full: " } "no more volumes are made, and jobs may soon get write errors. Remove entries, or extend the pool." }
         } @else if is_short {
-            p.alert { strong { "Nearly full: " } "entries are evicted, as far as they may be. If this stays, remove entries, or give the pool more room." }
+            p.alert { strong { "Nearly full: " } "entries are being evicted where allowed. If this persists, remove entries, or extend the pool." }
         }
         dl.meters {
             @for (bound, space, floor) in bounds {
@@ -174,7 +174,7 @@ fn runners(supervisor: &Supervisor, now: u64) -> Markup {
         Supervisor::None => return html! { p { "No supervisor is configured." } },
         Supervisor::Away => {
             return html! {
-                p.alert { strong { "The supervisor is away: " } "no job gets a runner. " code { "lvm-cache-friend doctor" } " says more." }
+                p.alert { strong { "The supervisor is down: " } "no job gets a runner. " code { "lvm-cache-friend doctor" } " has the reason." }
             };
         }
         Supervisor::Says(report) => report,
@@ -189,7 +189,7 @@ fn runners(supervisor: &Supervisor, now: u64) -> Markup {
         p {
             (report.slots.len()) " slots"
             @if report.slots.len() > SLOTS { ", of which " (SLOTS) " are shown" }
-            ". Jobs that ended: " (printable(&listed(&report.jobs))) ". GitHub did not answer, or refused, " (report.github_faults) " requests."
+            ". Jobs that ended: " (printable(&listed(&report.jobs))) ". Requests that GitHub did not answer, or refused: " (report.github_faults) "."
         }
         @if !report.slots.is_empty() {
             (scrolled("Slots of runners", &html! {
@@ -246,7 +246,7 @@ fn counts(stats: &Stats) -> Markup {
         @if !tags.is_empty() {
             (scrolled("Hits by tag", &html! {
                 table {
-                    caption { "What jobs asked for" @if tags.len() > TAGS { ": " (TAGS) " of " (tags.len()) " tags" } }
+                    caption { "Requested tags" @if tags.len() > TAGS { ": " (TAGS) " of " (tags.len()) " tags" } }
                     thead { tr {
                         @for head in ["Tag", "Mounts", "Exact", "Fallback", "Miss"] { th scope="col" { (head) } }
                     } }
@@ -308,15 +308,15 @@ fn lineage(rows: &Rows, stats: &Stats, now: u64) -> Markup {
         .collect();
     html! {
         @if entries == 0 {
-            p { "No entry yet: the first is made when a job with save tags ends well." }
+            p { "No entry yet: the first is published when a job with save tags has ended without a failure." }
         } @else {
             p {
-                "What was made from what, the oldest first."
+                "What each entry was copied from, oldest first."
                 @if entries > ENTRIES {
                     " The newest " (ENTRIES) " of " (entries) " entries: " code { "lvm-cache-friend tree" } " shows all."
                 }
             }
-            (scrolled("Picture of the lineage", &picture(&lines, &labels, &format!("{} entries and what each was made from; the table below says the same", shown.len() - bases))))
+            (scrolled("Picture of the lineage", &picture(&lines, &labels, &format!("{} entries and what each was copied from; the table below has the same", shown.len() - bases))))
             details {
                 summary { "The same as a table" }
                 (scrolled("Entries", &html! {

@@ -524,16 +524,16 @@ impl Pool {
         let late = spec.admit == Admit::Later;
         if !set {
             return if late {
-                Err("admit=later is for a scale set's jobs: nobody says whose job another runner has".into())
+                Err("admit=later is for scale sets: without one, it is never known which job a runner has".into())
             } else {
                 Ok(())
             };
         }
         if spec.kind == VolumeKind::Job && !late {
-            return Err("a scale set's job is not known when its volumes are made, so a job volume there has admit=later, which is what it has if nothing is said".into());
+            return Err("a scale set's job is not known when its volumes are created, so its job volumes need admit=later, the default there".into());
         }
         if spec.scope.is_some() {
-            return Err("option scope: whose a scale set's job is, and so its scope, GitHub says; [[supervise.pool.scope]] has the mapping".into());
+            return Err("option scope: the scope of a scale set's job follows from what GitHub says of it; [[supervise.pool.scope]] sets the rules".into());
         }
         if spec.kind != VolumeKind::Job {
             return if spec.publish == Publish::Never {
@@ -639,6 +639,27 @@ impl Supervise {
             .ok_or("there is nothing to supervise: a table [[supervise.pool]] is needed")?;
         Ok(supervise)
     }
+}
+
+/// The names of all settings, as the types say when they refuse another.
+#[cfg(test)]
+pub(crate) fn names() -> Vec<String> {
+    fn of<T: serde::de::DeserializeOwned + fmt::Debug>() -> Vec<String> {
+        let refused = toml::from_str::<T>("no-such-setting = 1").expect_err("there is none");
+        let (_, expected) = refused.message().split_once("expected").expect("a list");
+        let names = expected.split('`').skip(1).step_by(2);
+        names.map(str::to_owned).collect()
+    }
+    let tables = [
+        of::<Supervise>(),
+        of::<PoolText>(),
+        of::<App>(),
+        of::<ScaleSet>(),
+        of::<ContainerText>(),
+        of::<Volume>(),
+        of::<Rule>(),
+    ];
+    tables.concat()
 }
 
 #[cfg(test)]

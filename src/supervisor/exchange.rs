@@ -26,7 +26,7 @@ impl Task<'_> {
                     return problem;
                 }
                 match board.set {
-                    None if set => "the scale set is not known yet",
+                    None if set => "the scale set is not ready yet",
                     _ if board.live.len() >= board.wanted => "no job waits for it",
                     _ if board.image.is_empty() => "the image is looked for",
                     _ => "it waits until another one is connected",

@@ -108,10 +108,7 @@ impl Jobs {
             let read = fs::read(entry.path()).map_err(|e| e.to_string());
             match read.and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string())) {
                 Ok(job) => drop(all.insert(name, job)),
-                Err(error) => warn!(
-                    runner = name,
-                    error, "what was known of its job cannot be read"
-                ),
+                Err(error) => warn!(runner = name, error, "cannot read the record of its job"),
             }
         }
         Self { dir, all }
@@ -168,7 +165,7 @@ impl Jobs {
         self.all.retain(|runner, _| {
             let keep = is_kept(runner);
             if !keep && let Err(error) = fs::remove_file(dir.join(runner)) {
-                warn!(runner, %error, "what was known of its job is still written down");
+                warn!(runner, %error, "cannot remove the record of its job");
             }
             keep
         });

@@ -170,7 +170,7 @@ impl Listener<'_> {
             session: session.id().to_owned(),
         };
         if let Err(error) = write_down(&self.kept, &kept) {
-            warn!(file = %self.kept.display(), %error, "the session's id is not kept: after a kill, GitHub lets the next one wait for minutes");
+            warn!(file = %self.kept.display(), %error, "cannot store the session's ID: after a kill, GitHub makes the next session wait for minutes");
         }
         // What the last session was told and did not acknowledge is told to this one.
         (self.last, self.failures, self.renewed) = (0, 0, false);
@@ -199,7 +199,7 @@ impl Listener<'_> {
             match self.sets.acquire(id, session, available).await {
                 Ok(_) => self.refused = 0,
                 Err(error) if is_final(&error) && self.refused >= FAILURES => {
-                    warn!(set = self.set.name, %error, "jobs that could be had were not got");
+                    warn!(set = self.set.name, %error, "cannot acquire available jobs");
                 }
                 // Nobody offers them again: the message must not be lost for one refusal.
                 Err(error) => {
@@ -245,7 +245,7 @@ impl Listener<'_> {
                 .status()
                 .is_some_and(|status| status.is_client_error());
         if lost || self.failures >= FAILURES {
-            info!(set = self.set.name, "another session is tried");
+            info!(set = self.set.name, "trying another session");
         } else {
             self.session = Some(session);
         }
@@ -259,7 +259,7 @@ impl Listener<'_> {
         match self.sets.close(id, session.id()).await {
             Ok(()) => drop(fs::remove_file(&self.kept)),
             Err(error) => {
-                warn!(set = self.set.name, %error, "the session was not closed: the next start does it");
+                warn!(set = self.set.name, %error, "cannot close the session: the next start will");
             }
         }
     }

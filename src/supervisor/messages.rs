@@ -82,7 +82,7 @@ fn began(worker: &Worker, board: &mut Board, job: &Job, now: u64) -> Result<(), 
         warn!(
             runner,
             job = job.job_display_name,
-            "has a job, and is none of this pool's"
+            "has a job, but does not belong to this pool"
         );
         return Ok(());
     }
@@ -248,7 +248,7 @@ impl Worker {
                 Ok(_) => {}
                 // A volume that the daemon has not is not served, either.
                 Err(ClientError::Refused { status, message }) if status < 500 && status != 404 => {
-                    error!(volume = %body["Name"], message, "its job is ended: the daemon refused its scopes");
+                    error!(volume = %body["Name"], message, "ending its job: the daemon refused its scopes");
                     return Ok(Admission::Refused);
                 }
                 Err(error) => return Err(error.into()),
@@ -276,7 +276,7 @@ async fn whose(worker: &Worker, job: &jobs::Job) -> Option<Run> {
                     if matches!(error.status().map(|s| s.as_u16()), Some(403 | 404))
                         && error.retry().is_none() =>
                 {
-                    warn!(job = job.name, %error, "whose job it is cannot be read: it shares no caches; the token needs to read actions and metadata");
+                    warn!(job = job.name, %error, "cannot read which run the job belongs to: it shares no caches; the token must allow reading actions and metadata");
                     return None;
                 }
                 Err(error) => tokio::time::sleep(trouble.with(&error.into())).await,

@@ -292,7 +292,7 @@ impl Worker {
             if number >= self.pool.slots() {
                 info!(
                     slot = self.pool.slot_name(number),
-                    "is no more, and is emptied"
+                    "exists no more, and is emptied"
                 );
                 self.board().slots += 1;
                 let worker = Arc::clone(&self);

@@ -201,11 +201,11 @@ async fn live(
             _ = interrupt.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
             _ = told.changed() => *told.borrow_and_update(),
             () = emptied, if orders >= Orders::Drain => {
-                info!("nothing is left to do");
+                info!("nothing left to do");
                 break;
             }
             () = late => {
-                warn!("ended before all was done: what is left, the next start looks after");
+                warn!("stopped with work left, which the next start takes up");
                 break;
             }
         };
@@ -243,6 +243,6 @@ async fn live(
 
 fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(false, state) {
-        warn!(%error, "cannot tell systemd");
+        warn!(%error, "cannot notify systemd");
     }
 }

@@ -220,7 +220,7 @@ impl Task<'_> {
                 warn!(
                     slot = self.name,
                     runner = container.runner,
-                    "told to end, with its job"
+                    "interrupted, with its job"
                 );
                 self.worker.podman.signal(&id, "INT").await?;
                 if let Some(runner) = self.slot.runner_mut(&container.runner) {
@@ -265,7 +265,7 @@ impl Task<'_> {
                 self.slot.looked(&runner, presence, now);
                 let is = self.slot.runner.as_ref().map(|runner| runner.job);
                 if let (Some(Job::Done(verdict, _)), Some(Job::Running(_))) = (was, is) {
-                    warn!(slot = self.name, runner, %verdict, "was said to have ended its job, and has it still: that is passed over");
+                    warn!(slot = self.name, runner, %verdict, "was reported to have ended its job, but still runs it: report ignored");
                     let told = self.worker.board().jobs.tell(&runner, |job| {
                         job.ended = None;
                         job.began.get_or_insert(now);

@@ -25,10 +25,10 @@ pub enum StepError {
     #[error("handing over the runner's configuration: {0}")]
     Handover(#[from] std::io::Error),
     /// What is to be known of a job after a crash could not be written down.
-    #[error("writing down what is known of a job: {0}")]
+    #[error("recording a job: {0}")]
     Written(#[source] std::io::Error),
     /// The scale set is not known yet.
-    #[error("the scale set is not known yet")]
+    #[error("the scale set is not ready yet")]
     NoSet,
 }
 
@@ -94,7 +94,7 @@ impl Trouble {
 
     pub(super) fn over(&mut self) {
         if !self.said.is_empty() {
-            info!("{}: goes on after {} failures", self.who, self.failures);
+            info!("{}: works again after {} failures", self.who, self.failures);
         }
         self.said.clear();
         self.failures = 0;

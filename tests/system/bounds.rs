@@ -244,13 +244,13 @@ fn by_number() {
     entries_are(&site, &[&a, &c, &d]);
     assert_eq!(gc(&site, &[]), [going(&c), going(&a)]);
     entries_are(&site, &[&d]);
-    assert_eq!(site.done(&["gc"]), "nothing has to go\n");
+    assert_eq!(site.done(&["gc"]), "nothing to evict\n");
 
     // With a daemon it is the daemon that does it.
     let daemon = site.serve();
     let e = publish(&site, daemon.plugin(), "e", write(5));
     entries_are(&site, &[&e]);
-    assert_eq!(site.done(&["gc"]), "nothing has to go\n");
+    assert_eq!(site.done(&["gc"]), "nothing to evict\n");
     assert!(gc(&site, &["--dry-run"]).is_empty());
     let census = site.settled(&[]);
     assert_eq!(census.content(&e), Ok(Content::Whole(5)));

@@ -365,7 +365,12 @@ fn nothing() {
         }
         lvs
     };
-    let log = |host: &Host| host.daemon().log().matches("Docker does not tell").count();
+    let log = |host: &Host| {
+        host.daemon()
+            .log()
+            .matches("Docker does not report")
+            .count()
+    };
     let said = log(&host);
     assert!(said > 0, "{}", host.daemon().log());
     let lvs = mount(CLIENT);

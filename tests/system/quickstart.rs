@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! README's quick start and its way to ephemeral runners, its own commands, in a guest with systemd: one installation, as that takes
+//! README's quick start and the supervisor's, their own commands, in a guest with systemd: one installation, as that takes
 //! its time there. In a volume group: see [`crate::package`].
 
 use std::path::Path;
@@ -168,7 +168,7 @@ fn quadlet() {
     ));
 }
 
-/// README's way to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
+/// The supervisor's quick start to a first job on ephemeral runners, and then six jobs. GitHub and its runner are stand-ins.
 fn runners() {
     let fake = Fake::start();
     let image = image("runner-image podman");

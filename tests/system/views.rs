@@ -444,11 +444,11 @@ fn metrics() {
     .unwrap();
     let daemon = site.serve();
     job(daemon.plugin(), &json!({"restore": "linux"}), "3");
-    assert!(daemon.log().contains("cannot be listened on"));
+    assert!(daemon.log().contains("cannot listen on status-address"));
     let text = get("/metrics");
     assert_eq!(value(&text, up), Some(0.0), "{text}");
     assert!(!text.contains("lvm_cache_friend_slots"), "{text}");
-    assert!(get("/").contains("The supervisor is away"));
+    assert!(get("/").contains("The supervisor is down"));
 }
 
 /// Where screenshots are kept for whoever wants to look at them.

@@ -94,7 +94,7 @@ fn settings(facts: &Facts) -> Option<&Settings> {
 }
 
 fn unconfigured() -> Vec<Judged> {
-    vec![skipped("no configuration says where it is")]
+    vec![skipped("there is no configuration")]
 }
 
 fn configuration(facts: &Facts) -> Vec<Judged> {
@@ -102,12 +102,12 @@ fn configuration(facts: &Facts) -> Vec<Judged> {
     vec![match &facts.config {
         Config::Read(settings) => ok(format!("{file}: {}", settings.store)),
         Config::Missing => wrong(
-            format!("{file} is not there: nothing is prepared"),
+            format!("{file} does not exist: nothing is set up yet"),
             "lvm-cache-friend init --vg VG --size SIZE, or with --loop FILE or --reflink DIR",
         ),
         Config::Bad(why) => wrong(
             why.replace('\n', " "),
-            "correct it; what each line means is said in the file that init writes",
+            "correct it; `lvm-cache-friend example-config` explains each setting",
         ),
     }]
 }
@@ -127,18 +127,18 @@ fn permissions(facts: &Facts) -> Vec<Judged> {
         let shared_dir = *kind == FileKind::Dir && mode & 0o1000 != 0;
         if *uid != 0 {
             found.push(wrong(
-                format!("{name} belongs to the user {uid}, who can have root run what he likes"),
+                format!("{name} belongs to user {uid}, who can thereby run anything as root"),
                 format!("chown root:root {name}"),
             ));
         } else if mode & 0o022 != 0 && !shared_dir {
             found.push(wrong(
-                format!("{name} can be written by others (mode {mode:04o})"),
+                format!("{name} is writable by others (mode {mode:04o})"),
                 format!("chmod go-w {name}"),
             ));
         }
         if *kind == FileKind::File && mode & 0o077 != 0 && may_be_secret(path) {
             found.push(wrong(
-                format!("{name} may hold a secret, and others can read it (mode {mode:04o})"),
+                format!("{name} may contain a secret, and others can read it (mode {mode:04o})"),
                 format!("chmod 0600 {name}"),
             ));
         }
@@ -159,7 +159,7 @@ fn permissions(facts: &Facts) -> Vec<Judged> {
             format!("chmod {MOUNT_DIR_MODE:04o} {}", dir.path.display()),
         ));
     }
-    or_ok(found, "the configuration is root's alone to change")
+    or_ok(found, "only root can change the configuration")
 }
 
 /// Beside the configuration: keys and tokens for the supervisor.
@@ -173,7 +173,7 @@ fn tools(facts: &Facts) -> Vec<Judged> {
         wrong(
             format!("{} is not installed", tool.name),
             format!(
-                "apt install {}, or your system's package of it",
+                "apt install {}, or your distribution's package of it",
                 tool.package
             ),
         )
@@ -192,29 +192,29 @@ fn kernel(facts: &Facts) -> Vec<Judged> {
     if !kernel.xfs {
         found.push(wrong(
             format!("Linux {release} has no XFS"),
-            "install the kernel's full set of modules, or set fs=ext4 for each volume",
+            "install all modules of the kernel, or set fs=ext4 for each volume",
         ));
     }
     let lvm = settings(facts).is_some_and(|s| matches!(s.store, StoreConfig::Lvm(_)));
     if lvm && !kernel.thin {
         found.push(wrong(
             format!("Linux {release} has no dm-thin-pool"),
-            "install the kernel's full set of modules, or use `init --reflink`",
+            "install all modules of the kernel, or use `init --reflink`",
         ));
     }
     match version(release) {
         Some(version) if version < (5, 2) => found.push(wrong(
-            format!("Linux {release} cannot make a mount that is attached nowhere"),
+            format!("Linux {release} does not support detached mounts"),
             "use Linux 5.2 or later",
         )),
         Some(version) if version < (5, 19) => found.push(note(
-            format!("Linux {release} makes no idmapped mounts of XFS: in a container with a user namespace, files have the host's owners"),
+            format!("Linux {release} does not support idmapped mounts of XFS: in containers with a user namespace, files have their owners on the host"),
             "use Linux 5.19 or later (5.12 for fs=ext4)",
         )),
         Some(_) => {}
         None => found.push(note(
-            format!("Linux {release:?}: no version that can be read"),
-            "see that it is 5.19 or later",
+            format!("Linux {release:?}: unknown version"),
+            "make sure that it is 5.19 or later",
         )),
     }
     or_ok(found, format!("Linux {release}"))
@@ -232,11 +232,11 @@ fn store(facts: &Facts) -> Vec<Judged> {
         (Some(Err(why)), Some(settings)) => {
             let fix = match &settings.store {
                 StoreConfig::Lvm(lvm) => format!(
-                    "see `vgs {vg}` and `lvs {vg}`: a disk that is missing, a group that was renamed; `init` again finishes what is missing",
+                    "check `vgs {vg}` and `lvs {vg}` for a missing disk or a renamed group; `init` again creates what is missing",
                     vg = lvm.vg
                 ),
                 StoreConfig::Reflink(reflink) => {
-                    format!("see that {} is mounted", reflink.dir.display())
+                    format!("make sure that {} is mounted", reflink.dir.display())
                 }
             };
             vec![wrong(why, fix)]
@@ -252,8 +252,9 @@ fn pool(facts: &Facts) -> Vec<Judged> {
     let Some(settings) = settings(facts) else {
         return unconfigured();
     };
-    let room = |bound| match (&settings.store, bound) {
-        (StoreConfig::Reflink(_), _) => "remove what else is on that file system".to_owned(),
+    let room = |bound| {
+        match (&settings.store, bound) {
+        (StoreConfig::Reflink(_), _) => "free space on that file system".to_owned(),
         (StoreConfig::Lvm(Lvm { vg, pool, .. }), Bound::Data) => {
             format!("lvextend --size +SIZE {vg}/{pool}")
         }
@@ -261,26 +262,27 @@ fn pool(facts: &Facts) -> Vec<Judged> {
             format!("lvextend --poolmetadatasize +SIZE {vg}/{pool}")
         }
         (StoreConfig::Lvm(_), Bound::Group) => {
-            "make the group anew with a larger --metadatasize".to_owned()
+            "set policy.max-entries (a group's metadata area cannot grow; a new group can have more, by --metadatasize)".to_owned()
         }
+    }
     };
     let full = &store.capacity;
     let mut found = Vec::new();
     for (bound, space, floor) in full.fill().bounds(&settings.policy) {
         let finding = format!(
-            "{:.1} % of {} for {bound} are used",
+            "{:.1} % of {} for {bound} is used",
             space.percent, space.size
         );
         let fix = format!("remove entries, or {}", room(bound));
         if space.is_full() {
             let limit = space.limit;
-            let finding = format!("{finding}, and from {limit:.0} % on no volume is made");
+            let finding = format!("{finding}; from {limit:.0} % on, no volume is made");
             found.push(wrong(finding, fix));
         } else if space.missing(floor) > 0 {
             let mark = space.mark(floor);
             found.push(note(
                 format!("{finding}: entries should have been evicted down to {mark:.0} %"),
-                format!("see what may go with lvm-cache-friend gc --dry-run; {fix}"),
+                format!("see what may be evicted with lvm-cache-friend gc --dry-run; {fix}"),
             ));
         }
     }
@@ -288,7 +290,7 @@ fn pool(facts: &Facts) -> Vec<Judged> {
         && when_full != "error"
     {
         found.push(wrong(
-            format!("a full pool makes whoever writes wait for a minute ({when_full}) instead of failing"),
+            format!("writes to a full pool hang for a minute ({when_full}) instead of failing"),
             format!("lvchange --errorwhenfull y {}/{}", lvm.vg, lvm.pool),
         ));
     }
@@ -297,7 +299,7 @@ fn pool(facts: &Facts) -> Vec<Judged> {
     if let Some(drawback) = &store.drawback {
         found.push(note(
             drawback,
-            "nothing breaks; an lvm2 built with its shell makes creating, publishing and removing faster",
+            "optional: an lvm2 built with its shell makes creating, publishing and removing faster",
         ));
     }
     let size = full.data_size;
@@ -310,8 +312,8 @@ fn leftovers(facts: &Facts) -> Vec<Judged> {
     };
     let unclear = store.unclear.iter().map(|(lv, why)| {
         wrong(
-            format!("{lv} has tags of ours that make no sense, and is left alone: {why}"),
-            "take its friend: tags away with lvchange --deltag, or remove it",
+            format!("{lv} has contradictory friend: tags, and is left alone: {why}"),
+            "remove its friend: tags with lvchange --deltag, or remove the volume",
         )
     });
     let mut found: Vec<_> = unclear.collect();
@@ -324,7 +326,7 @@ fn leftovers(facts: &Facts) -> Vec<Judged> {
             let fix = if away {
                 "start the daemon, which removes them"
             } else {
-                "none, if it is less soon: see the daemon's log if it is not"
+                "nothing, if the number drops shortly; otherwise look into the daemon's log"
             };
             found.push(note(format!("{count} {what}"), fix));
         }
@@ -334,7 +336,7 @@ fn leftovers(facts: &Facts) -> Vec<Judged> {
 
 fn units(facts: &Facts) -> Vec<Judged> {
     let units = match &facts.units {
-        None => return vec![skipped("systemd does not run here")],
+        None => return vec![skipped("systemd is not running here")],
         Some(Err(why)) => return vec![wrong(why, "see `systemctl status`")],
         Some(Ok(units)) => units,
     };
@@ -357,11 +359,13 @@ fn units(facts: &Facts) -> Vec<Judged> {
             }
             ("loaded", "failed") => found.push(wrong(
                 format!("{unit} has failed"),
-                format!("see why: journalctl --unit {unit}; then systemctl restart {unit}"),
+                format!(
+                    "find the reason with journalctl --unit {unit}; then systemctl restart {unit}"
+                ),
             )),
             ("loaded", _) if matches!(facts.config, Config::Missing) => {
                 found.push(note(
-                    format!("{unit} does not run, as nothing is prepared"),
+                    format!("{unit} does not run, as nothing is set up yet"),
                     format!("after init: {now}"),
                 ));
             }
@@ -371,13 +375,13 @@ fn units(facts: &Facts) -> Vec<Judged> {
                 format!("systemctl unmask {unit}"),
             )),
             _ => found.push(wrong(
-                format!("systemd knows no unit {unit}"),
+                format!("systemd has no unit {unit}"),
                 "install the package, or copy plugin/usr to /usr; then systemctl daemon-reload",
             )),
         }
         if property("NeedDaemonReload") == "yes" {
             found.push(note(
-                format!("{unit} was changed since systemd read it"),
+                format!("{unit} has changed since systemd read it"),
                 format!("systemctl daemon-reload, then systemctl restart {unit}"),
             ));
         }
@@ -385,7 +389,7 @@ fn units(facts: &Facts) -> Vec<Judged> {
     let timer = units.get(TIMER).and_then(|all| all.get("ActiveState"));
     if timer.is_none_or(|state| state != "active") && !matches!(facts.config, Config::Missing) {
         found.push(note(
-            format!("{TIMER} does not run: what is too old goes only after a publish"),
+            format!("{TIMER} does not run: old entries are evicted only after a publish"),
             format!("systemctl enable --now {TIMER}"),
         ));
     }
@@ -399,29 +403,29 @@ fn socket(facts: &Facts) -> Vec<Judged> {
     let name = settings.socket.display();
     let Some(socket) = &facts.socket else {
         return vec![wrong(
-            format!("{name} is not there"),
+            format!("{name} does not exist"),
             format!("systemctl enable --now {SOCKET}"),
         )];
     };
     if socket.kind != FileKind::Socket {
         return vec![wrong(
-            format!("{name} is no socket"),
+            format!("{name} is not a socket"),
             format!("remove it; then systemctl restart {SOCKET}"),
         )];
     }
     let mut found = Vec::new();
     if socket.uid != 0 || socket.mode & 0o007 != 0 {
         found.push(wrong(
-            format!("{name} is open to others than root and its group (user {}, mode {:04o}): they can read and remove every cache", socket.uid, socket.mode),
+            format!("{name} is accessible to more than root and its group (user {}, mode {:04o}): they can read and remove every cache", socket.uid, socket.mode),
             format!("chown root {name}; chmod 0660 {name}"),
         ));
     }
     match &facts.socket_gid {
         Some(Ok(gid)) if *gid != socket.gid => found.push(note(
-            format!("{name} belongs to the group {}, not to {} as the configuration says", socket.gid, settings.socket_group),
-            format!("with systemd, SocketGroup= in a drop-in of {SOCKET} counts; else restart the daemon"),
+            format!("{name} belongs to group {}, not to {} as configured", socket.gid, settings.socket_group),
+            format!("with systemd, set SocketGroup= in a drop-in of {SOCKET}; without, restart the daemon"),
         )),
-        Some(Err(why)) => found.push(wrong(why, "make the group, or name another in the configuration")),
+        Some(Err(why)) => found.push(wrong(why, "create the group, or configure another")),
         _ => {}
     }
     or_ok(found, name.to_string())
@@ -432,19 +436,19 @@ fn daemon(facts: &Facts) -> Vec<Judged> {
     vec![match &facts.daemon {
         Daemon::Unknown => return unconfigured(),
         Daemon::Away => wrong(
-            "it does not run: containers with a cache volume neither start nor end properly",
+            "it does not run: containers with a cache volume can neither start nor end properly",
             start,
         ),
         Daemon::Odd(why) => wrong(
-            format!("who listens on its socket does not answer as it does: {why}"),
-            format!("systemctl restart {SERVICE}; see its log if that does not help"),
+            format!("unexpected reply on its socket; is another program listening there? {why}"),
+            format!("systemctl restart {SERVICE}; if that does not help, look into its log"),
         ),
         Daemon::Runs { version, .. } if version != env!("CARGO_PKG_VERSION") => note(
             format!(
-                "it is of version {version}, this program of {}",
+                "it has version {version}, this program {}",
                 env!("CARGO_PKG_VERSION")
             ),
-            format!("systemctl restart {SERVICE}: containers go on meanwhile"),
+            format!("systemctl restart {SERVICE} (containers go on meanwhile)"),
         ),
         Daemon::Runs { version, .. } => ok(format!("version {version} answers")),
     }]
@@ -484,8 +488,8 @@ fn namespace(facts: &Facts) -> Vec<Judged> {
         let off = ["", "no", "default", "[not set]"].contains(&value.as_str());
         if PRIVATE.contains(&name.as_str()) && !off {
             found.push(wrong(
-                format!("{SERVICE} has {name}={value}: the daemon gets mounts of its own, and containers an empty directory of the host's disk"),
-                format!("take it out of the unit's drop-ins (systemctl cat {SERVICE}), then systemctl daemon-reload and restart"),
+                format!("{SERVICE} has {name}={value}: the daemon then has mounts of its own, and containers see an empty directory of the host's disk"),
+                format!("remove it from the unit's drop-ins (systemctl cat {SERVICE}), then systemctl daemon-reload and restart"),
             ));
         }
     }
@@ -494,14 +498,14 @@ fn namespace(facts: &Facts) -> Vec<Judged> {
             same_namespace: Some(false),
             ..
         } if found.is_empty() => found.push(wrong(
-            "the daemon's mount namespace is not this one: what it mounts is not seen here",
-            "run it in the host's: in a container or under unshare it cannot serve",
+            "the daemon's mount namespace is not this one: what it mounts is not visible here",
+            "run it in the host's namespace: it cannot serve from a container or under unshare",
         )),
         Daemon::Runs { .. } => {}
         _ if found.is_empty() => return vec![skipped("the daemon does not run")],
         _ => {}
     }
-    or_ok(found, "the daemon's mounts are this host's")
+    or_ok(found, "the daemon uses the host's mounts")
 }
 
 fn propagation(facts: &Facts) -> Vec<Judged> {
@@ -513,7 +517,7 @@ fn propagation(facts: &Facts) -> Vec<Judged> {
         Some(mount) if mount.shared => vec![ok(format!("{dir} is on a shared mount"))],
         // It makes it one at its start.
         Some(_) if !matches!(facts.daemon, Daemon::Runs { .. }) => {
-            vec![skipped("the daemon sees to it, and does not run")]
+            vec![skipped("the daemon ensures it, and does not run")]
         }
         Some(mount) => vec![wrong(
             format!(
@@ -523,7 +527,7 @@ fn propagation(facts: &Facts) -> Vec<Judged> {
             format!("mount --make-shared {}", mount.at.display()),
         )],
         None => vec![wrong(
-            format!("{dir} is on no mount that is seen here"),
+            format!("{dir} is on no mount that is visible here"),
             "run doctor on the host itself",
         )],
     }
@@ -536,15 +540,16 @@ fn selinux(facts: &Facts) -> Vec<Judged> {
     let consequence = if selinux.enforcing {
         "confined containers cannot use caches"
     } else {
-        "confined containers could not use caches, were it enforcing"
+        "confined containers could not use caches if it were enforcing"
     };
-    let package = "install container-selinux, or name in the configuration the label of containers' files: selinux-context";
+    let package =
+        "install container-selinux, or configure the label of containers' files: selinux-context";
     let labels = match &selinux.labels {
         Ok(labels) => labels,
         Err(error @ LabelError::Unknown(_)) => {
             return vec![wrong(
                 error.to_string(),
-                "correct it, or take it out: the policy says which label containers' files have",
+                "correct or remove it: the default is the policy's label for containers' files",
             )];
         }
         Err(LabelError::Policy(why)) => {
@@ -554,13 +559,13 @@ fn selinux(facts: &Facts) -> Vec<Judged> {
     if selinux.unwanted {
         return vec![note(
             format!("selinux-context is \"none\": {consequence}"),
-            "take it out of the configuration, if they are to",
+            "remove it from the configuration if they should",
         )];
     }
     let mut found = Vec::new();
     if labels.sockets.is_none() {
         found.push(note(
-            "which label containers' processes have is not known: confined ones cannot connect to a job volume's socket",
+            "the label of containers' processes is unknown: confined ones cannot connect to a job volume's socket",
             "install container-selinux",
         ));
     }
@@ -574,7 +579,7 @@ fn selinux(facts: &Facts) -> Vec<Judged> {
                 "{}{more} is mounted with another label than volumes get now",
                 first.display()
             ),
-            "none: its next use has the right one",
+            "nothing: its next use has the right one",
         ));
     }
     let mode = if selinux.enforcing {
@@ -600,13 +605,13 @@ fn podman(facts: &Facts) -> Vec<Judged> {
     };
     let info = match &podman.info {
         Ok(info) => info,
-        Err(why) => return vec![wrong(why, "see what `podman info` says")],
+        Err(why) => return vec![wrong(why, "run `podman info` and see its error")],
     };
-    let drop_in = "copy plugin/etc/containers/containers.conf.d/50-lvm-cache-friend.conf to /etc/containers/containers.conf.d; a file that Podman reads later may take it back";
+    let drop_in = "copy plugin/etc/containers/containers.conf.d/50-lvm-cache-friend.conf to /etc/containers/containers.conf.d; a file that Podman reads later may override it";
     let mut found = Vec::new();
     if !info.volume_plugins.iter().any(|name| name == DRIVER) {
         found.push(wrong(
-            format!("Podman {} knows no volume plugin {DRIVER}", info.version),
+            format!("Podman {} has no volume plugin {DRIVER}", info.version),
             drop_in,
         ));
     }
@@ -619,13 +624,13 @@ fn podman(facts: &Facts) -> Vec<Judged> {
                 path.display(),
                 settings.socket.display()
             ),
-            "name the same in both: [engine.volume_plugins] in containers.conf, and socket in the configuration",
+            "set the same path in both: [engine.volume_plugins] in containers.conf, and socket in the configuration",
         ));
     }
     match podman.conf.volume_plugin_timeout {
         Some(seconds) if seconds >= SHORT_TIMEOUT => {}
         seconds => found.push(note(
-            format!("Podman waits {} s for the plugin: many containers at once on a busy disk can take longer", seconds.unwrap_or(5)),
+            format!("Podman waits only {} s for the plugin: many containers at once on a busy disk can take longer", seconds.unwrap_or(5)),
             "volume_plugin_timeout = 60 in [engine] of containers.conf",
         )),
     }
@@ -665,11 +670,11 @@ fn hooks(facts: &Facts) -> Vec<Judged> {
     for stage in STAGES {
         match ours(stage) {
             None => found.push(wrong(
-                format!("no hook for {stage} in {dirs}, which is where Podman looks"),
+                format!("no hook for {stage} in {dirs}, where Podman looks"),
                 "copy hooks.d/*.json there, or add their directory to hooks_dir in [engine] of containers.conf",
             )),
             Some((file, hook)) if !hook.program_exists => found.push(wrong(
-                format!("{} names {}, which is not there: Podman passes over it in silence", file.path.display(), hook.program.display()),
+                format!("{} names {}, which does not exist: Podman silently skips it", file.path.display(), hook.program.display()),
                 "install the program there, or change the path",
             )),
             Some(_) => {}
@@ -684,15 +689,15 @@ fn local_volumes(facts: &Facts) -> Vec<Judged> {
     };
     let local = match &podman.local_volumes {
         Ok(local) => local,
-        Err(why) => return vec![wrong(why, "see what `podman volume ls` says")],
+        Err(why) => return vec![wrong(why, "run `podman volume ls` and see its error")],
     };
     let Some(Ok(store)) = &facts.store else {
         return vec![skipped("the store cannot be read")];
     };
     let both = local.intersection(&store.volumes).map(|name| {
         wrong(
-            format!("{name} is a local volume in Podman, which hides the cache volume of that name: containers write to the host's disk, uncached"),
-            format!("podman volume rm {name}, once nothing in it is needed; then podman volume create --driver {DRIVER} … {name}"),
+            format!("{name} is a local volume of Podman, which hides the cache volume of that name: containers write to the host's disk, without a cache"),
+            format!("podman volume rm {name}, if nothing in it is needed; then podman volume create --driver {DRIVER} … {name}"),
         )
     });
     or_ok(both.collect(), "none hides a cache volume")
@@ -703,7 +708,7 @@ fn docker(facts: &Facts) -> Vec<Judged> {
         settings(facts),
         facts.dockerd || facts.docker_spec.is_some(),
     ) else {
-        return vec![skipped("Docker is not installed, or nothing configured")];
+        return vec![skipped("Docker is not installed, or nothing is configured")];
     };
     let want = format!("unix://{}", settings.socket.display());
     vec![match &facts.docker_spec {
@@ -717,9 +722,9 @@ fn docker(facts: &Facts) -> Vec<Judged> {
         ),
         // It may be there for other things.
         None => note(
-            "Docker is installed and has no spec of the plugin: it makes no volumes of ours",
+            "Docker is installed but has no spec file of the plugin, so it cannot use it",
             format!(
-                "if it should: mkdir -p /etc/docker/plugins && echo {want} > /etc/docker/plugins/lvm-cache-friend.spec"
+                "if it should, mkdir -p /etc/docker/plugins && echo {want} > /etc/docker/plugins/lvm-cache-friend.spec"
             ),
         ),
     }]
@@ -729,7 +734,7 @@ fn docker(facts: &Facts) -> Vec<Judged> {
 fn verdicts(facts: &Facts) -> Vec<Judged> {
     let unknown = |whose: &str, why: &str, fix: &str| {
         let finding = format!(
-            "{whose}: how containers end is not known, and publish=on-success publishes nothing: {why}"
+            "{whose}: results of containers are unknown, so publish=on-success publishes nothing: {why}"
         );
         note(finding, fix)
     };
@@ -738,7 +743,7 @@ fn verdicts(facts: &Facts) -> Vec<Judged> {
         match &podman.info {
             _ if !hooks(facts).iter().all(well) => unknown(
                 "Podman",
-                "its hooks are not in order",
+                "its hooks are not installed correctly",
                 "see the check hooks",
             ),
             Ok(info) if info.event_logger == "none" => unknown(
@@ -747,11 +752,7 @@ fn verdicts(facts: &Facts) -> Vec<Judged> {
                 "events_logger = \"journald\" or \"file\" in [engine] of containers.conf",
             ),
             Ok(_) => ok("Podman: known, by its hooks and its events"),
-            Err(_) => unknown(
-                "Podman",
-                "it does not say what it has",
-                "see the check podman",
-            ),
+            Err(_) => unknown("Podman", "`podman info` fails", "see the check podman"),
         }
     });
     let docker = facts.dockerd.then(|| match &facts.docker_api {
@@ -759,12 +760,12 @@ fn verdicts(facts: &Facts) -> Vec<Judged> {
         Some(Err(why)) => unknown(
             "Docker",
             why,
-            "start it, or name its socket with docker-socket in the configuration",
+            "start it, or set docker-socket in the configuration",
         ),
         None => unknown(
             "Docker",
-            "it is not asked",
-            "name its socket with docker-socket in the configuration",
+            "its API is not used",
+            "set docker-socket in the configuration",
         ),
     });
     let found: Vec<_> = podman.into_iter().chain(docker).collect();
@@ -780,7 +781,7 @@ fn supervisor(facts: &Facts) -> Vec<Judged> {
         Some(Err(why)) => {
             return vec![wrong(
                 why.replace('\n', " "),
-                "correct it; docs/supervisor.md says what each setting means",
+                "correct it; docs/supervisor.md explains each setting",
             )];
         }
         Some(Ok(supervisor)) => supervisor,
@@ -789,28 +790,28 @@ fn supervisor(facts: &Facts) -> Vec<Judged> {
     if let Err(why) = &supervisor.check {
         found.push(wrong(
             why,
-            "have the token or the App's key in that file, with mode 0600; `lvm-cache-friend supervise --check` looks again",
+            "put the token or the App's key into that file, with mode 0600; `lvm-cache-friend supervise --check` checks again",
         ));
     }
     if !supervisor.has_podman {
         found.push(wrong(
             format!(
-                "{} is no socket: the supervisor finds no Podman",
+                "{} is not a socket: the supervisor cannot reach Podman",
                 supervisor.podman_socket.display()
             ),
-            "systemctl enable --now podman.socket, or name another with podman-socket in [supervise]",
+            "systemctl enable --now podman.socket, or set podman-socket in [supervise]",
         ));
     }
     let socket = supervisor.control_socket.display();
     match &supervisor.slots {
         Some(Ok(slots)) => return or_ok(found, format!("{slots} slots")),
         Some(Err(why)) => found.push(wrong(
-            format!("who listens on {socket} does not answer as it does: {why}"),
-            format!("systemctl restart {SUPERVISOR}; see its log if that does not help"),
+            format!("unexpected reply on {socket}; is another program listening there? {why}"),
+            format!("systemctl restart {SUPERVISOR}; if that does not help, look into its log"),
         )),
         None => found.push(wrong(
             format!("it does not answer on {socket}: no job gets a runner"),
-            format!("systemctl enable --now {SUPERVISOR}; if that fails, journalctl --unit {SUPERVISOR} says why"),
+            format!("systemctl enable --now {SUPERVISOR}; if that fails, journalctl --unit {SUPERVISOR} has the reason"),
         )),
     }
     found
@@ -822,20 +823,20 @@ fn clock(facts: &Facts) -> Vec<Judged> {
         Some(Ok(store)) => store.newest,
         _ => 0,
     };
-    let fix = "have it set from the network: timedatectl set-ntp true";
+    let fix = "synchronize it with NTP: timedatectl set-ntp true";
     let ahead = newest.saturating_sub(facts.clock.now);
     if ahead > CLOCK_SLACK {
         found.push(wrong(
             format!(
-                "the newest volume was made {ahead} s from now: this clock is behind, or was ahead"
+                "the newest volume was made {ahead} s in the future: this clock is behind, or was ahead"
             ),
             fix,
         ));
     }
     if !facts.clock.synchronised {
-        found.push(note("nobody tells the kernel that its clock is right", fix));
+        found.push(note("the system clock is not synchronized (NTP)", fix));
     }
-    or_ok(found, "synchronised")
+    or_ok(found, "synchronized")
 }
 
 #[cfg(test)]
@@ -1140,7 +1141,7 @@ mod tests {
             ("pool", Skipped, "cannot", |f| {
                 f.store = Some(Err("gone".into()));
             }),
-            ("leftovers", Wrong, "no sense", |f| {
+            ("leftovers", Wrong, "contradictory", |f| {
                 the_store(f).unclear = vec![("lv1".into(), "why".into())];
             }),
             ("leftovers", Note, "marked for removal", |f| {
@@ -1177,8 +1178,8 @@ mod tests {
             ("units", Note, "daemon-reload", |f| {
                 set(f, SERVICE, "NeedDaemonReload", "yes");
             }),
-            ("socket", Wrong, "not there", |f| f.socket = None),
-            ("socket", Wrong, "no socket", |f| {
+            ("socket", Wrong, "does not exist", |f| f.socket = None),
+            ("socket", Wrong, "not a socket", |f| {
                 f.socket.as_mut().expect("there").kind = FileKind::File;
             }),
             ("socket", Wrong, "0660", |f| {
@@ -1233,7 +1234,7 @@ mod tests {
             ("hooks", Wrong, "no hook for poststop in /hooks", |f| {
                 the_podman(f).hooks.pop();
             }),
-            ("hooks", Wrong, "in silence", |f| {
+            ("hooks", Wrong, "silently", |f| {
                 let hook = the_podman(f).hooks[0].hook.as_mut().expect("read");
                 hook.program_exists = false;
             }),
@@ -1246,7 +1247,7 @@ mod tests {
             ("local-volumes", Wrong, "podman volume rm cargo", |f| {
                 the_podman(f).local_volumes = Ok(["cargo".to_owned()].into());
             }),
-            ("docker", Note, "no spec", |f| f.docker_spec = None),
+            ("docker", Note, "no spec file", |f| f.docker_spec = None),
         ];
         let more: [(&str, State, &str, Break); 22] = [
             ("selinux", Skipped, "off", |f| f.selinux = None),
@@ -1256,7 +1257,7 @@ mod tests {
             ("selinux", Wrong, "install container-selinux", |f| {
                 the_selinux(f).labels = Err(LabelError::Policy("no file".into()));
             }),
-            ("selinux", Wrong, "were it enforcing", |f| {
+            ("selinux", Wrong, "if it were enforcing", |f| {
                 the_selinux(f).enforcing = false;
                 the_selinux(f).labels = Err(LabelError::Policy("no file".into()));
             }),

@@ -389,7 +389,9 @@ fn when_full(vg: &str, pool: &str) -> Result<String, String> {
     let said: Value = serde_json::from_slice(&said).map_err(|e| e.to_string())?;
     let value = said.pointer("/report/0/lv/0/lv_when_full");
     let value = value.and_then(Value::as_str);
-    value.map(str::to_owned).ok_or("LVM does not say it".into())
+    value
+        .map(str::to_owned)
+        .ok_or("LVM does not report it".into())
 }
 
 fn file(path: &Path) -> Option<FileFact> {
@@ -510,7 +512,7 @@ fn supervisor(config: &Path, settings: &Settings) -> Result<Supervisor, String> 
     let socket = &supervise.control_socket;
     let slots = match client::call(socket, "Runners.List", &json!({}), DAEMON_TIMEOUT) {
         Ok(Value::Array(slots)) => Some(Ok(slots.len())),
-        Ok(_) => Some(Err("it gives no list".to_owned())),
+        Ok(_) => Some(Err("no list".to_owned())),
         Err(ClientError::NotRunning) => None,
         Err(error) => Some(Err(error.to_string())),
     };
@@ -533,14 +535,15 @@ fn podman_says(arguments: &[&str]) -> Result<Value, String> {
         }
         _ => error.to_string(),
     })?;
-    serde_json::from_slice(&said).map_err(|e| format!("what podman says is not JSON: {e}"))
+    serde_json::from_slice(&said)
+        .map_err(|e| format!("podman printed something else than JSON: {e}"))
 }
 
 fn info(said: &Value) -> Result<PodmanInfo, String> {
     let text = |at: &str| said.pointer(at).and_then(Value::as_str).map(str::to_owned);
     let plugins = said.pointer("/plugins/volume").and_then(Value::as_array);
     Ok(PodmanInfo {
-        version: text("/version/Version").ok_or("podman info names no version")?,
+        version: text("/version/Version").ok_or("podman info has no version")?,
         event_logger: text("/host/eventLogger").unwrap_or_default(),
         volume_plugins: plugins
             .into_iter()
@@ -551,7 +554,7 @@ fn info(said: &Value) -> Result<PodmanInfo, String> {
 }
 
 fn local_volumes(said: &Value) -> Result<BTreeSet<String>, String> {
-    let volumes = said.as_array().ok_or("podman volume ls gives no list")?;
+    let volumes = said.as_array().ok_or("podman volume ls printed no list")?;
     let local = volumes.iter().filter(|volume| volume["Driver"] == "local");
     Ok(local
         .filter_map(|volume| volume["Name"].as_str().map(str::to_owned))

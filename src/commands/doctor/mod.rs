@@ -56,9 +56,7 @@ struct Report<'a> {
 pub fn run(config: &Path, args: &cli::Doctor) -> Result<(), Failure> {
     logging::start(LogLevel::Error).map_err(Failure::Usage)?;
     if !nix::unistd::geteuid().is_root() {
-        return Err(Failure::Failed(
-            "doctor looks at what root alone can see: run it as root".into(),
-        ));
+        return Err(Failure::Failed("doctor needs to run as root".into()));
     }
     let findings = checks::all(&Facts::gather(config));
     let wrong = findings.iter().filter(|f| f.state == State::Wrong).count();
@@ -74,8 +72,8 @@ pub fn run(config: &Path, args: &cli::Doctor) -> Result<(), Failure> {
     }
     match wrong {
         0 => Ok(()),
-        1 => Err(Failure::Failed("one thing is wrong".into())),
-        wrong => Err(Failure::Failed(format!("{wrong} things are wrong"))),
+        1 => Err(Failure::Failed("1 problem found".into())),
+        wrong => Err(Failure::Failed(format!("{wrong} problems found"))),
     }
 }
 

@@ -87,7 +87,7 @@ impl Args {
         match (verb, &words[..]) {
             ("status", []) | ("verdict", ["success" | "failure"]) => Ok(()),
             ("status", [word, ..]) => Err(format!("status takes no argument: {word:?}")),
-            ("verdict", _) => Err("verdict is success or failure".to_owned()),
+            ("verdict", _) => Err("the verdict is success or failure".to_owned()),
             (_, []) => Err(format!("{verb} needs the name of a cache")),
             ("restore" | "discard", [_, word, ..]) => {
                 Err(format!("{verb} takes one name: {word:?} is one more"))

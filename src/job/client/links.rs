@@ -55,7 +55,7 @@ fn resolved(path: &Path) -> io::Result<PathBuf> {
         let rest = dir.strip_prefix(there).expect("an ancestor");
         match there.canonicalize() {
             Ok(_) if rest.components().any(|name| name == Component::ParentDir) => {
-                return bad("it has .. after a directory that is not there");
+                return bad("it has .. after a directory that does not exist");
             }
             Ok(there) => return Ok(there.join(rest).join(name)),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -152,7 +152,7 @@ fn immovable(dir: &Path, device: u64) -> io::Result<Option<String>> {
                 return Ok(Some(found));
             }
         } else if !there.is_file() && !there.is_symlink() {
-            let what = "what is no file, directory or link";
+            let what = "something that is no file, directory or link";
             return Ok(Some(format!("{what} ({})", path.display())));
         }
     }

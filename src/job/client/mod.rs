@@ -28,16 +28,16 @@ macro_rules! help {
         concat!(
             $text,
             "
-      --json          one line of JSON instead of the daemon's answer
+      --json          print the answer as one line of JSON
       --socket PATH   the job volume's socket [default: $LVM_CACHE_FRIEND_SOCKET, else the one of the
-                      job volume that this program lies in, else /run/lvm-cache-friend/socket]
-  -h, --help          this text
+                      job volume that this program is in, else /run/lvm-cache-friend/socket]
+  -h, --help          print this help
 
 Exit codes:
   0  done
-  1  refused, or failed; standard error says why
+  1  refused or failed; standard error says why
   2  wrong usage
-  3  there is no job volume here: no socket, or nobody listens
+  3  no job volume here: there is no socket, or nothing listens on it
   4  nothing matched, and --fail-on-miss was given"
         )
     };
@@ -45,41 +45,41 @@ Exit codes:
 
 /// The help of the program of its own.
 const HELP: &str = "\
-Asks lvm-cache-friend for caches, from within a job that has a job volume.
+Asks lvm-cache-friend for caches, in a job that has a job volume.
 
 Usage: lvm-cache-friend COMMAND …
 
 Commands:
-  restore  mount the best cache, and have paths lead to it
+  restore  mount the best cache, and link paths to it
   save     publish what a cache holds now, while the job goes on
-  discard  have what is in a cache not published when the job ends
-  status   say what is mounted
-  verdict  say how the job's work ended
+  discard  do not publish a cache when the job ends
+  status   list the mounted caches
+  verdict  report the job's result
 
-`lvm-cache-friend COMMAND --help` says more.";
+`lvm-cache-friend COMMAND --help` has details.";
 
 /// The help of `restore`.
 pub const RESTORE: &str = help!(
     "\
-Mount the best cache in the job volume, and have paths lead to it.
+Mount the best cache in the job volume, and link paths to it.
 
 Usage: lvm-cache-friend restore NAME [OPTIONS]
 
 Arguments:
-  NAME   where in the job volume: a name such as cargo, or a path of up to 8 names
+  NAME   place in the job volume: a name such as cargo, or a path of up to 8 names
 
 Options:
-      --key TERMS     terms separated by spaces, such as \"linux dc5e8c\": what to restore first of all,
-                      and the tags of what is published when the job has ended
-      --restore-keys CRITERIA
-                      what else to restore, in order, if nothing has all of the key's terms: \"linux main;
-                      linux-*\", separated by `;` or newlines. May be given several times
-      --save TAGS     other tags than the key's for what is published; \"\": nothing is published
-      --path PATH     becomes a link to the cache. May be given several times: then each becomes a link to
-                      a directory of its own in the cache. What a directory there holds, and the cache does
-                      not, is moved into the cache
-      --lookup-only   only say what would be restored
-      --fail-on-miss  exit with 4, and mount nothing, if nothing matches"
+      --key TAGS      tags separated by spaces, such as \"linux dc5e8c\": the first restore key, and the tags
+                      of what is published when the job has ended
+      --restore-keys KEYS
+                      further restore keys, in order, separated by `;` or newlines: \"linux main; linux-*\".
+                      May be given several times
+      --save TAGS     publish with these tags instead of the key's; \"\": do not publish
+      --path PATH     make PATH a link to the cache. If given several times, each becomes a link to a
+                      directory of its own in the cache. What a directory at PATH has, and the cache lacks,
+                      is moved into the cache
+      --lookup-only   only print what would be restored
+      --fail-on-miss  on a miss, mount nothing and exit with 4"
 );
 
 /// The help of `save`.
@@ -91,7 +91,7 @@ Usage: lvm-cache-friend save NAME [TAGS]... [OPTIONS]
 
 Arguments:
   NAME   the cache, as it was restored
-  TAGS   its tags beside those of the job volume; without any, those that it was restored with
+  TAGS   tags to publish with, besides those of the job volume [default: those it was restored with]
 
 Options:"
 );
@@ -99,7 +99,7 @@ Options:"
 /// The help of `discard`.
 pub const DISCARD: &str = help!(
     "\
-Have what is in a cache not published when the job ends.
+Do not publish a cache when the job ends.
 
 Usage: lvm-cache-friend discard NAME [OPTIONS]
 
@@ -112,7 +112,7 @@ Options:"
 /// The help of `status`.
 pub const STATUS: &str = help!(
     "\
-Say what is mounted in the job volume.
+List the caches that are mounted in the job volume.
 
 Usage: lvm-cache-friend status [OPTIONS]
 
@@ -122,7 +122,7 @@ Options:"
 /// The help of `verdict`.
 pub const VERDICT: &str = help!(
     "\
-Say how the job's work ended. This goes before the exit code of the job's container.
+Report the job's result. It overrides the exit code of the job's container.
 
 Usage: lvm-cache-friend verdict success|failure [OPTIONS]
 
@@ -142,7 +142,7 @@ pub fn main() -> ExitCode {
         "-h" | "--help" | "help" => print(HELP),
         verb if help_of(verb).is_some() => run(verb, args),
         verb => {
-            eprintln!("lvm-cache-friend: in a job there is no command {verb:?}\n\n{HELP}");
+            eprintln!("lvm-cache-friend: no such command in a job: {verb:?}\n\n{HELP}");
             ExitCode::from(2)
         }
     }
@@ -263,7 +263,7 @@ fn act(verb: &str, args: &Args) -> Result<Answer, Failure> {
     if !links.is_empty() {
         let there = |path: &Path| fs::metadata(path).map_err(failed(path));
         if there(&at)?.dev() == there(job)?.dev() {
-            let why = "the cache is mounted, but not seen at";
+            let why = "the cache is mounted, but not visible at";
             return Err(Failure::Failed(format!("{why} {}", at.display())));
         }
     }
@@ -280,7 +280,7 @@ fn connect(socket: &Path) -> Result<UnixStream, Failure> {
         let why = format!("{}: {error}", socket.display());
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::ConnectionRefused => {
-                Failure::NoJob(format!("there is no job volume here: {why}"))
+                Failure::NoJob(format!("no job volume here: {why}"))
             }
             _ => Failure::Failed(why),
         }
@@ -301,7 +301,7 @@ fn ask(mut stream: UnixStream, request: &str) -> Result<Answer, Failure> {
         Some(("ok", _)) => Ok(Answer { text }),
         Some(("error", why)) => Err(Failure::Failed(why.to_owned())),
         _ => Err(Failure::Failed(format!(
-            "the daemon gave no answer{}",
+            "no answer from the daemon{}",
             read.map_or_else(|error| format!(": {error}"), |_| String::new())
         ))),
     }

@@ -46,7 +46,7 @@ pub enum GitHubError {
         retry: Option<Duration>,
     },
     /// The answer is not of the documented shape.
-    #[error("{what}: the answer is not what is documented: {problem}")]
+    #[error("{what}: unexpected answer: {problem}")]
     Odd {
         /// Method and path.
         what: String,
@@ -54,10 +54,10 @@ pub enum GitHubError {
         problem: String,
     },
     /// There is no runner group of that name.
-    #[error("there is no runner group {0:?} here, or the credential does not see it")]
+    #[error("there is no runner group {0:?}, or the credential cannot read it")]
     NoGroup(String),
     /// It was not asked, as it said to be left alone until then.
-    #[error("GitHub asked to be left alone for another {} s", .0.as_secs())]
+    #[error("GitHub asked to wait for another {} s", .0.as_secs())]
     Still(Duration),
 }
 

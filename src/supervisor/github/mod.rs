@@ -204,7 +204,7 @@ impl GitHub {
         if answer.status == StatusCode::MOVED_PERMANENTLY
             && !self.moved.swap(true, Ordering::Relaxed)
         {
-            warn!(url = %self.url, "what is asked for has another name now: say the new one in the configuration, as only reading goes on with the old one");
+            warn!(url = %self.url, "it was renamed: set the new name in the configuration, as only reading works with the old one");
         }
         Some(to.path_and_query()?.to_string())
     }

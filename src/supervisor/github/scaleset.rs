@@ -159,7 +159,7 @@ impl ScaleSets {
                     Ok(changed) => {
                         info!(
                             set = name,
-                            "labels, runner group or settings of the scale set were others, and are as configured now"
+                            "changed the labels, runner group or settings of the scale set to the configured ones"
                         );
                         changed
                     }
@@ -179,7 +179,7 @@ impl ScaleSets {
             warn!(
                 set = name,
                 kept,
-                "GitHub has not taken all labels: an Enterprise Server below 3.21 knows one for each scale set"
+                "GitHub has not stored all labels: an Enterprise Server before 3.21 keeps one for each scale set"
             );
         }
         Ok(set.id)
@@ -310,7 +310,7 @@ impl ScaleSets {
             Value::Null => Vec::new(),
             Value::Array(events) => events.into_iter().filter_map(|e| self.event(e)).collect(),
             _ => {
-                self.pass_over("", "a message whose body is no list");
+                self.pass_over("", "a message whose body is not a list");
                 Vec::new()
             }
         };
@@ -344,10 +344,7 @@ impl ScaleSets {
         let of = format!("{}{kind}", what.split('(').next().unwrap_or_default());
         let mut odd = self.odd.lock().expect("never held over a panic");
         if odd.len() < MAX_ODD && odd.insert(of) {
-            warn!(
-                kind,
-                "GitHub told {what}: it is passed over, now and from now on"
-            );
+            warn!(kind, "GitHub sent {what}: skipped (logged once)");
         }
     }
 

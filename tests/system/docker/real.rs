@@ -258,7 +258,7 @@ fn unknown(host: &mut Host) {
     };
     says(host, "ok", "Docker 26");
     let text = fs::read_to_string(&host.site.config).unwrap();
-    for (socket, why) in [("/run/nobody.sock", "nobody listens"), ("", "not asked")] {
+    for (socket, why) in [("/run/nobody.sock", "nothing listens"), ("", "not used")] {
         host.restart(&format!("docker-socket = {socket:?}\n"));
         says(host, "note", why);
         host.case(why, &["--rm"], "exit 1", 1, "unknown");
@@ -339,7 +339,7 @@ fn killed(host: &mut Host) {
         let before = host.lasts();
         start("outlives", &["--rm"], &format!("{waits} {code}"));
         host.restart("");
-        wait_until(|| host.daemon().log().contains("Docker tells how"));
+        wait_until(|| host.daemon().log().contains("Docker reports how"));
         run("docker", ["exec", "outlives", "touch", "/go"]);
         judge(
             &format!("the daemon killed, exit {code}"),

@@ -24,7 +24,6 @@ fn as_documented(kind: Kind) {
     podman.create("try", &["restore=linux"]);
     run(block("annotation"), "cat /cache/file");
 
-    podman.done(&["volume", "rm", "job1"]);
     run(block("job-volume"), "test -S /run/lvm-cache-friend/socket");
     let in_job = |script: &str| {
         let mut options = vec!["-v", "job1:/run/lvm-cache-friend:rslave"];

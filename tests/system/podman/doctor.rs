@@ -133,7 +133,7 @@ fn bare() {
     }
     // Not a terminal: no colours.
     assert!(!text.stdout.contains('\u{1b}'), "{text:?}");
-    assert!(text.stderr.contains("things are wrong"), "{text:?}");
+    assert!(text.stderr.contains("problems found"), "{text:?}");
     assert!(findings(config).len() > 10, "each check says something");
 }
 
@@ -192,7 +192,7 @@ fn supervisor(host: &Host, config: &Path) {
     fs::remove_file(socket).unwrap();
     let listener = UnixListener::bind(socket).unwrap();
     let stranger = thread::spawn(move || drop(listener.accept().unwrap()));
-    finds("who listens on");
+    finds("unexpected reply on");
     stranger.join().unwrap();
     // Its unit alone has that.
     let text = fs::read_to_string(config).unwrap();
@@ -334,13 +334,13 @@ fn doctor() {
     run("mount", ["--make-shared", "/run"]);
     // As dockerd leaves it, whether or not it runs now.
     fs::write("/run/docker.sock", "").unwrap();
-    finds("docker", "note", "has no spec", &[]);
+    finds("docker", "note", "no spec file", &[]);
     fs::remove_file("/run/docker.sock").unwrap();
     well(&config);
 
     host.daemon.take().expect("it runs").stop();
     finds("daemon", "wrong", "does not run", &["socket"]);
-    finds("socket", "wrong", "not there", &["daemon"]);
+    finds("socket", "wrong", "does not exist", &["daemon"]);
     // Marked by a daemon that ended before it could remove it.
     let doomed = NewLv {
         name: "friend-gone".parse().unwrap(),

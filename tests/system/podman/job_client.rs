@@ -178,8 +178,8 @@ fn job_client(kind: Kind) {
             ),
             ("t restore ../x", 1, "leads out", json!(null)),
             // Wrong usage.
-            ("t", 2, "no command", json!(null)),
-            ("t list", 2, "no command", json!(null)),
+            ("t", 2, "no such command", json!(null)),
+            ("t list", 2, "no such command", json!(null)),
             ("t restore 'a b'", 2, "no white space", json!(null)),
             ("t restore a --keys b", 2, "no option --keys", json!(null)),
             ("t --help", 0, "", json!("Asks lvm-cache-friend")),

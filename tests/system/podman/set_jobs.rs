@@ -156,11 +156,11 @@ fn counts(kind: Kind) {
     });
     // It is said to have succeeded, and goes on; and fails then.
     place.fake.tell_end(job, "succeeded");
-    place.until("that is passed over", |place| {
+    place.until("a report is ignored", |place| {
         place
             .supervisor()
             .log()
-            .contains("has it still: that is passed over")
+            .contains("still runs it: report ignored")
     });
     let rows = place.rows();
     let busy = rows.iter().find(|row| row["state"] == "busy");

@@ -13,7 +13,7 @@ use crate::support::wait_until;
 /// What the jobs run: the demo's.
 const JOB: &str = include_str!("../../../demo/project/ci-job");
 
-/// The pool in README's commands from a fresh host to a first job.
+/// The pool in the supervisor's quick start (docs/supervisor.md).
 pub fn pool() -> String {
     let commands = block("runners");
     let text = commands.split_once("<<'EOF'\n").unwrap().1;

@@ -421,7 +421,7 @@ fn jobs(kind: Kind) {
 }
 
 fn scale_set(kind: Kind) {
-    // As README has it: nothing but these can be written to.
+    // As docs/supervisor.md has it: nothing but these can be written to.
     let work = "[[supervise.pool.volume]]\nname = 'work'\ntarget = '/opt/runner/_work'\noptions = { publish = 'never' }\n";
     let volumes = format!("{JOB}{work}");
     let container = "read-only = true, tmpfs = ['/tmp', '/var/tmp', '/run/runner'], ";
@@ -624,14 +624,14 @@ fn refused_scopes(kind: Kind) {
     place.finish();
 }
 
-/// Runners of the image that `runner/Containerfile` makes, configured as README says.
+/// Runners of the image that `runner/Containerfile` makes, configured as docs/supervisor.md says.
 pub fn builds() {
     let mut place = Place::configured(Kind::Reflink, |fake| {
         image("runner-debian");
         containers::pool(fake, "localhost/runner")
     });
     story::tell(&place.fake, &|| place.entries());
-    // What workflows take for granted; and Podman's data is in the cache, once there is one, as in README's job.
+    // What workflows take for granted; and Podman's data is in the cache, once there is one, as in the job there.
     let script = r#"
         for program in bzip2 curl file git gpg jq lsb_release rsync ssh unzip wget xz zip zstd; do
             command -v "$program"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Podman, told of the plugin as the README says, and what goes on in containers.
+//! Podman, told of the plugin as the package does, and what goes on in containers.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -8,7 +8,7 @@ use crate::support::command::run;
 /// What the runner would call, as functions of a shell's.
 const CALLS: &str = include_str!("containers.sh");
 
-/// README's pool, and what docs/supervisor.md adds to it, with runners of this image.
+/// The pool of docs/supervisor.md's quick start, and what that page adds to it, with runners of this image.
 pub fn pool(fake: &Fake, image: &str) -> String {
     let file = format!("{:?}", fake.file("token"));
     let networks = block("networks-of-containers");
