@@ -61,7 +61,7 @@ fn writes_are_lost(kind: Kind) {
     daemon.stop();
 }
 
-/// A store with little room.
+/// A store with little room, in which no job is cut off for filling it (`bounds::who_fills_the_store_is_cut_off`).
 fn small(kind: Kind) -> Site {
     let site = Site::bare(kind);
     let store = site.store();
@@ -85,6 +85,7 @@ fn small(kind: Kind) -> Site {
             );
         }
     }
+    site.configure("policy.cut-off = \"0%\"\n");
     site
 }
 
