@@ -67,10 +67,16 @@ impl<'a> Known<'a> {
 impl Census {
     /// What there is now in a group, or a directory.
     pub fn of(kind: Kind, store: &str) -> Self {
-        match kind {
+        // Before the store is looked at: what is not among them any more, that says.
+        let pending = fs::read_dir(format!("{MOUNT_DIR}.pending"));
+        let pending: Vec<_> = pending.into_iter().flatten().flatten().collect();
+        let mut census = match kind {
             Kind::Lvm => thin_pool(store),
             Kind::Reflink => images(Path::new(store)),
-        }
+        };
+        let pending = pending.iter().map(|file| file.path().display().to_string());
+        census.strays.extend(pending);
+        census
     }
 
     /// Those that can be restored from.
