@@ -39,7 +39,9 @@
 //!
 //! - A cache tag on what is being written, or was not written to its end.
 //! - A change to an LV that is not clearly ours.
-//! - State anywhere but in the store's tags and the kernel's mount table.
+//! - State anywhere but in the store's tags and the kernel's mount table. Files below /run only repeat, in the boot that
+//!   they were written in, what others have not taken yet or announce only once: tags that the store is still to get
+//!   (`engine::pending`), and what GitHub told the supervisor ([`supervisor`]). None speaks against the store.
 //! - An Unmount that fails, or a Get that waits for the store.
 //! - A request that waits for another volume's flush, mkfs or recovery.
 //!
