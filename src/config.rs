@@ -586,8 +586,9 @@ fn text(store: &StoreConfig) -> String {
          #policy.metadata-floor = {data_floor}\n\
          #policy.group-floor = {data_floor}\n\
          #policy.keep-used = {keep_used}\n\
-         # Where less than this is free of the pool's data while jobs write, the one that wrote most is cut off, of those that\n\
-         # are trusted least: all that uses its cache gets I/O errors, and it is not published.\n\
+         # If less than this is free of the pool's data while jobs write, one of them is cut off: of those\n\
+         # that wrote much, the least trusted, and of these the one that wrote most. Everything that uses\n\
+         # its cache gets I/O errors, and it is not published.\n\
          #policy.cut-off = {cut_off}\n\
          \n\
          {store}",

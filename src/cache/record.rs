@@ -53,9 +53,9 @@ pub const AFTER: &str = "friend:note:after:";
 
 /// All of these, as docs/lvm-tags.md has them.
 #[cfg(test)]
-pub(crate) const TAGS: [&str; 17] = [
+pub(crate) const TAGS: [&str; 18] = [
     DEFAULT, SNAPSHOT, CACHE, RESTORE, SAVE, OPT, SCOPE, VOLUME, FROM, PIN, USED, DOOMED, MAKING,
-    LEASE, FAILED, NOTE, CHECKPOINT,
+    LEASE, FAILED, NOTE, CHECKPOINT, AFTER,
 ];
 
 /// What all tags of ours begin with. Others' tags are never looked at.
