@@ -1119,7 +1119,7 @@ fn swapped(kind: Kind) {
         Kind::Reflink => (1000, 4),
         Kind::Lvm => (1000, 40),
     };
-    let jobs = Jobs::new(kind);
+    let jobs = Jobs::with(kind, "job.changes = 100000\n");
     jobs.entry("origin", "linux", "-");
     let at = jobs.job("job", &json!({"restore": "linux", "on-miss": "fail"}));
     let outside = jobs.site.dir.path().join("outside");
