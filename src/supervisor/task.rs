@@ -245,6 +245,8 @@ impl Task<'_> {
             Action::Clear(runner) => {
                 let volumes = self.volumes.get(&runner).cloned().unwrap_or_default();
                 for volume in volumes {
+                    // One that is still used would not be removed.
+                    self.release(&volume).await?;
                     self.worker.podman.remove_volume(&volume).await?;
                     reach("clear", 3);
                     // Where Podman died before it knew of it.
@@ -416,6 +418,15 @@ impl Task<'_> {
         Ok(())
     }
 
+    /// Uses a volume no more, if it did.
+    async fn release(&self, volume: &str) -> Result<(), StepError> {
+        let body = json!({"Name": volume, "ID": HOLDER});
+        match self.worker.friend("VolumeDriver.Unmount", body).await {
+            Ok(_) | Err(ClientError::Refused { status: 404, .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     async fn create(&mut self) -> Result<(), StepError> {
         let runner = self.runner_name();
         let Some(jit) = &self.jit else {
@@ -471,8 +482,7 @@ impl Task<'_> {
         self.worker.friend("Friend.Judged", body).await?;
         reach("judge", 3);
         for volume in volumes {
-            let body = json!({"Name": volume, "ID": HOLDER});
-            self.worker.friend("VolumeDriver.Unmount", body).await?;
+            self.release(&volume).await?;
         }
         let code = match container.state {
             State::Exited(code, _) => code,

@@ -124,7 +124,7 @@ impl Neighbours {
         let mut expected = others.clone();
         expected.extend(own.then_some(OWN));
         assert_eq!(found, expected);
-        assert_eq!(census.lost_ids(), [0; 0]);
+        self.site.no_lost_ids();
         self.daemon.stop();
     }
 }

@@ -154,21 +154,30 @@ impl Census {
         }
     }
 
-    /// Thin devices that the pool has and LVM does not.
-    pub fn lost_ids(&self) -> Vec<u64> {
-        let Store::Pool { vg, pool, volumes } = &self.store else {
-            return Vec::new();
+    /// The ids of all thin devices that the pool has; `None` where a snapshot of its metadata is somebody else's just now.
+    fn ids_in_pool(&self) -> Option<BTreeSet<u64>> {
+        let Store::Pool { vg, pool, .. } = &self.store else {
+            return Some(BTreeSet::new());
         };
         let device = |part: &str| format!("/dev/mapper/{}-{}{part}", dm(vg), dm(pool));
-        let message = |text| run("dmsetup", ["message", &device("-tpool"), "0", text]);
-        message("reserve_metadata_snap");
+        let message = |text| outcome("dmsetup", ["message", &device("-tpool"), "0", text]);
+        if message("reserve_metadata_snap").status != 0 {
+            return None;
+        }
         let options = ["--metadata-snap", "--no-headers", "--format", "DEV"];
         let metadata = device("_tmeta");
         let ids = run("thin_ls", options.into_iter().chain([metadata.as_str()]));
-        message("release_metadata_snap");
-        let known: BTreeSet<_> = volumes.values().map(|(id, _)| *id).collect();
+        assert_eq!(message("release_metadata_snap").status, 0);
         let ids = ids.split_whitespace().map(|id| id.parse().unwrap());
-        ids.filter(|id| !known.contains(id)).collect()
+        Some(ids.collect())
+    }
+
+    /// Those of the thin devices that LVM knows.
+    fn ids(&self) -> BTreeSet<u64> {
+        match &self.store {
+            Store::Pool { volumes, .. } => volumes.values().map(|(id, _)| *id).collect(),
+            _ => BTreeSet::new(),
+        }
     }
 
     /// What is there beside one base, entries at rest, and one LV for each of these volumes.
@@ -242,6 +251,12 @@ impl Site {
     pub fn settled(&self, volumes: &[Known<'_>]) -> Census {
         settled(self.kind, &self.store(), volumes)
     }
+
+    /// See [`no_lost_ids`].
+    #[track_caller]
+    pub fn no_lost_ids(&self) {
+        no_lost_ids(self.kind, &self.store());
+    }
 }
 
 /// Waits until there is nothing but one base, entries at rest, and one LV for each of these volumes: no lease that is not settled,
@@ -267,6 +282,26 @@ pub fn settled(kind: Kind, store: &str, volumes: &[Known<'_>]) -> Census {
         while kind == Kind::Lvm && signs(store) == before && Instant::now() < again {
             std::thread::sleep(pause);
         }
+    }
+}
+
+/// Waits until LVM knows all thin devices that the pool has.
+#[track_caller]
+pub fn no_lost_ids(kind: Kind, store: &str) {
+    let since = Instant::now();
+    loop {
+        let in_pool = Census::of(kind, store).ids_in_pool();
+        // What was made in the meantime is known by now.
+        let known = Census::of(kind, store).ids();
+        let lost = in_pool.map(|ids| ids.difference(&known).copied().collect::<Vec<_>>());
+        if lost.as_ref().is_some_and(Vec::is_empty) {
+            return;
+        }
+        assert!(
+            since.elapsed() < SETTLED,
+            "thin devices that LVM does not know: {lost:?}"
+        );
+        std::thread::sleep(Duration::from_millis(200));
     }
 }
 
