@@ -147,6 +147,14 @@ impl PoolDevices {
         }
     }
 
+    /// Releases a copy of the metadata that a pool had before it was activated: a power cut left it there, and no program can be
+    /// reading it.
+    pub(super) fn release_of_inactive(&self, system_dir: &Path) -> Result<(), StoreError> {
+        let mut lock = lock(system_dir, FlockArg::LockExclusive)?;
+        mark(&mut lock, OURS)?;
+        self.release(&mut lock)
+    }
+
     /// The command that releases a copy of the metadata which is none of ours; `None`: there is none.
     pub(super) fn foreign_copy(&self, system_dir: &Path) -> Result<Option<String>, StoreError> {
         let Ok(mut lock) = lock(system_dir, FlockArg::LockExclusiveNonblock) else {

@@ -233,6 +233,7 @@ impl LvmStore {
         let answer = self.run(activate, Urgency::Request)?;
         let state = self.query()?;
         if state.pool.active {
+            self.devices().release_of_inactive(&self.system_dir)?;
             Ok(state)
         } else {
             Err(self.unusable(&format!("it cannot be activated: {}", answer.reason())))
