@@ -685,6 +685,22 @@ impl Engine {
         let _ = answer.recv_timeout(UNMOUNT_ANSWER);
     }
 
+    /// Ends the use of a volume by all its clients, as each of them would: for containers that are known to be gone, whatever
+    /// of them still has the mount.
+    ///
+    /// # Errors
+    /// When there is no such volume.
+    pub fn release(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
+        let clients: Vec<_> = match &lock(&self.volume(name)?.now).phase {
+            Phase::Leased(lease) => lease.ids.iter().cloned().collect(),
+            _ => Vec::new(),
+        };
+        for client in clients {
+            self.unmount(name, &client);
+        }
+        Ok(())
+    }
+
     fn end_use(self: &Arc<Self>, volume: &Arc<Volume>, id: &str) {
         let _op = lock(&volume.op);
         let lease = {

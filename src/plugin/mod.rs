@@ -66,6 +66,15 @@ pub struct Peer {
 }
 
 impl Peer {
+    fn is_root(self) -> Result<(), Refusal> {
+        if self.uid == Some(0) {
+            Ok(())
+        } else {
+            let why = "only root ends the uses of others";
+            Err(Refusal::new(StatusCode::FORBIDDEN, why))
+        }
+    }
+
     fn ids(self) -> Result<Ids, Refusal> {
         let unknown = || io::Error::from(io::ErrorKind::NotFound);
         let ids = self.pid.ok_or_else(unknown).and_then(Ids::of_process);
@@ -105,6 +114,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
         // Ours, for `gc` and `remove --force`.
         .route("/Friend.Gc", post(gc))
         .route("/Friend.Remove", post(remove_by_force))
+        .route("/Friend.Release", post(release))
         // Ours, for the supervisor.
         .route("/Friend.Judged", post(judged))
         .route("/Friend.Admit", post(admit))
@@ -174,15 +184,22 @@ async fn remove_by_force(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    if peer.uid != Some(0) {
-        return Err(Refusal::new(
-            StatusCode::FORBIDDEN,
-            "only root removes what is in use",
-        ));
-    }
+    peer.is_root()?;
     let name = body.request()?.name()?;
     app.work(move |engine| engine.remove_by_force(&name))
         .await?;
+    Ok(ok(&wire::Done {}))
+}
+
+/// For the supervisor, of containers that it knows to be gone.
+async fn release(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    body: Payload,
+) -> Answer {
+    peer.is_root()?;
+    let name = body.request()?.name()?;
+    app.work(move |engine| engine.release(&name)).await?;
     Ok(ok(&wire::Done {}))
 }
 

@@ -418,10 +418,10 @@ impl Task<'_> {
         Ok(())
     }
 
-    /// Uses a volume no more, if it did.
+    /// Has a volume be used no more whose containers are gone: of those that Podman was killed over, something may be left.
     async fn release(&self, volume: &str) -> Result<(), StepError> {
-        let body = json!({"Name": volume, "ID": HOLDER});
-        match self.worker.friend("VolumeDriver.Unmount", body).await {
+        let body = json!({"Name": volume});
+        match self.worker.friend("Friend.Release", body).await {
             Ok(_) | Err(ClientError::Refused { status: 404, .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -482,7 +482,8 @@ impl Task<'_> {
         self.worker.friend("Friend.Judged", body).await?;
         reach("judge", 3);
         for volume in volumes {
-            self.release(&volume).await?;
+            let body = json!({"Name": volume, "ID": HOLDER});
+            self.worker.friend("VolumeDriver.Unmount", body).await?;
         }
         let code = match container.state {
             State::Exited(code, _) => code,
