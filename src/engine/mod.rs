@@ -7,17 +7,24 @@
 //! of sight, and what takes long happens behind the answer, in a thread for that
 //! lease alone: flush, last close, publish, the next copy, removal.
 //!
-//! - `catalog`: what is known of the store
-//! - `prepare`: choosing an entry and making a copy of it
-//! - `settle`: the end of a lease
-//! - `told`: how containers ended, as hooks and Docker tell
+//! What is known:
+//! - `catalog`: entries and the base
+//! - `volume`: a volume and its phases
+//! - `pending`: tags of leases that the store does not have yet
+//! - `tally`: what is counted
+//!
+//! Requests:
+//! - `create`, `lease` (Mount and Unmount), `remove`, `view` (Get and List)
+//! - `containers`: what hooks, the supervisor and Docker report; `told`: how containers ended by that
+//! - `owners`: whose files a container sees; `users`: what uses a volume
 //! - `job`: job volumes, and what is mounted in them while they are in use
-//! - `bounds`: which entries go, and when
-//! - `budget`: what one job may cost the store
-//! - `cutoff`: a lease that fills the store
-//! - `users`: who uses a volume
-//! - `pending`: what the store is still to be told of leases
-//! - `start`: what the store and the mount table say after a restart
+//!
+//! What they need, and what follows:
+//! - `prepare`: choosing an entry and making a copy of it
+//! - `settle`: the end of a lease; `publish`: whether it becomes an entry, and how
+//! - `bounds`: which entries are evicted, and when
+//! - `budget`: what one job may cost the store; `cutoff`: a lease that fills the store
+//! - `survey`: what the store and the mount table say; `recovery`: what a restart makes of it
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!
 //! What never happens: a request waits for another volume's I/O (no lock but a
@@ -27,44 +34,48 @@
 pub mod bounds;
 mod budget;
 mod catalog;
+mod containers;
+mod create;
 mod cutoff;
+mod error;
 mod job;
+mod lease;
+mod owners;
 mod pending;
 mod prepare;
+mod publish;
+mod recovery;
+mod remove;
 mod settle;
-mod start;
+mod survey;
 mod tally;
 #[cfg(test)]
 mod tests;
 mod told;
 mod upkeep;
 mod users;
+mod view;
 mod volume;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{fmt, fs, io, mem, thread};
+use std::{fmt, fs};
 
-use nix::sys::stat::{fstat, stat};
-use rustix::fs::{Gid, Uid};
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::{error, info, warn};
+use tracing::warn;
 
 use crate::cache::evict::{Policy, Steady};
-use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{FAILED, LEASE, MAKING, Role, VOLUME};
-use crate::cache::spec::{BadOption, Kind, OnError, Owner, Spec};
+use crate::cache::names::{Tag, VolumeName};
 use crate::cache::units::Bytes;
 use crate::container::Container;
-use crate::failpoint::reach;
-use crate::mount::{self, Mounted};
+use crate::mount;
 use crate::storage::{Listing, Store, StoreError};
-use crate::userns::Ids;
-use bounds::REQUEST_PATIENCE;
 use catalog::Catalog;
+pub use error::EngineError;
+use error::io_error;
 pub use job::{Job, JobSocket, LateView, Saved};
 use pending::Pending;
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
@@ -72,11 +83,8 @@ pub use told::DockerAsk;
 use told::Telling;
 pub(crate) use told::now as now_ns;
 use upkeep::Upkeep;
-use volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
-
-/// How long Unmount waits for its own work before it answers. Podman gives up
-/// after 5 seconds, and then never unmounts that volume again.
-const UNMOUNT_ANSWER: Duration = Duration::from_secs(3);
+pub use view::VolumeView;
+use volume::Volume;
 
 /// How long the store's present command may take to end after [`Engine::stop`] has waited for what is under way, at
 /// least. The unit's `TimeoutStopSec=` is more than this and the longest usual `stop-timeout` together.
@@ -141,73 +149,6 @@ pub enum Happened {
     Judged(Verdict),
 }
 
-/// A volume as Get and List show it.
-#[derive(Debug, Clone)]
-pub struct VolumeView {
-    /// Its name.
-    pub name: VolumeName,
-    /// When it was made, seconds since 1970.
-    pub created: u64,
-    /// Where it is mounted, while it is.
-    pub mountpoint: Option<PathBuf>,
-    /// What was restored, from where, how old, how long it took, and what became
-    /// of the last lease.
-    pub status: serde_json::Map<String, serde_json::Value>,
-}
-
-/// A request that was refused or did not succeed.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// There is no such volume. The wording is the one that plugin clients expect.
-    #[error("no volume with name {0} found")]
-    NoSuchVolume(VolumeName),
-    /// A volume of that name is there, with other options.
-    #[error("volume {0} exists with other options")]
-    Exists(VolumeName),
-    /// A volume is in use.
-    #[error(
-        "volume {name} is in use by {users}, mounted at {}: stop that first; or have it taken away by `lvm-cache-friend remove --force {name}`",
-        at.display()
-    )]
-    InUse {
-        /// Which.
-        name: VolumeName,
-        /// Who uses it.
-        users: String,
-        /// Where it is mounted.
-        at: PathBuf,
-    },
-    /// An option is refused.
-    #[error(transparent)]
-    Option(#[from] BadOption),
-    /// No criterion matches and the volume says `on-miss=fail`.
-    #[error("no entry matches the criteria of volume {0}, and its on-miss is fail")]
-    Miss(VolumeName),
-    /// What a volume starts from has more than the size that it asks for.
-    #[error("{0}")]
-    TooLarge(String),
-    /// The engine is stopping and takes no new requests.
-    #[error("the daemon is stopping")]
-    Stopping,
-    /// What a volume starts from is damaged.
-    #[error("{0}")]
-    Damaged(String),
-    /// A job asked for what it cannot have.
-    #[error("{0}")]
-    Job(String),
-    /// The store did not serve.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Something else failed.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done, and to what.
-        what: String,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
-}
-
 /// The engine. Its calls block, and may be made from any thread; work that was
 /// begun goes on when a caller loses interest.
 pub struct Engine {
@@ -247,18 +188,6 @@ struct State {
     stopping: bool,
     /// Requests and settlements that are being worked on.
     under_way: usize,
-}
-
-/// A Mount that did not succeed, and what the volume goes on from.
-struct Refusal {
-    phase: Phase,
-    error: EngineError,
-}
-
-type Refused = Box<Refusal>;
-
-fn refuse(phase: Phase, error: EngineError) -> Refused {
-    Box::new(Refusal { phase, error })
 }
 
 /// Something is being worked on, for as long as this lives.
@@ -331,714 +260,6 @@ impl Engine {
         }))
     }
 
-    /// Makes a volume; no error where it is there with the same options.
-    ///
-    /// # Errors
-    /// See [`EngineError`].
-    pub fn create(
-        self: &Arc<Self>,
-        name: &VolumeName,
-        options: &BTreeMap<String, String>,
-    ) -> Result<(), EngineError> {
-        let spec = Spec::parse(options)?;
-        let _work = self.begin()?;
-        loop {
-            let fresh = Arc::new(Volume::new(
-                name.clone(),
-                spec.clone(),
-                unix_now(),
-                Phase::Making,
-            ));
-            let _op = lock(&fresh.op);
-            let there = lock(&self.state)
-                .volumes
-                .entry(name.clone())
-                .or_insert_with(|| Arc::clone(&fresh))
-                .clone();
-            if Arc::ptr_eq(&there, &fresh) {
-                return self.make(&fresh);
-            }
-            // Somebody makes it now, or made it before: once that is done it is
-            // either the same volume, or gone again.
-            let _op = lock(&there.op);
-            if !lock(&there.now).removed {
-                return if there.spec == spec {
-                    Ok(())
-                } else {
-                    Err(EngineError::Exists(name.clone()))
-                };
-            }
-        }
-    }
-
-    /// The first copy of a new volume, whose `op` the caller holds.
-    fn make(self: &Arc<Self>, volume: &Arc<Volume>) -> Result<(), EngineError> {
-        reach("create", 1);
-        let copy = match volume.spec.kind {
-            Kind::Cache => self
-                .with_room(&volume.spec, REQUEST_PATIENCE, || {
-                    self.prepare(volume, "create")
-                })
-                .map(Phase::Ready),
-            Kind::Job => Err(EngineError::Miss(volume.name.clone())),
-        };
-        let made = match copy {
-            Err(EngineError::Miss(_)) => self
-                .with_room(&volume.spec, REQUEST_PATIENCE, || self.placeholder(volume))
-                .map(|lv| Phase::Stale(Some(lv))),
-            other => other,
-        };
-        reach("create", 4);
-        match made {
-            Ok(phase) => {
-                lock(&volume.now).phase = phase;
-                Ok(())
-            }
-            Err(error)
-                if volume.spec.on_error == OnError::Scratch
-                    && !matches!(error, EngineError::TooLarge(_)) =>
-            {
-                error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, only this daemon knows the volume until the store serves");
-                lock(&volume.now).phase = Phase::Stale(None);
-                self.upkeep.recheck();
-                Ok(())
-            }
-            Err(error) => {
-                lock(&volume.now).removed = true;
-                self.drop_volume(volume);
-                Err(error)
-            }
-        }
-    }
-
-    /// Mounts a volume for the client `id` and gives the mountpoint.
-    ///
-    /// # Errors
-    /// See [`EngineError`].
-    pub fn mount(self: &Arc<Self>, name: &VolumeName, id: &str) -> Result<PathBuf, EngineError> {
-        let began = Instant::now();
-        let _work = self.begin()?;
-        let volume = self.volume(name)?;
-        self.telling.is_mounted_by(id);
-        let at = self.mountpoint(name);
-        let _op = lock(&volume.op);
-        let mut phase = {
-            let mut now = lock(&volume.now);
-            if now.removed {
-                return Err(EngineError::NoSuchVolume(name.clone()));
-            }
-            if let Phase::Leased(lease) = &mut now.phase
-                && lease.is_at(&at)
-            {
-                self.is_used_by(lease, id);
-                return Ok(at);
-            }
-            mem::replace(&mut now.phase, Phase::Changing)
-        };
-        if let Phase::Leased(lease) = phase {
-            warn!(volume = %name, "its mount was taken away by somebody else: that ends the lease");
-            phase = self.end(&volume, lease);
-        }
-        match self.open_lease(&volume, phase, &at, began) {
-            Ok(mut lease) => {
-                self.is_used_by(&mut lease, id);
-                self.telling.add(name, &lease.told);
-                let mut now = lock(&volume.now);
-                now.leases += 1;
-                now.phase = Phase::Leased(lease);
-                drop(now);
-                Ok(at)
-            }
-            Err(refused) => {
-                lock(&volume.now).phase = refused.phase;
-                Err(refused.error)
-            }
-        }
-    }
-
-    /// Takes note of a client of a lease.
-    fn is_used_by(&self, lease: &mut Lease, id: &str) {
-        lease.ids.insert(id.to_owned());
-        if self.telling.asks_about(id) {
-            lease.told.docker_uses_it();
-        }
-    }
-
-    /// Begins a lease from what `phase` has; gives back what to go on from where
-    /// that fails.
-    fn open_lease(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        phase: Phase,
-        at: &Path,
-        began: Instant,
-    ) -> Result<Lease, Refused> {
-        let mut lease = Lease::new(self.backing(volume, phase)?);
-        lease.shown = Some(Ids::host());
-        lease.plain_below = true;
-        let shown = self.show(lease.mounted(), at).and_then(|()| {
-            // From here on the job's container can reach it.
-            match &lease.backing {
-                Backing::Job { job, .. } => self.serve_job(job),
-                _ => Ok(()),
-            }
-        });
-        if let Err(error) = shown {
-            let phase = match lease.backing {
-                // Whatever was attached of it is not to be trusted to be detached.
-                Backing::Lv { copy, .. } if !volume.keeps() => Phase::Stale(Some(copy.lv)),
-                Backing::Lv { copy, .. } => Phase::Ready(copy),
-                Backing::Scratch(_) => Phase::Stale(None),
-                Backing::Job { lv, .. } => {
-                    let _ = mount::detach_all(at);
-                    let _ = fs::remove_dir(at);
-                    Phase::Stale(lv)
-                }
-            };
-            return Err(refuse(phase, error));
-        }
-        reach("mount", 3);
-        lease.took = began.elapsed();
-        self.count(volume, &lease);
-        if let Backing::Lv { copy, .. } = &lease.backing {
-            self.note_lease(&copy.source);
-        }
-        if let Backing::Lv { copy, .. } = &lease.backing
-            && may_publish(&volume.spec)
-        {
-            lease.mark = Some(self.mark_leased(copy.lv.clone(), false));
-        }
-        Ok(lease)
-    }
-
-    /// Counts a lease that has begun.
-    fn count(&self, volume: &Volume, lease: &Lease) {
-        let (how, entry) = match &lease.backing {
-            Backing::Lv { copy, .. } => (copy.source.how, copy.source.lv.as_ref()),
-            Backing::Scratch(_) => (Restored::Scratch, None),
-            // Nothing is restored in it yet.
-            Backing::Job { .. } => return,
-        };
-        let held = lease.mounted().used().map_or(0, |bytes| bytes.0);
-        self.tally
-            .mounted(&volume.spec, how, entry, held, lease.took);
-    }
-
-    /// What is to be mounted, attached nowhere.
-    fn backing(self: &Arc<Self>, volume: &Arc<Volume>, phase: Phase) -> Result<Backing, Refused> {
-        if volume.spec.kind == Kind::Job {
-            return match (self.open_job(volume), phase) {
-                (Ok(job), Phase::Stale(lv)) => Ok(Backing::Job { lv, job }),
-                (Ok(job), _) => Ok(Backing::Job { lv: None, job }),
-                (Err(error), phase) => Err(refuse(phase, error)),
-            };
-        }
-        match self.ready(volume, phase) {
-            Ok((copy, open)) => {
-                let baseline = open
-                    .mounted
-                    .device_number()
-                    .and_then(crate::fs::sectors_written)
-                    .ok();
-                Ok(Backing::Lv {
-                    copy,
-                    open,
-                    baseline,
-                })
-            }
-            Err(refused)
-                if volume.spec.on_error == OnError::Scratch
-                    && !matches!(refused.error, EngineError::Miss(_)) =>
-            {
-                let Refusal { phase, error } = *refused;
-                error!(volume = %volume.name, %error, "the store does not serve: on-error=scratch, the job runs uncached");
-                self.tally
-                    .failed("scratch", format!("{}: {error}", volume.name));
-                let scratch = self.scratch(volume).map_err(|e| refuse(phase, e))?;
-                Ok(Backing::Scratch(scratch))
-            }
-            Err(refused) => Err(refused),
-        }
-    }
-
-    /// A copy that is the best now, mounted and attached nowhere.
-    fn ready(
-        self: &Arc<Self>,
-        volume: &Arc<Volume>,
-        phase: Phase,
-    ) -> Result<(Prepared, OpenFs), Refused> {
-        let (old, premounted) = match phase {
-            Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
-                // What a kept volume holds is nowhere else, and may be what is to be cleared away.
-                if !volume.keeps()
-                    && let Err(full) =
-                        self.with_room(&volume.spec, REQUEST_PATIENCE, || self.room_for_lease())
-                {
-                    return Err(refuse(Phase::Ready(copy), full));
-                }
-                if let Some(premounted) = copy.premounted.take() {
-                    return Ok((copy, premounted.fs));
-                }
-                match self.open(volume, &mut copy) {
-                    Ok(open) => return Ok((copy, open)),
-                    Err(error) if self.give_up_damaged(&copy.source, &error) => {
-                        (Some(copy.lv), None)
-                    }
-                    Err(error) => return Err(refuse(Phase::Ready(copy), error.into())),
-                }
-            }
-            Phase::Ready(copy) => (Some(copy.lv), copy.premounted),
-            Phase::Stale(lv) => (lv, None),
-            Phase::Making | Phase::Changing | Phase::Leased(_) => (None, None),
-        };
-        reach("refresh", 1);
-        match self.with_room(&volume.spec, REQUEST_PATIENCE, || {
-            self.prepare_open(volume, "refresh")
-        }) {
-            Ok(ready) => {
-                reach("refresh", 4);
-                if let Some(lv) = old {
-                    self.discard(lv, premounted);
-                }
-                Ok(ready)
-            }
-            Err(error) => Err(refuse(Phase::Stale(old), error)),
-        }
-    }
-
-    /// Attaches a mount at a volume's mountpoint.
-    fn show(&self, mounted: &Mounted, at: &Path) -> Result<(), EngineError> {
-        reach("mount", 1);
-        match fs::create_dir(at) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                // Left by an earlier life, or by somebody else: never mount upon it.
-                mount::detach_all(at).map_err(|e| io_error("unmounting", at, e))?;
-            }
-            other => other.map_err(|e| io_error("making", at, e))?,
-        }
-        reach("mount", 2);
-        mounted.attach(at).map_err(|e| {
-            let _ = fs::remove_dir(at);
-            io_error("mounting at", at, e)
-        })
-    }
-
-    fn scratch(&self, volume: &Volume) -> Result<Mounted, EngineError> {
-        let size = volume.spec.size.unwrap_or(self.settings.scratch_size);
-        let failed = |e| {
-            io_error(
-                "mounting scratch space for",
-                Path::new(volume.name.as_str()),
-                e,
-            )
-        };
-        let mounted = Mounted::scratch(size, start::SCRATCH_SOURCE).map_err(failed)?;
-        crate::fs::dress(mounted.root(), volume.spec.owner, volume.spec.mode).map_err(failed)?;
-        Ok(mounted)
-    }
-
-    /// Marks an LV as leased, so that the lease's end is not forgotten if we die
-    /// between it and its settlement. In the store behind Mount's answer: until it is written
-    /// there, another life of ours learns it from what is [`Pending`]. In use, it is not being made any more (a late
-    /// mount's is, up to here); `failed` says that its work is known to have.
-    fn mark_leased(self: &Arc<Self>, lv: LvName, failed: bool) -> thread::JoinHandle<()> {
-        let work = self.work();
-        let mut add = vec![self.lease_tag()];
-        add.extend(failed.then(|| tag(FAILED)));
-        for tag in &add {
-            self.pending.add(&lv, tag.clone());
-        }
-        thread::spawn(move || {
-            match work.0.store.change_tags(&lv, &add, &[tag(MAKING)]) {
-                Ok(()) => {
-                    for tag in &add {
-                        work.0.pending.settle(&lv, tag);
-                    }
-                }
-                Err(error) => {
-                    warn!(%lv, %error, "a lease could not be marked: its cache is not published if this machine stops now");
-                }
-            }
-            reach("mount", 4);
-        })
-    }
-
-    fn lease_tag(&self) -> Tag {
-        tag(&format!("{LEASE}{}", self.boot))
-    }
-
-    /// Ends the use of a volume by the client `id`; with the last one, the lease.
-    /// Never fails, and returns within 4 seconds: what takes longer goes on behind it.
-    pub fn unmount(self: &Arc<Self>, name: &VolumeName, id: &str) {
-        let Ok(volume) = self.volume(name) else {
-            return;
-        };
-        let work = self.work();
-        let id = id.to_owned();
-        // At once: a Remove may be asked for before what follows has its turn.
-        lock(&volume.now).leaving.insert(id.clone());
-        let (done, answer) = mpsc::channel::<()>();
-        thread::spawn(move || {
-            work.0.end_use(&volume, &id);
-            drop(done);
-        });
-        let _ = answer.recv_timeout(UNMOUNT_ANSWER);
-    }
-
-    /// Ends the use of a volume by all its clients, as each of them would: for containers that are known to be gone, whatever
-    /// of them still has the mount.
-    ///
-    /// # Errors
-    /// When there is no such volume.
-    pub fn release(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
-        let clients: Vec<_> = match &lock(&self.volume(name)?.now).phase {
-            Phase::Leased(lease) => lease.ids.iter().cloned().collect(),
-            _ => Vec::new(),
-        };
-        for client in clients {
-            self.unmount(name, &client);
-        }
-        Ok(())
-    }
-
-    fn end_use(self: &Arc<Self>, volume: &Arc<Volume>, id: &str) {
-        let _op = lock(&volume.op);
-        let lease = {
-            let mut now = lock(&volume.now);
-            now.leaving.remove(id);
-            let Phase::Leased(lease) = &mut now.phase else {
-                return;
-            };
-            if self.telling.asks_about(id) {
-                lease.told.docker_uses_it();
-            }
-            lease.ids.remove(id);
-            if !lease.ids.is_empty() {
-                return;
-            }
-            let Phase::Leased(lease) = mem::replace(&mut now.phase, Phase::Changing) else {
-                unreachable!("seen above, under the same lock");
-            };
-            lease
-        };
-        let next = self.end(volume, lease);
-        lock(&volume.now).phase = next;
-    }
-
-    /// Shows a volume in use as a container with the ids `ids` is to see it, which is about to
-    /// start: files are whoever's they were inside of the last one. Nothing happens where there is no lease.
-    ///
-    /// The mount that the lease began with stays at the bottom; one with other ids lies upon it.
-    ///
-    /// # Errors
-    /// See [`EngineError`]; the volume is still mounted, as it was.
-    pub fn fit(&self, name: &VolumeName, ids: &Ids) -> Result<(), EngineError> {
-        let volume = self.volume(name)?;
-        let _op = lock(&volume.op);
-        let mut now = lock(&volume.now);
-        let Phase::Leased(lease) = &mut now.phase else {
-            return Ok(());
-        };
-        if lease.shown.as_ref() == Some(ids) {
-            return Ok(());
-        }
-        let at = self.mountpoint(name);
-        let Backing::Lv { copy, open, .. } = &lease.backing else {
-            own_scratch(lease.mounted(), &volume.spec, ids)
-                .map_err(|e| io_error("changing the owner of", &at, e))?;
-            lease.shown = Some(ids.clone());
-            return Ok(());
-        };
-        let (lv, device, fs) = (copy.lv.clone(), copy.device.clone(), open.fs);
-        let plain_below = lease.plain_below;
-        drop(now);
-        let mounted = if plain_below && ids.is_host() {
-            None
-        } else {
-            let device = device.map_or_else(|| self.store.activate(&lv), Ok)?;
-            let mounted = Mounted::device(&device, fs)
-                .map_err(|e| io_error("mounting", &device, e.into()))?;
-            self.map_ids(&mounted, ids);
-            Some(mounted)
-        };
-        reach("fit", 1);
-        // The lowest one stays: at no moment, and whatever ends the daemon now, is there a mountpoint with nothing on it, where a
-        // container would write to the host's memory.
-        mount::uncover(&at).map_err(|e| io_error("unmounting", &at, e))?;
-        reach("fit", 2);
-        if let Some(mounted) = mounted {
-            mounted
-                .attach(&at)
-                .map_err(|e| io_error("mounting at", &at, e))?;
-        }
-        reach("fit", 3);
-        if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
-            lease.shown = Some(ids.clone());
-        }
-        Ok(())
-    }
-
-    /// Has a mount that was never attached show files with `ids`; where the kernel cannot do that, they are
-    /// this host's.
-    fn map_ids(&self, mounted: &Mounted, ids: &Ids) {
-        if ids.is_host() {
-            return;
-        }
-        if let Err(error) = mounted.map_ids(ids)
-            && !self.unmapped.swap(true, Ordering::Relaxed)
-        {
-            error!(%error, "the kernel makes no idmapped mount: in a container with a user namespace, files have the host's owners (said once)");
-        }
-    }
-
-    /// Takes what is said of a container that uses a volume's present lease, at once, whatever the store or the volume is
-    /// busy with. Nothing happens where there is no such lease. `true`: it is to be written down for another life of the
-    /// daemon, by [`Engine::write_verdict`].
-    pub fn container(&self, name: &VolumeName, container: &str, happened: &Happened) -> bool {
-        let Ok(volume) = self.volume(name) else {
-            return false;
-        };
-        let now = lock(&volume.now);
-        match &now.phase {
-            Phase::Leased(lease) => {
-                if let Backing::Job { job, .. } = &lease.backing {
-                    job.note_container(container, happened);
-                }
-                let failed = || lease.heard().verdict() == Verdict::Failure;
-                let before = failed();
-                lease.told.take(container, happened, now_ns());
-                before != failed()
-            }
-            // Its end is under way, and its settlement looks at this.
-            Phase::Changing => {
-                if let Some(told) = self.telling.newest(name) {
-                    told.take(container, happened, now_ns());
-                }
-                false
-            }
-            Phase::Making | Phase::Stale(_) | Phase::Ready(_) => false,
-        }
-    }
-
-    /// Has the store know whether the work in a volume's present lease has failed, so that another life of the daemon does.
-    pub fn write_verdict(self: &Arc<Self>, name: &VolumeName) {
-        let Ok(volume) = self.volume(name) else {
-            return;
-        };
-        let _work = self.work();
-        let _op = lock(&volume.op);
-        let told = match &lock(&volume.now).phase {
-            Phase::Leased(lease) => Arc::clone(&lease.told),
-            _ => return,
-        };
-        self.note_verdict(&volume, &told);
-    }
-
-    /// Takes what Docker says of a container that uses a volume, or used it, which happened `at`, in nanoseconds since
-    /// 1970. At once: what is to be written of it is written behind the caller.
-    pub fn docker_container(
-        self: &Arc<Self>,
-        name: &VolumeName,
-        container: &str,
-        happened: &Happened,
-        at: u64,
-    ) {
-        let Some(told) = self.telling.take(name, container, happened, at) else {
-            return;
-        };
-        if let Ok(volume) = self.volume(name) {
-            let work = self.work();
-            thread::spawn(move || {
-                let _op = lock(&volume.op);
-                work.0.note_verdict(&volume, &told);
-            });
-        }
-    }
-
-    /// Takes Docker's word that a container of a volume does not run, when it was last started and ended, in
-    /// nanoseconds since 1970, and how.
-    pub fn docker_container_is_done(
-        &self,
-        name: &VolumeName,
-        container: &str,
-        times: (u64, u64),
-        verdict: Verdict,
-    ) {
-        self.telling.does_not_run(name, container, times, verdict);
-    }
-
-    /// Docker has told of each container that used the volume until `at`, in nanoseconds since 1970.
-    pub fn docker_named_all(&self, name: &VolumeName, at: u64) {
-        self.telling.all_named(name, at);
-    }
-
-    /// Docker will tell no more of leases that have ended: of this volume, or of any.
-    pub fn docker_tells_no_more(&self, name: Option<&VolumeName>) {
-        self.telling.give_up(name);
-    }
-
-    /// The volumes whose leases are not settled: of those Docker may have something to tell.
-    #[must_use]
-    pub fn volumes_in_use(&self) -> Vec<VolumeName> {
-        self.telling.volumes()
-    }
-
-    /// Whether a lease of the volume has ended, and how its containers did is still to be told by Docker.
-    #[must_use]
-    pub fn awaits_docker(&self, name: &VolumeName) -> bool {
-        self.telling.is_awaited(name)
-    }
-
-    /// Notes in the store whether the work of a volume's present lease has failed, so that no other life of ours
-    /// publishes what did. Its `op` the caller holds.
-    fn note_verdict(&self, volume: &Volume, told: &Arc<told::Told>) {
-        let (lvs, job, failed) = {
-            let now = lock(&volume.now);
-            let Phase::Leased(lease) = &now.phase else {
-                return;
-            };
-            if !Arc::ptr_eq(&lease.told, told) {
-                return;
-            }
-            let lvs = match &lease.backing {
-                Backing::Lv { copy, .. } if may_publish(&volume.spec) => vec![copy.lv.clone()],
-                Backing::Job { .. } | Backing::Lv { .. } | Backing::Scratch(_) => Vec::new(),
-            };
-            let job = match &lease.backing {
-                Backing::Job { job, .. } => Some(Arc::clone(job)),
-                Backing::Lv { .. } | Backing::Scratch(_) => None,
-            };
-            (lvs, job, lease.heard().verdict() == Verdict::Failure)
-        };
-        let noted = job.map_or(Ok(()), |job| self.note_job(&job, failed));
-        if let Err(error) = noted {
-            warn!(volume = %volume.name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
-        }
-        for lv in lvs {
-            if let Err(error) = self.note_failure(&lv, failed) {
-                warn!(volume = %volume.name, %error, "how its work ended could not be noted: it is not known if the daemon dies now");
-            }
-        }
-    }
-
-    /// Says whose job it is that a job volume with `admit=later` is for: its requests are served from
-    /// now on, with these scopes. Said once; the same again changes nothing.
-    ///
-    /// # Errors
-    /// See [`EngineError`].
-    pub fn admit(
-        &self,
-        name: &VolumeName,
-        options: &BTreeMap<String, String>,
-    ) -> Result<(), EngineError> {
-        let volume = self.volume(name)?;
-        let _op = lock(&volume.op);
-        let spec = volume.spec.admitted(options)?;
-        if let Some(known) = volume.for_requests() {
-            return if known == spec {
-                Ok(())
-            } else {
-                Err(EngineError::Exists(name.clone()))
-            };
-        }
-        let lv = match &lock(&volume.now).phase {
-            Phase::Leased(Lease {
-                backing: Backing::Job { lv, .. },
-                ..
-            })
-            | Phase::Stale(lv) => lv.clone(),
-            _ => None,
-        };
-        // First where another life of ours reads it: what a job was given must not be asked for again.
-        if let Some(lv) = lv {
-            let (old, new) = (volume.spec.to_tags(), spec.to_tags());
-            let without = |all: &[Tag], others: &[Tag]| -> Vec<Tag> {
-                let others: HashSet<_> = others.iter().collect();
-                all.iter()
-                    .filter(|tag| !others.contains(tag))
-                    .cloned()
-                    .collect()
-            };
-            self.store
-                .change_tags(&lv, &without(&new, &old), &without(&old, &new))?;
-        }
-        info!(volume = %name, scope = spec.scope.as_ref().map_or("-", Tag::as_str), "its job is known");
-        volume.admitted.send_replace(Some(spec));
-        Ok(())
-    }
-
-    /// Removes a volume that nobody uses; a lease whose users are gone without an Unmount ends.
-    ///
-    /// # Errors
-    /// [`EngineError::InUse`], and see [`EngineError`].
-    pub fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
-        self.remove_unless(name, |volume| {
-            self.users_of(volume).map(|users| EngineError::InUse {
-                name: name.clone(),
-                users,
-                at: self.mountpoint(name),
-            })
-        })
-    }
-
-    /// Removes a volume; a lease that goes on ends, whoever uses it.
-    ///
-    /// # Errors
-    /// See [`EngineError`].
-    pub fn remove_by_force(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
-        self.remove_unless(name, |volume| {
-            if let Some(users) = self.users_of(volume) {
-                warn!(volume = %name, users, "removed by force while it is in use");
-            }
-            None
-        })
-    }
-
-    fn remove_unless(
-        self: &Arc<Self>,
-        name: &VolumeName,
-        refusal: impl FnOnce(&Volume) -> Option<EngineError>,
-    ) -> Result<(), EngineError> {
-        let _work = self.begin()?;
-        let volume = self.volume(name)?;
-        let _op = lock(&volume.op);
-        if let Some(refused) = refusal(&volume) {
-            return Err(refused);
-        }
-        let phase = {
-            let mut now = lock(&volume.now);
-            if now.removed {
-                return Err(EngineError::NoSuchVolume(name.clone()));
-            }
-            mem::replace(&mut now.phase, Phase::Changing)
-        };
-        let phase = match phase {
-            Phase::Leased(lease) => self.end(&volume, lease),
-            other => other,
-        };
-        let current = match &phase {
-            Phase::Ready(copy) => Some(&copy.lv),
-            Phase::Stale(lv) => lv.as_ref(),
-            Phase::Making | Phase::Changing | Phase::Leased(_) => None,
-        };
-        match self.remove_lvs(&volume, current) {
-            Ok(()) => {
-                self.persist();
-                let mut now = lock(&volume.now);
-                now.phase = Phase::Stale(None);
-                now.removed = true;
-                drop(now);
-                self.drop_volume(&volume);
-                info!(volume = %name, "removed");
-                Ok(())
-            }
-            Err(error) => {
-                lock(&volume.now).phase = phase;
-                Err(error)
-            }
-        }
-    }
-
     /// Has what was answered last outlast a power cut. It is done, whether that succeeds or not.
     fn persist(&self) {
         if let Err(error) = self.store.persist() {
@@ -1046,54 +267,10 @@ impl Engine {
         }
     }
 
-    /// Commits that a volume is no more, before anybody is told so: no LV bears its
-    /// name any longer. The store says which do, copies that were replaced and wait
-    /// for their removal among them; the current one goes last.
-    fn remove_lvs(&self, volume: &Volume, current: Option<&LvName>) -> Result<(), EngineError> {
-        reach("remove", 1);
-        let settling = lock(&volume.now).settling.clone();
-        let mut lvs = self.store.list()?.lvs;
-        // What only looks half ours may bear the name too.
-        lvs.retain(|lv| match Role::from_tags(&lv.tags) {
-            Role::Volume { volume: of, .. } => of.as_ref() == Some(&volume.name),
-            _ => false,
-        });
-        lvs.sort_by_key(|lv| Some(&lv.name) == current);
-        let name = tag(&format!("{VOLUME}{}", volume.name));
-        for lv in lvs {
-            if !settling.contains(&lv.name) || !may_publish(&volume.spec) {
-                self.mark_doomed(&lv.name)?;
-                continue;
-            }
-            // What the lease wrote is still to be published, under no volume's name.
-            match self
-                .store
-                .change_tags(&lv.name, &[self.lease_tag()], std::slice::from_ref(&name))
-            {
-                Err(StoreError::NotFound(_)) => {}
-                other => other?,
-            }
-        }
-        reach("remove", 2);
-        Ok(())
-    }
-
     /// What was counted.
     #[must_use]
     pub fn tally(&self) -> &Tally {
         &self.tally
-    }
-
-    /// What was counted since the start, and what there is now. From memory.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
-        let leased = |volume: &&Arc<Volume>| matches!(lock(&volume.now).phase, Phase::Leased(_));
-        Stats {
-            volumes: volumes.len(),
-            leases: volumes.iter().filter(leased).count(),
-            ..self.tally.stats()
-        }
     }
 
     /// What the store holds now: waits for it.
@@ -1114,89 +291,6 @@ impl Engine {
     #[must_use]
     pub fn store_name(&self) -> &str {
         self.store.name()
-    }
-
-    /// A volume, from memory: never waits for the store.
-    #[must_use]
-    pub fn get(&self, name: &VolumeName) -> Option<VolumeView> {
-        self.view(&*self.volume(name).ok()?)
-    }
-
-    /// All volumes, from memory: never waits for the store.
-    #[must_use]
-    pub fn list(&self) -> Vec<VolumeView> {
-        let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
-        volumes
-            .iter()
-            .filter_map(|volume| self.view(volume))
-            .collect()
-    }
-
-    fn view(&self, volume: &Volume) -> Option<VolumeView> {
-        let now = lock(&volume.now);
-        if now.removed || matches!(now.phase, Phase::Making) {
-            return None;
-        }
-        let mut status = serde_json::Map::new();
-        let mut say = |key: &str, value: serde_json::Value| {
-            if !value.is_null() {
-                status.insert(key.to_owned(), value);
-            }
-        };
-        let mut say_copy = |copy: &Prepared| {
-            say("lv", copy.lv.as_str().into());
-            say("restored", copy.source.how.as_str().into());
-            say("from", copy.source.lv.as_ref().map(LvName::as_str).into());
-            say("criterion", copy.source.criterion.as_deref().into());
-            let age = copy.source.created.map(|t| unix_now().saturating_sub(t));
-            say("age_seconds", age.into());
-            say("prepare_ms", millis(copy.took).into());
-        };
-        let mut mountpoint = None;
-        let state = match &now.phase {
-            Phase::Ready(copy) => {
-                say_copy(copy);
-                "ready"
-            }
-            Phase::Leased(lease) => {
-                mountpoint = Some(self.mountpoint(&volume.name));
-                match &lease.backing {
-                    Backing::Lv {
-                        copy,
-                        open,
-                        baseline,
-                    } => {
-                        say_copy(copy);
-                        let device = open.mounted.device_number();
-                        let written = device.and_then(crate::fs::sectors_written).ok();
-                        if let (Some(written), Some(baseline)) = (written, baseline) {
-                            say(
-                                "bytes_written",
-                                (written.saturating_sub(*baseline) * 512).into(),
-                            );
-                        }
-                    }
-                    Backing::Scratch(_) => say("restored", Restored::Scratch.as_str().into()),
-                    Backing::Job { job, .. } => say("mounts", job.shown()),
-                }
-                say("mount_ms", millis(lease.took).into());
-                let running = lease.told.running();
-                if !running.is_empty() {
-                    say("containers", running.into());
-                }
-                "mounted"
-            }
-            Phase::Making | Phase::Changing => "changing",
-            Phase::Stale(_) => "stale",
-        };
-        say("state", state.into());
-        say("last_lease", now.last.clone().into());
-        Some(VolumeView {
-            name: volume.name.clone(),
-            created: volume.created,
-            mountpoint,
-            status,
-        })
     }
 
     /// Takes no more requests, finishes what is under way within `bound`, upkeep's work too, and
@@ -1287,31 +381,6 @@ impl Engine {
 
     fn mountpoint(&self, name: &VolumeName) -> PathBuf {
         self.settings.mount_dir.join(name.as_str())
-    }
-}
-
-/// Gives a directory in memory to its owner inside of a container: it needs no other mount, as
-/// it is nobody's afterwards.
-fn own_scratch(dir: &Mounted, spec: &Spec, ids: &Ids) -> io::Result<()> {
-    let Owner { uid, gid } = spec.owner.unwrap_or_default();
-    let Some((uid, gid)) = ids.outside(uid, gid) else {
-        return Ok(());
-    };
-    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    Ok(rustix::fs::fchown(dir.root(), Some(uid), Some(gid))?)
-}
-
-impl Lease {
-    /// Whether it is still what one sees at its mountpoint.
-    fn is_at(&self, at: &Path) -> bool {
-        matches!((stat(at), fstat(self.mounted().root())), (Ok(seen), Ok(held)) if seen.st_dev == held.st_dev)
-    }
-}
-
-fn io_error(doing: &str, to: &Path, source: io::Error) -> EngineError {
-    EngineError::Io {
-        what: format!("{doing} {}", to.display()),
-        source,
     }
 }
 

@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tracing::{debug, info, warn};
 
-use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE, Use};
-use super::prepare::{Of, fresh_lv_name};
+use super::bounds::PUBLISH_PATIENCE;
+use super::publish::{End, Outcome, refusal};
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
     may_publish,
 };
-use super::{Engine, EngineError, Tally, Verdict, cutoff, io_error, lock, millis, tag, unix_now};
+use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{FAILED, MAKING, SNAPSHOT, entry_tags};
-use crate::cache::spec::{Publish, Spec};
+use crate::cache::record::{FAILED, entry_tags};
+use crate::cache::spec::Spec;
 use crate::failpoint::reach;
 use crate::fs::Content;
 use crate::mount::{self, Mounted};
-use crate::storage::{NewLv, StoreError};
+use crate::storage::StoreError;
 use crate::userns::Ids;
 
 /// How long a file system may stay mounted after its lease before that is
@@ -110,72 +110,7 @@ impl Ended {
     }
 }
 
-/// What is known of an ended lease once nobody writes to it any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct End {
-    verdict: Verdict,
-    /// Everything was written, and the file system is whole.
-    clean: bool,
-    changed: bool,
-    /// See [`Source::saved`].
-    saved: bool,
-    discarded: bool,
-    /// See [`Lease::cut_off`].
-    cut_off: bool,
-}
-
-/// Whether a lease that ended so is published, or why not.
-fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
-    if spec.save.is_empty() {
-        return Some("no save tags");
-    }
-    if end.discarded {
-        return Some("the job discarded it");
-    }
-    if end.cut_off {
-        return Some(cutoff::WHY);
-    }
-    let by_verdict = match (spec.publish, end.verdict) {
-        (Publish::Never, _) => Some("publish=never"),
-        (Publish::UnlessFailed | Publish::IfMissing, Verdict::Failure) => Some("the work failed"),
-        (Publish::OnSuccess, Verdict::Failure | Verdict::Unknown) => Some("no success verdict"),
-        _ => None,
-    };
-    if by_verdict.is_some() {
-        by_verdict
-    } else if !end.clean {
-        Some("it did not end cleanly")
-    } else if !end.changed && end.saved {
-        Some("nothing changed")
-    } else {
-        None
-    }
-}
-
 impl Engine {
-    /// With `publish=if-missing`, the entry that is there already.
-    pub(super) fn there(&self, spec: &Spec) -> Option<LvName> {
-        let index = Arc::clone(lock(&self.state).catalog.index());
-        let found = (spec.publish == Publish::IfMissing).then(|| index.saved(spec));
-        found.flatten().map(|entry| entry.lv.clone())
-    }
-
-    /// Publishes a lease that ended so, unless that is refused.
-    fn publish_unless(
-        &self,
-        spec: &Spec,
-        refused: Option<&'static str>,
-        publish: impl FnOnce() -> Result<LvName, EngineError>,
-    ) -> Result<Outcome, EngineError> {
-        // Of several that end at once the first publishes what is missing: the others wait, behind all answers.
-        let _turn = (spec.publish == Publish::IfMissing).then(|| lock(&self.missing));
-        let there = || self.there(spec).map(|_| "an entry has its tags already");
-        match refused.or_else(there) {
-            Some(why) => Ok(Err(why)),
-            None => publish().map(Ok),
-        }
-    }
-
     /// Ends a lease, whose volume's `op` the caller holds: out of sight at once,
     /// settled behind it. Gives what the volume's next use starts from.
     pub(super) fn end(self: &Arc<Self>, volume: &Arc<Volume>, lease: Lease) -> Phase {
@@ -428,7 +363,7 @@ impl Engine {
         Some((end, bytes))
     }
 
-    fn wait_unmounted(&self, lv: &LvName, device: &Path) -> Result<(), Close> {
+    pub(super) fn wait_unmounted(&self, lv: &LvName, device: &Path) -> Result<(), Close> {
         let began = Instant::now();
         let mut pause = Duration::from_millis(2);
         let mut told = false;
@@ -443,20 +378,6 @@ impl Engine {
             pause = (pause * 2).min(Duration::from_secs(2));
         }
         Ok(())
-    }
-
-    /// Makes an entry of an LV that nobody writes to.
-    fn publish(&self, spec: &Spec, lv: &LvName, source: &Source) -> Result<LvName, EngineError> {
-        let new = NewLv {
-            name: fresh_lv_name(),
-            tags: entry_tags(&spec.save, &spec.scope, source.lv.as_ref()),
-            active: false,
-        };
-        self.with_room(spec, PUBLISH_PATIENCE, || {
-            Ok(self.make_lv(Of::Lv(lv), &new)?)
-        })?;
-        self.born(new.name.clone(), spec);
-        Ok(new.name)
     }
 
     /// Does what a lease's end needs of the store, as often as that takes while the store is locked, away, or fails: until
@@ -483,15 +404,6 @@ impl Engine {
             }
             pause = (pause * 2).min(AGAIN.1);
         }
-    }
-
-    /// Puts an entry that was just published into the index.
-    fn born(&self, lv: LvName, spec: &Spec) {
-        let (scope, tags) = (spec.scope.clone(), spec.save.clone());
-        lock(&self.state)
-            .catalog
-            .publish(lv, scope, tags, Use::now());
-        self.upkeep.tidy();
     }
 
     /// Settles a lease of a volume that keeps its content: it may be in use again
@@ -547,65 +459,9 @@ impl Engine {
         story.tell(volume, published, bytes, &self.tally);
         self.upkeep.recheck();
     }
-
-    /// Makes an entry of an LV whose file system is mounted: consistent, as the
-    /// store freezes it, but its log needs a recovery. That happens here, once,
-    /// before anybody can match it. `written` says whether all that was written before could be stored: freezing a
-    /// file system does not.
-    pub(super) fn publish_mounted(
-        &self,
-        spec: &Spec,
-        lv: &LvName,
-        tags: &[Tag],
-        written: impl FnOnce() -> Result<(), EngineError>,
-    ) -> Result<LvName, EngineError> {
-        let making = NewLv {
-            name: fresh_lv_name(),
-            tags: vec![tag(SNAPSHOT), tag(MAKING)],
-            active: true,
-        };
-        let device = self.with_room(spec, REQUEST_PATIENCE, || {
-            Ok(self.make_lv(Of::Lv(lv), &making)?)
-        })?;
-        let recovered = (|| {
-            written()?;
-            let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
-            let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
-            let Content::Fs(fs) = held else {
-                return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
-            };
-            drop(
-                Mounted::device(&device, fs)
-                    .map_err(|e| io_error("mounting", &device, e.into()))?,
-            );
-            self.wait_unmounted(&making.name, &device)?;
-            if !crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e))? {
-                return Err(EngineError::Damaged(format!(
-                    "{lv}: its file system is damaged"
-                )));
-            }
-            self.store.deactivate(&making.name)?;
-            // Others may have been published since it was made.
-            let mut tags = tags.to_vec();
-            tags.extend(self.store.list()?.published_after(&making.name));
-            (self.store).change_tags(&making.name, &tags, &[tag(MAKING)])?;
-            self.persist();
-            Ok(())
-        })();
-        match recovered {
-            Ok(()) => {
-                self.born(making.name.clone(), spec);
-                Ok(making.name)
-            }
-            Err(error) => {
-                let _ = self.doom(&making.name);
-                Err(error)
-            }
-        }
-    }
 }
 
-enum Close {
+pub(super) enum Close {
     Stopping,
     Failed(EngineError),
 }
@@ -630,9 +486,6 @@ impl From<StoreError> for Close {
         Self::Failed(error.into())
     }
 }
-
-/// The entry that was made of a lease, or why none was to be.
-type Outcome = Result<LvName, &'static str>;
 
 /// Whether a store that failed so may do next time what it was asked for.
 const fn passes(error: &StoreError) -> bool {
@@ -724,112 +577,5 @@ impl Story {
             "published": published.as_ref().map(LvName::as_str),
             "why": why,
         }));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use Verdict::{Failure, Success, Unknown};
-
-    #[test]
-    fn what_is_published() {
-        const CLEAN: &str = "it did not end cleanly";
-        const SAME: &str = "nothing changed";
-        // save · publish · verdict · clean · changed · saved -> why not
-        for (save, publish, verdict, clean, changed, saved, want) in [
-            ("a", "unless-failed", Unknown, true, true, false, None),
-            ("a", "unless-failed", Success, true, true, false, None),
-            (
-                "a",
-                "unless-failed",
-                Failure,
-                true,
-                true,
-                false,
-                Some("the work failed"),
-            ),
-            (
-                "a",
-                "unless-failed",
-                Unknown,
-                false,
-                true,
-                false,
-                Some(CLEAN),
-            ),
-            (
-                "a",
-                "on-success",
-                Unknown,
-                true,
-                true,
-                false,
-                Some("no success verdict"),
-            ),
-            (
-                "a",
-                "on-success",
-                Failure,
-                true,
-                true,
-                false,
-                Some("no success verdict"),
-            ),
-            ("a", "on-success", Success, true, true, false, None),
-            ("a", "on-success", Success, false, true, false, Some(CLEAN)),
-            ("a", "if-missing", Unknown, true, true, false, None),
-            (
-                "a",
-                "if-missing",
-                Failure,
-                true,
-                true,
-                false,
-                Some("the work failed"),
-            ),
-            ("a", "always", Unknown, true, true, false, None),
-            ("a", "always", Failure, true, true, false, None),
-            ("a", "always", Success, false, true, false, Some(CLEAN)),
-            (
-                "a",
-                "never",
-                Success,
-                true,
-                true,
-                false,
-                Some("publish=never"),
-            ),
-            (
-                "",
-                "always",
-                Success,
-                true,
-                true,
-                false,
-                Some("no save tags"),
-            ),
-            // The same content under tags that it had not is news.
-            ("a", "always", Success, true, false, false, None),
-            ("a", "always", Success, true, false, true, Some(SAME)),
-            ("a", "unless-failed", Unknown, true, false, true, Some(SAME)),
-            ("a", "unless-failed", Unknown, true, true, true, None),
-        ] {
-            let options = [("restore", "a"), ("save", save), ("publish", publish)];
-            let options = options.iter().filter(|(_, value)| !value.is_empty());
-            let options = options
-                .map(|(k, v)| (k.to_string(), v.to_string()))
-                .collect();
-            let spec = Spec::parse(&options).unwrap();
-            let end = End {
-                verdict,
-                clean,
-                changed,
-                saved,
-                discarded: false,
-                cut_off: false,
-            };
-            assert_eq!(refusal(&spec, end), want, "{options:?} {end:?}");
-        }
     }
 }

@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
 use super::volume::{Phase, Premounted, Prepared, Volume};
-use super::{Engine, EngineError, lock, start, tag};
+use super::{Engine, EngineError, lock, survey, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role};
 use crate::cache::spec::Kind;
@@ -568,7 +568,7 @@ impl Engine {
     }
 
     fn take_over(self: &Arc<Self>, listing: &Listing, asked: Instant) {
-        let seen = start::Seen::of(listing, &self.boot);
+        let seen = survey::Seen::of(listing, &self.boot);
         self.report_unclear(&seen.unclear);
         let mut state = lock(&self.state);
         state.catalog.take_over(seen.entries, seen.base, asked);

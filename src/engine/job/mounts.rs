@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a job asks for: mounts, checkpoints, and its own result.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use tracing::warn;
+
+use super::{Job, Late, LateView, Saved, ended, refused};
+use crate::cache::names::{LvName, Tag};
+use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
+use crate::cache::request::LatePath;
+use crate::cache::select::Criterion;
+use crate::cache::spec::Publish;
+use crate::config::JobLimits;
+use crate::engine::budget::{OF_MOUNT, OF_SAVE};
+use crate::engine::error::io_error;
+use crate::engine::owners::own_scratch;
+use crate::engine::volume::{Backing, Heard, Lease, Phase, Restored, Source, Volume, may_publish};
+use crate::engine::{Engine, EngineError, Verdict, lock, millis, tag};
+use crate::mount;
+use crate::storage::StoreError;
+use crate::userns::Ids;
+
+/// How much of a processor's time the kernel may take to attach a mount. It copies that to each mount of the job volume
+/// that follows it, in all namespaces below the job's containers, with the lock on all mounts of the host held: 0.4 kB and
+/// up to 14 µs for each (Linux 6.18; 10,000 binds of the job volume in a namespace: 0.14 s and 4 MB). A namespace takes 100,000 mounts
+/// (`fs.mount-max`), beyond which attaching fails; how many namespaces there are, the job decides.
+const ATTACHING: Duration = Duration::from_millis(100);
+
+impl Engine {
+    /// Mounts the best entry for a job, or what its job volume says that stands in. `peer`: the ids of
+    /// whoever asks.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn mount_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        criteria: &[Criterion],
+        save: &[Tag],
+        limits: &JobLimits,
+        peer: &Ids,
+    ) -> Result<LateView, EngineError> {
+        let began = Instant::now();
+        let _work = self.begin()?;
+        let spec = job.spec()?.of_request(criteria, save)?;
+        let _reserved = job.reserve(path, limits.mounts)?;
+        job.charge(OF_MOUNT, save, limits)?;
+        let failed = |e: io::Error| {
+            refused(format!(
+                "{path}: {}",
+                match Errno::from_io_error(&e) {
+                    Some(Errno::LOOP | Errno::NOTDIR) =>
+                        "there is something else than a directory in this place".to_owned(),
+                    Some(Errno::XDEV) => "nothing is mounted upon a mount".to_owned(),
+                    _ => e.to_string(),
+                }
+            ))
+        };
+        let place = job.place(path).map_err(failed)?;
+        let volume = Arc::new(Volume::late_of(&job.volume, path, spec));
+        let backing = self
+            .backing(&volume, Phase::Stale(None))
+            .map_err(|refused| refused.error)?;
+        let mut lease = Lease {
+            took: began.elapsed(),
+            ..Lease::new(backing)
+        };
+        self.count(&volume, &lease);
+        let ids = job.ids_for(peer);
+        match &lease.backing {
+            Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),
+            _ => own_scratch(lease.mounted(), &volume.spec, &ids).map_err(failed)?,
+        }
+        let own = lease.mounted().mount_fd();
+        let mut now = lock(&job.now);
+        let before = processor_time();
+        let attached = if now.closed {
+            Err(ended())
+        } else {
+            own.and_then(|own| lease.mounted().attach_upon(place.as_fd()).map(|()| own))
+                .map_err(failed)
+        };
+        let took = processor_time().saturating_sub(before);
+        if took > ATTACHING {
+            warn!(
+                volume = job.name(),
+                took_ms = millis(took),
+                "mounted in very many places: the job gets no more mounts"
+            );
+            now.multiplied = true;
+        }
+        let place = match attached {
+            Ok(place) => place,
+            Err(error) => {
+                drop(now);
+                if let Backing::Lv { copy, open, .. } = lease.backing {
+                    drop(open);
+                    self.discard(copy.lv, None);
+                }
+                return Err(error);
+            }
+        };
+        if let Backing::Lv { copy, .. } = &lease.backing {
+            self.note_lease(&copy.source);
+        }
+        if let Backing::Lv { copy, .. } = &lease.backing
+            && may_publish(&volume.spec)
+        {
+            let failed = now.verdict == Verdict::Failure;
+            if failed {
+                now.failed.insert(copy.lv.clone());
+            }
+            lease.mark = Some(self.mark_leased(copy.lv.clone(), failed));
+        }
+        let late = Late {
+            volume,
+            lease,
+            place,
+        };
+        let view = late.view();
+        now.mounts.insert(path.clone(), Some(late));
+        Ok(view)
+    }
+
+    /// What [`Engine::mount_late`] would restore now. Nothing, where nothing matches and that would refuse it (`on-miss=fail`).
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn lookup(&self, job: &Job, criteria: &[Criterion]) -> Result<LateView, EngineError> {
+        let began = Instant::now();
+        let spec = job.spec()?.of_request(criteria, &[])?;
+        let (_, source) = self.choose(&spec);
+        let source = source.unwrap_or(Source::of(Restored::Empty));
+        Ok(LateView::of(&source, None, began.elapsed()))
+    }
+
+    /// Publishes what a late mount holds now, while the job goes on writing.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn save_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        tags: &[Tag],
+        limits: &JobLimits,
+    ) -> Result<Saved, EngineError> {
+        let began = Instant::now();
+        let _work = self.begin()?;
+        let (volume, lv, source, device, root) = job.with_mount(path, |late| {
+            let copy = late.copy().expect("it has an LV");
+            let mounted = late.lease.mounted();
+            let root = mounted.root().try_clone_to_owned();
+            Ok((
+                Arc::clone(&late.volume),
+                copy.lv.clone(),
+                copy.source.clone(),
+                mounted.device_number(),
+                root.map_err(|e| io_error("holding", Path::new(path.as_str()), e))?,
+            ))
+        })?;
+        let mut spec = volume.spec.clone();
+        if !tags.is_empty() {
+            spec.save = job.spec()?.of_request(&[], tags)?.save;
+        }
+        if spec.save.is_empty() {
+            return Err(refused(format!(
+                "save {path}: it has no tags: write them after its name"
+            )));
+        }
+        if spec.publish == Publish::Never {
+            return Err(refused("the job volume says publish=never"));
+        }
+        if spec.publish != Publish::Always && job.verdict() == Verdict::Failure {
+            return Err(refused(format!(
+                "save {path}: the job said that it failed, and what a failed job leaves is not published"
+            )));
+        }
+        // One checkpoint of a mount at a time; its end waits for it.
+        let _op = lock(&volume.op);
+        if let Some(there) = self.there(&spec) {
+            return Ok(Saved {
+                lv: there,
+                tags: spec.save,
+                took: began.elapsed(),
+            });
+        }
+        // Before the store is asked for anything: it waits for whatever is not written yet.
+        job.write_out(path, &root)?;
+        let written = device.and_then(crate::fs::sectors_written).ok();
+        let mut of_entry = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
+        of_entry.push(tag(CHECKPOINT));
+        let entry = job.count_save(limits.saves, || {
+            job.charge(OF_SAVE, tags, limits)?;
+            self.publish_mounted(&spec, &lv, &of_entry, || job.write_out(path, &root))
+                .inspect_err(|error| {
+                    if let EngineError::Store(StoreError::Unfreezable { .. }) = error {
+                        let _ = job.with_mount(path, |late| {
+                            late.lease.stuck = true;
+                            Ok(())
+                        });
+                    }
+                })
+        })?;
+        let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
+        let _ = job.with_mount(path, |late| {
+            if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing
+                && covers
+            {
+                // Unchanged from here on, its end has nothing new to publish.
+                *baseline = written;
+                copy.source.saved = true;
+            }
+            Ok(())
+        });
+        Ok(Saved {
+            lv: entry,
+            tags: spec.save,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Has the end of a late mount not published.
+    ///
+    /// # Errors
+    /// See [`EngineError`].
+    pub fn discard_late(&self, job: &Job, path: &LatePath) -> Result<(), EngineError> {
+        let (lv, save, already) = job.with_mount(path, |late| {
+            let already = std::mem::replace(&mut late.lease.discarded, true);
+            let lv = late.copy().expect("it has an LV").lv.clone();
+            Ok((lv, late.volume.spec.save.clone(), already))
+        })?;
+        if already {
+            return Ok(());
+        }
+        // So that no other life of ours publishes it either.
+        let save: Vec<_> = save
+            .iter()
+            .map(|saved| tag(&format!("{SAVE}{saved}")))
+            .collect();
+        if !save.is_empty() {
+            self.store.change_tags(&lv, &[], &save)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what a job says of how it ended: that goes before how its containers end.
+    ///
+    /// # Errors
+    /// When it could not be noted for another life of the daemon. One that takes back a failure is refused where it costs
+    /// more changes than are left to the job; a failure never is.
+    pub fn judge(&self, job: &Job, success: bool, limits: &JobLimits) -> Result<(), EngineError> {
+        let _turn = lock(&job.judging);
+        if success {
+            let failed = lock(&job.now).failed.len();
+            job.charge(u32::try_from(failed).unwrap_or(u32::MAX), &[], limits)?;
+        }
+        lock(&job.now).verdict = if success {
+            Verdict::Success
+        } else {
+            Verdict::Failure
+        };
+        self.note_job(job, !success)
+    }
+
+    /// Tags or untags the LVs of a job that are not so already, as ones whose work failed.
+    pub(in crate::engine) fn note_job(&self, job: &Job, failed: bool) -> Result<(), EngineError> {
+        for lv in job.lvs() {
+            let changed = {
+                let noted = &mut lock(&job.now).failed;
+                if failed {
+                    noted.insert(lv.clone())
+                } else {
+                    noted.remove(&lv)
+                }
+            };
+            if changed && let Err(error) = self.note_failure(&lv, failed) {
+                // Which it is is not known: it is noted again next time.
+                let noted = &mut lock(&job.now).failed;
+                if failed {
+                    noted.remove(&lv);
+                } else {
+                    noted.insert(lv);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tags or untags an LV as one whose work failed.
+    pub(in crate::engine) fn note_failure(
+        &self,
+        lv: &LvName,
+        failed: bool,
+    ) -> Result<(), EngineError> {
+        let mark = [tag(FAILED)];
+        let (add, delete): (&[Tag], &[Tag]) = if failed { (&mark, &[]) } else { (&[], &mark) };
+        if failed {
+            self.pending.add(lv, tag(FAILED));
+        }
+        self.store.change_tags(lv, add, delete)?;
+        self.pending.settle(lv, &tag(FAILED));
+        Ok(())
+    }
+
+    /// Ends all that is mounted in a job volume.
+    pub(in crate::engine) fn end_lates(self: &Arc<Self>, job: &Job, heard: &Heard) {
+        let lates = job.close();
+        // All of it out of sight first: what follows waits for the store.
+        for late in &lates {
+            let place = format!("/proc/self/fd/{}", late.place.as_raw_fd());
+            if let Err(error) = mount::detach_following(Path::new(&place)) {
+                warn!(volume = job.name(), %error, "unmounting failed");
+            }
+        }
+        for late in lates {
+            drop(late.place);
+            lock(&late.volume.now).removed = true;
+            self.settle_lease(&late.volume, late.lease, heard.clone(), None);
+        }
+    }
+}
+
+/// What this thread has had of a processor: unlike a clock's, waiting for others is no part of it.
+fn processor_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: it writes one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.cast_unsigned(), time.tv_nsec as u32)
+}
