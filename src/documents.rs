@@ -147,6 +147,11 @@ fn describe(command: &mut Command, into: &mut String) {
     }
 }
 
+#[test]
+fn phases() {
+    assert_generated("docs/architecture.md", "phases", &crate::engine::phases());
+}
+
 /// Each setting of the supervisor is in the tables of docs/supervisor.md, as far as its types tell.
 #[test]
 fn settings_of_the_supervisor() {

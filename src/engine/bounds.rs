@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
-use super::volume::{Phase, Restored, Source};
+use super::volume::{Restored, Source};
 use super::{Engine, EngineError, lock, tag, unix_now};
 use crate::cache::evict::{self, Entry, Policy, Trust};
 use crate::cache::names::LvName;
@@ -466,6 +466,6 @@ impl Engine {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         volumes
             .iter()
-            .any(|volume| matches!(lock(&volume.now).phase, Phase::Leased(_)))
+            .any(|volume| lock(&volume.now).lease().is_some())
     }
 }

@@ -20,7 +20,7 @@ impl Engine {
             return false;
         };
         let now = lock(&volume.now);
-        match &now.phase {
+        match now.phase() {
             Phase::Leased(lease) => {
                 if let Backing::Job { job, .. } = &lease.backing {
                     job.note_container(container, happened);
@@ -37,7 +37,7 @@ impl Engine {
                 }
                 false
             }
-            Phase::Making | Phase::Stale(_) | Phase::Ready(_) => false,
+            Phase::Making | Phase::Stale(_) | Phase::Ready(_) | Phase::Removed => false,
         }
     }
 
@@ -48,9 +48,9 @@ impl Engine {
         };
         let _work = self.work();
         let _op = lock(&volume.op);
-        let told = match &lock(&volume.now).phase {
-            Phase::Leased(lease) => Arc::clone(&lease.told),
-            _ => return,
+        let told = match lock(&volume.now).lease() {
+            Some(lease) => Arc::clone(&lease.told),
+            None => return,
         };
         self.note_verdict(&volume, &told);
     }
@@ -115,7 +115,7 @@ impl Engine {
     fn note_verdict(&self, volume: &Volume, told: &Arc<Told>) {
         let (lvs, job, failed) = {
             let now = lock(&volume.now);
-            let Phase::Leased(lease) = &now.phase else {
+            let Some(lease) = now.lease() else {
                 return;
             };
             if !Arc::ptr_eq(&lease.told, told) {

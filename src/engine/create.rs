@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tracing::{error, info};
 
 use super::bounds::REQUEST_PATIENCE;
-use super::volume::{Backing, Lease, Phase, Volume};
+use super::volume::{Backing, FAILED, Lease, MADE, Phase, Volume};
 use super::{Engine, EngineError, lock, unix_now};
 use crate::cache::names::{Tag, VolumeName};
 use crate::cache::spec::{Kind, OnError, Spec};
@@ -44,7 +44,7 @@ impl Engine {
             // Somebody makes it now, or made it before: once that is done it is
             // either the same volume, or gone again.
             let _op = lock(&there.op);
-            if !lock(&there.now).removed {
+            if !lock(&there.now).is_removed() {
                 return if there.spec == spec {
                     Ok(())
                 } else {
@@ -74,7 +74,7 @@ impl Engine {
         reach("create", 4);
         match made {
             Ok(phase) => {
-                lock(&volume.now).phase = phase;
+                lock(&volume.now).set(&MADE, phase);
                 Ok(())
             }
             Err(error)
@@ -82,12 +82,12 @@ impl Engine {
                     && !matches!(error, EngineError::TooLarge(_)) =>
             {
                 error!(volume = %volume.name, %error, "no copy could be made: on-error=scratch, only this daemon knows the volume until the store serves");
-                lock(&volume.now).phase = Phase::Stale(None);
+                lock(&volume.now).set(&MADE, Phase::Stale(None));
                 self.upkeep.recheck();
                 Ok(())
             }
             Err(error) => {
-                lock(&volume.now).removed = true;
+                lock(&volume.now).set(&FAILED, Phase::Removed);
                 self.drop_volume(volume);
                 Err(error)
             }
@@ -114,7 +114,7 @@ impl Engine {
                 Err(EngineError::Exists(name.clone()))
             };
         }
-        let lv = match &lock(&volume.now).phase {
+        let lv = match lock(&volume.now).phase() {
             Phase::Leased(Lease {
                 backing: Backing::Job { lv, .. },
                 ..

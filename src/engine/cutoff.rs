@@ -11,7 +11,7 @@ use std::thread;
 
 use tracing::{debug, warn};
 
-use super::volume::{Backing, Lease, Phase, Volume};
+use super::volume::{Backing, Lease, Volume};
 use super::{Engine, lock};
 use crate::cache::evict::Trust;
 use crate::cache::names::LvName;
@@ -130,15 +130,15 @@ impl Engine {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         let mut found = Vec::new();
         for volume in volumes {
-            let job = match &lock(&volume.now).phase {
-                Phase::Leased(lease) => match &lease.backing {
+            let job = match lock(&volume.now).lease() {
+                Some(lease) => match &lease.backing {
                     Backing::Job { job, .. } => Arc::clone(job),
                     _ => {
                         found.extend(Found::of(&volume, lease));
                         continue;
                     }
                 },
-                _ => continue,
+                None => continue,
             };
             job.each_lease(|late, lease| found.extend(Found::of(late, lease)));
         }
@@ -160,15 +160,15 @@ impl Engine {
     /// Changes the lease of a volume, a late mount's too, if it goes on.
     fn with_lease(&self, volume: &Arc<Volume>, mut change: impl FnMut(&mut Lease)) {
         let Some((of_job, _)) = &volume.late else {
-            if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
+            if let Some(lease) = lock(&volume.now).lease_mut() {
                 change(lease);
             }
             return;
         };
         let job = of_job
             .upgrade()
-            .and_then(|of_job| match &lock(&of_job.now).phase {
-                Phase::Leased(Lease {
+            .and_then(|of_job| match lock(&of_job.now).lease() {
+                Some(Lease {
                     backing: Backing::Job { job, .. },
                     ..
                 }) => Some(Arc::clone(job)),

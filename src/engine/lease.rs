@@ -4,15 +4,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
-use std::{fs, io, mem, thread};
+use std::{fs, io, thread};
 
 use nix::sys::stat::{fstat, stat};
 use tracing::{error, warn};
 
 use super::bounds::REQUEST_PATIENCE;
 use super::error::{Refusal, Refused, io_error, refuse};
-use super::volume::{Backing, Lease, OpenFs, Phase, Prepared, Restored, Volume, may_publish};
-use super::{Engine, EngineError, lock, survey, tag};
+use super::volume::{
+    Backing, Lease, MOUNT, OpenFs, Phase, Prepared, Restored, UNMOUNT, Volume, WAIT, may_publish,
+};
+use super::{Engine, EngineError, lock, survey, tag, volume};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{FAILED, LEASE, MAKING};
 use crate::cache::spec::{Kind, OnError};
@@ -38,16 +40,14 @@ impl Engine {
         let _op = lock(&volume.op);
         let mut phase = {
             let mut now = lock(&volume.now);
-            if now.removed {
-                return Err(EngineError::NoSuchVolume(name.clone()));
-            }
-            if let Phase::Leased(lease) = &mut now.phase
+            if let Some(lease) = now.lease_mut()
                 && lease.is_at(&at)
             {
                 self.is_used_by(lease, id);
                 return Ok(at);
             }
-            mem::replace(&mut now.phase, Phase::Changing)
+            now.begin(&MOUNT)
+                .ok_or_else(|| EngineError::NoSuchVolume(name.clone()))?
         };
         if let Phase::Leased(lease) = phase {
             warn!(volume = %name, "its mount was taken away by somebody else: that ends the lease");
@@ -59,12 +59,12 @@ impl Engine {
                 self.telling.add(name, &lease.told);
                 let mut now = lock(&volume.now);
                 now.leases += 1;
-                now.phase = Phase::Leased(lease);
+                now.set(&volume::LEASE, Phase::Leased(lease));
                 drop(now);
                 Ok(at)
             }
             Err(refused) => {
-                lock(&volume.now).phase = refused.phase;
+                lock(&volume.now).set(&WAIT, refused.phase);
                 Err(refused.error)
             }
         }
@@ -207,7 +207,7 @@ impl Engine {
             }
             Phase::Ready(copy) => (Some(copy.lv), copy.premounted),
             Phase::Stale(lv) => (lv, None),
-            Phase::Making | Phase::Changing | Phase::Leased(_) => (None, None),
+            Phase::Making | Phase::Changing | Phase::Leased(_) | Phase::Removed => (None, None),
         };
         reach("refresh", 1);
         match self.with_room(&volume.spec, REQUEST_PATIENCE, || {
@@ -313,7 +313,7 @@ impl Engine {
     /// # Errors
     /// When there is no such volume.
     pub fn release(self: &Arc<Self>, name: &VolumeName) -> Result<(), EngineError> {
-        let clients: Vec<_> = match &lock(&self.volume(name)?.now).phase {
+        let clients: Vec<_> = match lock(&self.volume(name)?.now).phase() {
             Phase::Leased(lease) => lease.ids.iter().cloned().collect(),
             _ => Vec::new(),
         };
@@ -328,7 +328,7 @@ impl Engine {
         let lease = {
             let mut now = lock(&volume.now);
             now.leaving.remove(id);
-            let Phase::Leased(lease) = &mut now.phase else {
+            let Some(lease) = now.lease_mut() else {
                 return;
             };
             if self.telling.asks_about(id) {
@@ -338,13 +338,13 @@ impl Engine {
             if !lease.ids.is_empty() {
                 return;
             }
-            let Phase::Leased(lease) = mem::replace(&mut now.phase, Phase::Changing) else {
-                unreachable!("seen above, under the same lock");
+            let Some(Phase::Leased(lease)) = now.begin(&UNMOUNT) else {
+                return;
             };
             lease
         };
         let next = self.end(volume, lease);
-        lock(&volume.now).phase = next;
+        lock(&volume.now).set(&WAIT, next);
     }
 }
 

@@ -85,6 +85,8 @@ pub(crate) use told::now as now_ns;
 use upkeep::Upkeep;
 pub use view::VolumeView;
 use volume::Volume;
+#[cfg(test)]
+pub(crate) use volume::drawn as phases;
 
 /// How long the store's present command may take to end after [`Engine::stop`] has waited for what is under way, at
 /// least. The unit's `TimeoutStopSec=` is more than this and the longest usual `stop-timeout` together.

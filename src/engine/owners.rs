@@ -8,7 +8,7 @@ use rustix::fs::{Gid, Uid};
 use tracing::error;
 
 use super::error::io_error;
-use super::volume::{Backing, Phase};
+use super::volume::Backing;
 use super::{Engine, EngineError, lock};
 use crate::cache::names::VolumeName;
 use crate::cache::spec::{Owner, Spec};
@@ -28,7 +28,7 @@ impl Engine {
         let volume = self.volume(name)?;
         let _op = lock(&volume.op);
         let mut now = lock(&volume.now);
-        let Phase::Leased(lease) = &mut now.phase else {
+        let Some(lease) = now.lease_mut() else {
             return Ok(());
         };
         if lease.shown.as_ref() == Some(ids) {
@@ -64,7 +64,7 @@ impl Engine {
                 .map_err(|e| io_error("mounting at", &at, e))?;
         }
         reach("fit", 3);
-        if let Phase::Leased(lease) = &mut lock(&volume.now).phase {
+        if let Some(lease) = lock(&volume.now).lease_mut() {
             lease.shown = Some(ids.clone());
         }
         Ok(())

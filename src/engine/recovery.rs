@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
@@ -12,8 +12,10 @@ use tracing::{info, warn};
 use super::settle::Ended;
 use super::survey::{Current, SCRATCH_SOURCE, Seen, SeenLease, fs_of};
 use super::told::Told;
-use super::volume::{Backing, Heard, Lease, OpenFs, Phase, Restored, Source, Volume, may_publish};
-use super::{Engine, EngineError, Happened, Verdict, job, lock};
+use super::volume::{
+    Backing, Heard, Lease, OpenFs, Phase, RESUME, Restored, Source, Volume, may_publish,
+};
+use super::{Engine, EngineError, Happened, Verdict, job, lock, unix_now};
 use crate::cache::names::VolumeName;
 use crate::cache::spec::{Kind, Spec};
 use crate::mount::{self, MountPoint, Mounted};
@@ -73,7 +75,7 @@ impl Engine {
             if let Some(lease) = lease {
                 info!(volume = %volume.name, "its lease goes on");
                 let lease = self.listen_to(&volume, lease, plan.created);
-                lock(&volume.now).phase = Phase::Leased(lease);
+                lock(&volume.now).set(&RESUME, Phase::Leased(lease));
             }
             volumes.insert(plan.name, volume);
         }
@@ -82,17 +84,11 @@ impl Engine {
                 // Its specification was never in the store, which did not serve.
                 warn!(volume = %name, "scratch space of a volume that the store does not know: its options are lost");
                 let spec = Spec::parse(&BTreeMap::new())?;
-                let phase = self
-                    .go_on_scratch(&m)
-                    .map_or(Phase::Stale(None), Phase::Leased);
-                let mut volume = Volume::new(name.clone(), spec, super::unix_now(), phase);
-                if let Phase::Leased(lease) = &mut volume
-                    .now
-                    .get_mut()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .phase
-                {
+                let phase = Phase::Stale(None);
+                let volume = Volume::new(name.clone(), spec, unix_now(), phase);
+                if let Some(lease) = self.go_on_scratch(&m) {
                     self.telling.add(&name, &lease.told);
+                    lock(&volume.now).set(&RESUME, Phase::Leased(lease));
                 }
                 volumes.insert(name, Arc::new(volume));
             } else {
@@ -240,8 +236,7 @@ impl Engine {
             None => {
                 // Its volume was removed meanwhile: only the publishing is left.
                 let name = VolumeName::of_lv(&lease.lv);
-                let gone = Volume::new(name, lease.spec.clone(), 0, Phase::Stale(None));
-                lock(&gone.now).removed = true;
+                let gone = Volume::new(name, lease.spec.clone(), 0, Phase::Removed);
                 Arc::new(gone)
             }
         };

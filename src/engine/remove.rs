@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Remove: a volume is no more once no LV bears its name.
 
-use std::mem;
 use std::sync::Arc;
 
 use tracing::{info, warn};
 
-use super::volume::{Phase, Volume, may_publish};
+use super::volume::{Phase, REMOVE, REMOVED, Volume, WAIT, may_publish};
 use super::{Engine, EngineError, lock, tag};
 use crate::cache::names::{LvName, VolumeName};
 use crate::cache::record::{Role, VOLUME};
@@ -54,10 +53,8 @@ impl Engine {
         }
         let phase = {
             let mut now = lock(&volume.now);
-            if now.removed {
-                return Err(EngineError::NoSuchVolume(name.clone()));
-            }
-            mem::replace(&mut now.phase, Phase::Changing)
+            now.begin(&REMOVE)
+                .ok_or_else(|| EngineError::NoSuchVolume(name.clone()))?
         };
         let phase = match phase {
             Phase::Leased(lease) => self.end(&volume, lease),
@@ -66,21 +63,18 @@ impl Engine {
         let current = match &phase {
             Phase::Ready(copy) => Some(&copy.lv),
             Phase::Stale(lv) => lv.as_ref(),
-            Phase::Making | Phase::Changing | Phase::Leased(_) => None,
+            Phase::Making | Phase::Changing | Phase::Leased(_) | Phase::Removed => None,
         };
         match self.remove_lvs(&volume, current) {
             Ok(()) => {
                 self.persist();
-                let mut now = lock(&volume.now);
-                now.phase = Phase::Stale(None);
-                now.removed = true;
-                drop(now);
+                lock(&volume.now).set(&REMOVED, Phase::Removed);
                 self.drop_volume(&volume);
                 info!(volume = %name, "removed");
                 Ok(())
             }
             Err(error) => {
-                lock(&volume.now).phase = phase;
+                lock(&volume.now).set(&WAIT, phase);
                 Err(error)
             }
         }

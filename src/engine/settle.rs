@@ -13,8 +13,8 @@ use tracing::{debug, info, warn};
 use super::bounds::PUBLISH_PATIENCE;
 use super::publish::{End, Outcome, refusal};
 use super::volume::{
-    Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, Restored, Slot, Source, Volume,
-    may_publish,
+    Backing, Heard, Lease, OpenFs, Phase, Premounted, Prepared, REPLACE, Restored, Slot, Source,
+    Volume, WAIT, may_publish,
 };
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
@@ -283,15 +283,11 @@ impl Engine {
         let _op = lock(&volume.op);
         let wants_copy = {
             let mut now = lock(&volume.now);
-            if matches!(&now.phase, Phase::Stale(Some(kept)) if kept == lv) {
+            if matches!(now.phase(), Phase::Stale(Some(kept)) if kept == lv) {
                 return;
             }
-            let wants = matches!(now.phase, Phase::Stale(None)) && !now.removed;
             // One that is in use again is shown so meanwhile.
-            if wants {
-                now.phase = Phase::Changing;
-            }
-            wants
+            matches!(now.phase(), Phase::Stale(None)) && now.begin(&REPLACE).is_some()
         };
         let copied = wants_copy.then(|| self.next_copy(volume, device));
         if let Some(Err(error)) = &copied {
@@ -300,14 +296,14 @@ impl Engine {
             if let Err(error) = self.store.change_tags(lv, &[], &marks) {
                 warn!(%lv, %error, "a settled lease could not be unmarked");
             }
-            lock(&volume.now).phase = Phase::Stale(Some(lv.clone()));
+            lock(&volume.now).set(&WAIT, Phase::Stale(Some(lv.clone())));
             return;
         }
         if let Err(error) = self.doom(lv) {
             warn!(%lv, %error, "the LV of a settled lease could not be given up yet");
         }
         if let Some(Ok(phase)) = copied {
-            lock(&volume.now).phase = phase;
+            lock(&volume.now).set(&WAIT, phase);
         }
     }
 
@@ -423,7 +419,7 @@ impl Engine {
             // What another lease wrote since is that one's to publish, or not to.
             let idle = {
                 let now = lock(&volume.now);
-                matches!(now.phase, Phase::Ready(_)) && now.leases == ended.nth
+                matches!(now.phase(), Phase::Ready(_)) && now.leases == ended.nth
             };
             let refused = refusal(spec, end)
                 .or_else(|| (!idle).then_some("the volume is in use again, or removed"));

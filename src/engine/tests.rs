@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::mem;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
@@ -18,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::settle::Ended;
 use super::told::{self, Told};
-use super::volume::{Heard, Phase, Prepared, Volume};
+use super::volume::{Heard, MOUNT, Phase, Prepared, Volume, WAIT};
 use super::{Engine, EngineError, Settings, Verdict, lock};
 use crate::cache::evict::Policy;
 use crate::cache::names::LvName;
@@ -139,10 +138,11 @@ impl Bench {
     /// A lease of a volume that waits for its use: a clean file system is written to it.
     fn lease(&self, name: &str) -> (Arc<Volume>, Prepared) {
         let volume = self.engine.volume(&name.parse().unwrap()).unwrap();
-        let phase = mem::replace(&mut lock(&volume.now).phase, Phase::Stale(None));
-        let Phase::Ready(copy) = phase else {
+        let phase = lock(&volume.now).begin(&MOUNT);
+        let Some(Phase::Ready(copy)) = phase else {
             panic!("{phase:?}");
         };
+        lock(&volume.now).set(&WAIT, Phase::Stale(None));
         write_file_system(copy.device.as_ref().unwrap());
         let mark = [self.engine.lease_tag()];
         self.store.change_tags(&copy.lv, &mark, &[]).unwrap();

@@ -15,7 +15,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
 use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
-use super::volume::{Phase, Premounted, Prepared, Volume};
+use super::volume::{LOST, Phase, Premounted, Prepared, REFRESH, Volume, WAIT};
 use super::{Engine, EngineError, lock, survey, tag};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, Role};
@@ -355,7 +355,7 @@ impl Engine {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         volumes.iter().any(|volume| {
             let now = lock(&volume.now);
-            matches!(now.phase, Phase::Stale(None)) && !now.removed && now.settling.is_empty()
+            matches!(now.phase(), Phase::Stale(None)) && now.settling.is_empty()
         })
     }
 
@@ -453,7 +453,7 @@ impl Engine {
     /// Cheap, and without `op`, which Mount wants.
     fn may_want_refresh(&self, volume: &Volume) -> bool {
         let now = lock(&volume.now);
-        match &now.phase {
+        match now.phase() {
             Phase::Ready(copy) => {
                 !volume.keeps()
                     && copy.generation.load(Ordering::Relaxed)
@@ -472,19 +472,14 @@ impl Engine {
         let _op = lock(&volume.op);
         let old = {
             let mut now = lock(&volume.now);
-            if now.removed {
+            if let Phase::Ready(copy) = now.phase()
+                && self.is_best(volume, copy)
+            {
                 return Ok(());
             }
-            match mem::replace(&mut now.phase, Phase::Changing) {
-                Phase::Ready(copy) if self.is_best(volume, &copy) => {
-                    now.phase = Phase::Ready(copy);
-                    return Ok(());
-                }
-                old @ (Phase::Ready(_) | Phase::Stale(_)) => old,
-                other => {
-                    now.phase = other;
-                    return Ok(());
-                }
+            match now.begin(&REFRESH) {
+                Some(old) => old,
+                None => return Ok(()),
             }
         };
         reach("refresh", 1);
@@ -494,7 +489,7 @@ impl Engine {
         };
         match made {
             Ok(phase) => {
-                lock(&volume.now).phase = phase;
+                lock(&volume.now).set(&WAIT, phase);
                 reach("refresh", 4);
                 match old {
                     Phase::Ready(copy) => self.discard(copy.lv, copy.premounted),
@@ -504,7 +499,7 @@ impl Engine {
                 Ok(())
             }
             Err(error) => {
-                lock(&volume.now).phase = old;
+                lock(&volume.now).set(&WAIT, old);
                 Err(error)
             }
         }
@@ -609,13 +604,14 @@ impl Engine {
             return;
         };
         let mut now = lock(&volume.now);
-        let (Phase::Ready(Prepared { lv, .. }) | Phase::Stale(Some(lv))) = &now.phase else {
+        let (Phase::Ready(Prepared { lv, .. }) | Phase::Stale(Some(lv))) = now.phase() else {
             return;
         };
         if !there(lv) && !lock(&self.state).catalog.is_newer(lv) {
             warn!(volume = %volume.name, "its LV was removed by somebody else: the volume is gone");
-            now.removed = true;
+            let copy = now.set(&LOST, Phase::Removed);
             drop(now);
+            drop(copy);
             self.drop_volume(volume);
         }
     }

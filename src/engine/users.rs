@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::Engine;
 use super::told::Told;
-use super::volume::{Lease, Now, Phase, Volume};
+use super::volume::{Lease, Volume};
 use crate::engine::lock;
 use crate::mount;
 
@@ -79,11 +79,7 @@ impl Engine {
     pub(super) fn users_of(&self, volume: &Volume) -> Option<String> {
         let known = {
             let now = lock(&volume.now);
-            let Now { phase, leaving, .. } = &*now;
-            let Phase::Leased(lease) = phase else {
-                return None;
-            };
-            Known::of(lease, leaving)
+            Known::of(now.lease()?, &now.leaving)
         };
         known.users(&self.mountpoint(&volume.name))
     }

@@ -27,7 +27,7 @@ impl Engine {
     #[must_use]
     pub fn stats(&self) -> Stats {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
-        let leased = |volume: &&Arc<Volume>| matches!(lock(&volume.now).phase, Phase::Leased(_));
+        let leased = |volume: &&Arc<Volume>| lock(&volume.now).lease().is_some();
         Stats {
             volumes: volumes.len(),
             leases: volumes.iter().filter(leased).count(),
@@ -53,7 +53,7 @@ impl Engine {
 
     fn view(&self, volume: &Volume) -> Option<VolumeView> {
         let now = lock(&volume.now);
-        if now.removed || matches!(now.phase, Phase::Making) {
+        if matches!(now.phase(), Phase::Making | Phase::Removed) {
             return None;
         }
         let mut status = serde_json::Map::new();
@@ -72,7 +72,7 @@ impl Engine {
             say("prepare_ms", millis(copy.took).into());
         };
         let mut mountpoint = None;
-        let state = match &now.phase {
+        let state = match now.phase() {
             Phase::Ready(copy) => {
                 say_copy(copy);
                 "ready"
@@ -105,7 +105,7 @@ impl Engine {
                 }
                 "mounted"
             }
-            Phase::Making | Phase::Changing => "changing",
+            Phase::Making | Phase::Changing | Phase::Removed => "changing",
             Phase::Stale(_) => "stale",
         };
         say("state", state.into());

@@ -2,6 +2,7 @@
 //! A volume in memory, and the phases that its copies of entries go through.
 
 use std::collections::BTreeSet;
+use std::mem;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -37,11 +38,10 @@ pub(super) struct Volume {
     pub now: Mutex<Now>,
 }
 
+/// What a volume is at the moment. Its phase changes by a [`Transition`] alone.
 #[derive(Debug)]
 pub(super) struct Now {
-    pub phase: Phase,
-    /// Somebody waited for `op` while the volume was removed, or its Create failed.
-    pub removed: bool,
+    phase: Phase,
     /// How many leases have begun, in this life of the daemon.
     pub leases: u64,
     /// Clients whose Unmount waits for its turn.
@@ -52,7 +52,7 @@ pub(super) struct Now {
     pub last: Option<serde_json::Value>,
 }
 
-/// What a volume's next use starts from.
+/// The phase that a volume is in, and what it has in that.
 #[derive(Debug)]
 pub(super) enum Phase {
     /// Create is under way: the volume is not shown yet.
@@ -66,6 +66,241 @@ pub(super) enum Phase {
     Ready(Prepared),
     /// In use.
     Leased(Lease),
+    /// It is no more, or never was: its Create failed. A thread that waited for `op` meanwhile finds it so.
+    Removed,
+}
+
+/// A phase, without what a volume has in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Name {
+    Making,
+    Changing,
+    Stale,
+    Ready,
+    Leased,
+    Removed,
+}
+
+impl Phase {
+    const fn name(&self) -> Name {
+        match self {
+            Self::Making => Name::Making,
+            Self::Changing => Name::Changing,
+            Self::Stale(_) => Name::Stale,
+            Self::Ready(_) => Name::Ready,
+            Self::Leased(_) => Name::Leased,
+            Self::Removed => Name::Removed,
+        }
+    }
+}
+
+/// A change of a volume's phase.
+#[derive(Debug)]
+pub(super) struct Transition {
+    name: &'static str,
+    /// The phases that it may start from.
+    from: &'static [Name],
+    /// The phases that it may lead to.
+    to: &'static [Name],
+    /// What brings it about.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is drawn"))]
+    by: &'static str,
+}
+
+/// All phases of a volume that is there. `Making` and `Changing` are left behind only by a thread that panicked: what the
+/// volume had then is lost, and the next change starts without it.
+const THERE: &[Name] = &[
+    Name::Making,
+    Name::Changing,
+    Name::Stale,
+    Name::Ready,
+    Name::Leased,
+];
+
+const IDLE: &[Name] = &[Name::Stale, Name::Ready];
+
+pub(super) const MADE: Transition = Transition {
+    name: "made",
+    from: &[Name::Making],
+    to: IDLE,
+    by: "Create has made the first copy, or a placeholder for it",
+};
+
+pub(super) const FAILED: Transition = Transition {
+    name: "failed",
+    from: &[Name::Making],
+    to: &[Name::Removed],
+    by: "Create could not",
+};
+
+pub(super) const RESUME: Transition = Transition {
+    name: "resume",
+    from: IDLE,
+    to: &[Name::Leased],
+    by: "a restart of the daemon finds the volume mounted",
+};
+
+pub(super) const MOUNT: Transition = Transition {
+    name: "mount",
+    from: THERE,
+    to: &[Name::Changing],
+    by: "Mount, but for a lease whose mount is in its place: that goes on",
+};
+
+pub(super) const LEASE: Transition = Transition {
+    name: "lease",
+    from: &[Name::Changing],
+    to: &[Name::Leased],
+    by: "Mount has moved the mount into its place",
+};
+
+pub(super) const UNMOUNT: Transition = Transition {
+    name: "unmount",
+    from: &[Name::Leased],
+    to: &[Name::Changing],
+    by: "the Unmount of the last client",
+};
+
+pub(super) const REPLACE: Transition = Transition {
+    name: "replace",
+    from: &[Name::Stale],
+    to: &[Name::Changing],
+    by: "the last lease is settled, and the next copy is made",
+};
+
+pub(super) const REFRESH: Transition = Transition {
+    name: "refresh",
+    from: IDLE,
+    to: &[Name::Changing],
+    by: "there is something better to restore from",
+};
+
+pub(super) const REMOVE: Transition = Transition {
+    name: "remove",
+    from: THERE,
+    to: &[Name::Changing],
+    by: "Remove",
+};
+
+pub(super) const WAIT: Transition = Transition {
+    name: "wait",
+    from: &[Name::Changing],
+    to: IDLE,
+    by: "the change is done, or failed",
+};
+
+pub(super) const REMOVED: Transition = Transition {
+    name: "removed",
+    from: &[Name::Changing],
+    to: &[Name::Removed],
+    by: "no LV has the volume's name any more",
+};
+
+pub(super) const LOST: Transition = Transition {
+    name: "lost",
+    from: IDLE,
+    to: &[Name::Removed],
+    by: "another program removed the LV",
+};
+
+pub(super) const LEAVE: Transition = Transition {
+    name: "leave",
+    from: &[Name::Stale],
+    to: &[Name::Removed],
+    by: "the lease of a cache in a job volume ends: it is never used again",
+};
+
+/// All changes of phase that there are; docs/architecture.md draws them.
+#[cfg(test)]
+const TRANSITIONS: [&Transition; 13] = [
+    &MADE, &FAILED, &RESUME, &MOUNT, &LEASE, &UNMOUNT, &REPLACE, &REFRESH, &REMOVE, &WAIT,
+    &REMOVED, &LOST, &LEAVE,
+];
+
+/// The transitions as a diagram and a table, for docs/.
+#[cfg(test)]
+pub(crate) fn drawn() -> String {
+    use std::fmt::Write as _;
+
+    let names = |names: &[Name]| {
+        let names: Vec<_> = names.iter().map(|name| format!("{name:?}")).collect();
+        names.join(", ")
+    };
+    let mut diagram = "```mermaid\nstateDiagram-v2\n".to_owned();
+    diagram += "    [*] --> Making: create\n    [*] --> Stale: found\n    [*] --> Ready: found\n";
+    let mut table = "| change | from | to | by |\n|---|---|---|---|\n".to_owned();
+    for of in TRANSITIONS {
+        let (name, by) = (of.name, of.by);
+        let _ = writeln!(
+            table,
+            "| {name} | {} | {} | {by} |",
+            names(of.from),
+            names(of.to)
+        );
+        for (from, to) in of
+            .from
+            .iter()
+            .flat_map(|from| of.to.iter().map(move |to| (from, to)))
+        {
+            // What a panic left behind would hide the rest.
+            if !matches!((of.from.len(), from), (5, Name::Making | Name::Changing)) {
+                let _ = writeln!(diagram, "    {from:?} --> {to:?}: {name}");
+            }
+        }
+    }
+    diagram += "    Removed --> [*]\n```\n";
+    format!("{diagram}\n{table}")
+}
+
+impl Now {
+    pub const fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    pub const fn is_removed(&self) -> bool {
+        matches!(self.phase, Phase::Removed)
+    }
+
+    /// The present lease, if there is one.
+    pub const fn lease(&self) -> Option<&Lease> {
+        match &self.phase {
+            Phase::Leased(lease) => Some(lease),
+            _ => None,
+        }
+    }
+
+    /// [`Self::lease`], to be changed.
+    pub const fn lease_mut(&mut self) -> Option<&mut Lease> {
+        match &mut self.phase {
+            Phase::Leased(lease) => Some(lease),
+            _ => None,
+        }
+    }
+
+    /// Begins a change for the holder of `op`, which gets what the volume has: [`Phase::Stale`], [`Phase::Ready`] or
+    /// [`Phase::Leased`]. `None`: the volume is in none of the phases that `change` starts from, and stays in its own.
+    pub fn begin(&mut self, change: &Transition) -> Option<Phase> {
+        debug_assert!(change.to == [Name::Changing], "{change:?}");
+        if !change.from.contains(&self.phase.name()) {
+            return None;
+        }
+        match mem::replace(&mut self.phase, Phase::Changing) {
+            Phase::Making | Phase::Changing | Phase::Removed => Some(Phase::Stale(None)),
+            before => Some(before),
+        }
+    }
+
+    /// Makes a change to a phase in which the volume stays. Gives the one before, whose copy takes longer to drop than
+    /// [`Volume::now`] may be held.
+    pub fn set(&mut self, change: &Transition, to: Phase) -> Phase {
+        debug_assert!(
+            change.from.contains(&self.phase.name()) && change.to.contains(&to.name()),
+            "{}: {:?} -> {to:?}",
+            change.name,
+            self.phase
+        );
+        mem::replace(&mut self.phase, to)
+    }
 }
 
 /// A copy of an entry (or of the base, or a new file system) for one volume.
@@ -327,7 +562,6 @@ impl Volume {
             op: Mutex::new(()),
             now: Mutex::new(Now {
                 phase,
-                removed: false,
                 leases: 0,
                 leaving: BTreeSet::new(),
                 settling: Vec::new(),
@@ -352,4 +586,63 @@ impl Volume {
 /// Whether the end of a lease may publish at all.
 pub(super) fn may_publish(spec: &Spec) -> bool {
     !spec.save.is_empty() && spec.publish != Publish::Never
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copy() -> Prepared {
+        Prepared {
+            lv: "friend-1".parse().unwrap(),
+            device: None,
+            premounted: None,
+            making: false,
+            source: Source::of(Restored::Empty),
+            generation: 0.into(),
+            took: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn a_change_begins_from_its_phases_alone() {
+        for change in TRANSITIONS {
+            if change.to != [Name::Changing] {
+                continue;
+            }
+            for phase in [
+                Phase::Making,
+                Phase::Changing,
+                Phase::Stale(None),
+                Phase::Ready(copy()),
+                Phase::Removed,
+            ] {
+                let before = phase.name();
+                let spec = Spec::default();
+                let volume = Volume::new("v".parse().unwrap(), spec, 0, phase);
+                let mut now = lock(&volume.now);
+                let has = now.begin(change).map(|phase| phase.name());
+                let case = format!("{} from {before:?}", change.name);
+                if change.from.contains(&before) {
+                    let idle = if before == Name::Ready {
+                        Name::Ready
+                    } else {
+                        Name::Stale
+                    };
+                    assert_eq!(has, Some(idle), "{case}");
+                    assert_eq!(now.phase().name(), Name::Changing, "{case}");
+                } else {
+                    assert_eq!(has, None, "{case}");
+                    assert_eq!(now.phase().name(), before, "{case}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_removed_volume_stays_so() {
+        for change in TRANSITIONS {
+            assert!(!change.from.contains(&Name::Removed), "{}", change.name);
+        }
+    }
 }

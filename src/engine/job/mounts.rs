@@ -20,7 +20,9 @@ use crate::config::JobLimits;
 use crate::engine::budget::{OF_MOUNT, OF_SAVE};
 use crate::engine::error::io_error;
 use crate::engine::owners::own_scratch;
-use crate::engine::volume::{Backing, Heard, Lease, Phase, Restored, Source, Volume, may_publish};
+use crate::engine::volume::{
+    Backing, Heard, LEAVE, Lease, Phase, Restored, Source, Volume, may_publish,
+};
 use crate::engine::{Engine, EngineError, Verdict, lock, millis, tag};
 use crate::mount;
 use crate::storage::StoreError;
@@ -323,7 +325,7 @@ impl Engine {
         }
         for late in lates {
             drop(late.place);
-            lock(&late.volume.now).removed = true;
+            lock(&late.volume.now).set(&LEAVE, Phase::Removed);
             self.settle_lease(&late.volume, late.lease, heard.clone(), None);
         }
     }
