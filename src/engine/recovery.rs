@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Acts on what a restart finds.
+//! Recovery, which is start-up: what a restart finds is computed by [`Plan::of`], and acted upon here.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,14 +10,14 @@ use std::{fs, io};
 use tracing::{info, warn};
 
 use super::settle::Ended;
-use super::survey::{Current, SCRATCH_SOURCE, Seen, SeenLease, fs_of};
+use super::survey::{Current, GoesOn, Plan, SeenLate, SeenLease, SeenVolume, fs_of};
 use super::told::Told;
 use super::volume::{
     Backing, Heard, Lease, OpenFs, Phase, RESUME, Restored, Source, Volume, may_publish,
 };
-use super::{Engine, EngineError, Happened, Verdict, job, lock, unix_now};
+use super::{Engine, EngineError, Happened, Verdict, lock, unix_now};
 use crate::cache::names::VolumeName;
-use crate::cache::spec::{Kind, Spec};
+use crate::cache::spec::Spec;
 use crate::mount::{self, MountPoint, Mounted};
 
 /// What an earlier life of ours knew of a lease.
@@ -27,73 +27,44 @@ impl Engine {
     /// Takes up what an earlier life left: leases that go on, leases that ended,
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
-        let (mut mounts, lates) = self.own_mounts()?;
+        let table = mount::table().map_err(|source| EngineError::Io {
+            what: "reading the mount table".into(),
+            source,
+        })?;
         let asked = Instant::now();
         let mut listing = self.store.list()?;
         self.pending.apply(&mut listing);
         if self.hold_back(&mut listing) {
             self.upkeep.list();
         }
-        let by_device = |m: &MountPoint| (m.fs != "tmpfs").then_some(m.device);
-        let devices = mounts
-            .iter()
-            .filter_map(|(name, m)| Some((name.clone(), by_device(m)?)))
-            .collect();
-        let late_devices = lates.iter().map(|m| m.device).collect();
-        let mut seen = Seen::with_mounts(&listing, &self.boot, &devices, &late_devices);
+        let plan = Plan::of(&listing, table, &self.settings.mount_dir, &self.boot);
+        self.carry_out(plan, asked)
+    }
+
+    /// `asked`: when the listing was asked for that the plan was made from.
+    fn carry_out(self: &Arc<Self>, plan: Plan, asked: Instant) -> Result<(), EngineError> {
+        let Plan {
+            mut seen,
+            mut goes_on,
+            scratch,
+            strays,
+        } = plan;
         self.report_unclear(&seen.unclear);
         lock(&self.state)
             .catalog
             .take_over(seen.entries, seen.base, asked);
-        let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
-        for plan in seen.volumes {
-            let volume = Arc::new(plan.volume());
-            let mount = mounts.remove(&plan.name);
-            let lease = match (&plan.current, mount) {
-                (Some(current), Some(m)) if current.leased => self.go_on(&volume, current, &m),
-                (_, Some(m)) if m.source == job::SOURCE && plan.spec.kind == Kind::Job => {
-                    self.go_on_job(&volume, &m, &lates, &mut seen.lates)
-                        .and_then(|job| {
-                            self.serve_job(&job).map_err(io::Error::other)?;
-                            let lv = plan.current.as_ref().map(|current| current.lv.clone());
-                            Ok(Lease::new(Backing::Job { lv, job }))
-                        })
-                        .inspect_err(|error| {
-                            warn!(volume = %volume.name, %error, "its directory cannot be taken hold of");
-                        })
-                        .ok()
-                }
-                (_, Some(m)) if m.fs == "tmpfs" && m.source == SCRATCH_SOURCE => {
-                    self.go_on_scratch(&m)
-                }
-                (_, Some(m)) => {
-                    self.clear(&m);
-                    None
-                }
-                (_, None) => None,
-            };
-            if let Some(lease) = lease {
-                info!(volume = %volume.name, "its lease goes on");
-                let lease = self.listen_to(&volume, lease, plan.created);
-                lock(&volume.now).set(&RESUME, Phase::Leased(lease));
-            }
-            volumes.insert(plan.name, volume);
+        for m in &strays {
+            self.clear(m);
         }
-        for (name, m) in mounts {
-            if m.fs == "tmpfs" && m.source == SCRATCH_SOURCE {
-                // Its specification was never in the store, which did not serve.
-                warn!(volume = %name, "scratch space of a volume that the store does not know: its options are lost");
-                let spec = Spec::parse(&BTreeMap::new())?;
-                let phase = Phase::Stale(None);
-                let volume = Volume::new(name.clone(), spec, unix_now(), phase);
-                if let Some(lease) = self.go_on_scratch(&m) {
-                    self.telling.add(&name, &lease.told);
-                    lock(&volume.now).set(&RESUME, Phase::Leased(lease));
-                }
-                volumes.insert(name, Arc::new(volume));
-            } else {
-                self.clear(&m);
-            }
+        let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
+        for found in seen.volumes {
+            let goes_on = goes_on.remove(&found.name);
+            let volume = self.take_up_volume(&found, goes_on, &mut seen.lates);
+            volumes.insert(found.name, volume);
+        }
+        for (name, m) in scratch {
+            let volume = self.take_up_scratch(&name, &m)?;
+            volumes.insert(name, Arc::new(volume));
         }
         // Mounted where no job goes on, or where they could not be taken hold of: that ends them.
         for late in seen.lates {
@@ -119,31 +90,49 @@ impl Engine {
         Ok(())
     }
 
-    /// What is mounted below our directory, by volume: the topmost where several are; and what
-    /// is mounted in those.
-    fn own_mounts(
-        &self,
-    ) -> Result<(BTreeMap<VolumeName, MountPoint>, Vec<MountPoint>), EngineError> {
-        let table = mount::table().map_err(|e| EngineError::Io {
-            what: "reading the mount table".into(),
-            source: e,
-        })?;
-        let name = |m: &MountPoint| -> Option<VolumeName> {
-            let below = m.at.strip_prefix(&self.settings.mount_dir).ok()?;
-            below.to_str()?.parse().ok()
+    /// A volume that the store knows, in use where its lease goes on. What is mounted in a job volume leaves `lates`.
+    fn take_up_volume(
+        self: &Arc<Self>,
+        found: &SeenVolume,
+        goes_on: Option<GoesOn>,
+        lates: &mut Vec<SeenLate>,
+    ) -> Arc<Volume> {
+        let volume = Arc::new(found.volume());
+        let current = found.current.as_ref();
+        let lease = match goes_on {
+            Some(GoesOn::Lv(m)) => current.and_then(|current| self.go_on(&volume, current, &m)),
+            Some(GoesOn::Scratch(m)) => self.go_on_scratch(&m),
+            Some(GoesOn::Job { at, inside }) => self
+                .go_on_job(&volume, &at, &inside, lates)
+                .and_then(|job| {
+                    self.serve_job(&job).map_err(io::Error::other)?;
+                    let lv = current.map(|current| current.lv.clone());
+                    Ok(Lease::new(Backing::Job { lv, job }))
+                })
+                .inspect_err(|error| {
+                    warn!(volume = %volume.name, %error, "its directory cannot be taken hold of");
+                })
+                .ok(),
+            None => None,
         };
-        let mut own = BTreeMap::new();
-        let mut lates = Vec::new();
-        for m in table {
-            match name(&m) {
-                Some(name) => {
-                    own.insert(name, m);
-                }
-                None if m.at.starts_with(&self.settings.mount_dir) => lates.push(m),
-                None => {}
-            }
+        if let Some(lease) = lease {
+            info!(volume = %volume.name, "its lease goes on");
+            let lease = self.listen_to(&volume, lease, found.created);
+            lock(&volume.now).set(&RESUME, Phase::Leased(lease));
         }
-        Ok((own, lates))
+        volume
+    }
+
+    /// A volume with scratch space, whose specification was never in the store, which did not serve.
+    fn take_up_scratch(&self, name: &VolumeName, m: &MountPoint) -> Result<Volume, EngineError> {
+        warn!(volume = %name, "scratch space of a volume that the store does not know: its options are lost");
+        let spec = Spec::parse(&BTreeMap::new())?;
+        let volume = Volume::new(name.clone(), spec, unix_now(), Phase::Stale(None));
+        if let Some(lease) = self.go_on_scratch(m) {
+            self.telling.add(name, &lease.told);
+            lock(&volume.now).set(&RESUME, Phase::Leased(lease));
+        }
+        Ok(volume)
     }
 
     fn go_on(

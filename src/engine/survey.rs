@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the store and the mount table say after a restart.
+//! What the store and the mount table say: what each LV is to us, and what a restart makes of that. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::Duration;
 
 use super::catalog::Base;
 use super::volume::{Phase, Prepared, Restored, Source, Volume};
-use super::{Verdict, tag};
+use super::{Verdict, job, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{CHECKPOINT, LEASE, Role, place};
 use crate::cache::select::Entry;
-use crate::cache::spec::{FsType, Reuse, Spec};
+use crate::cache::spec::{FsType, Kind, Reuse, Spec};
 use crate::mount::MountPoint;
 use crate::storage::{Listing, Lv};
 
@@ -80,6 +81,91 @@ pub(super) struct SeenLate {
     pub from: Option<LvName>,
     pub failed: bool,
     pub making: bool,
+}
+
+/// What a restart is to do.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// What the store holds. `lates` are those of jobs that go on, too: each takes its own.
+    pub seen: Seen,
+    /// Leases that go on: their mounts are in place.
+    pub goes_on: BTreeMap<VolumeName, GoesOn>,
+    /// Directories in memory of volumes that the store does not know: it did not serve when they were made.
+    pub scratch: Vec<(VolumeName, MountPoint)>,
+    /// Mounts that belong to no lease: to be unmounted.
+    pub strays: Vec<MountPoint>,
+}
+
+/// A lease that goes on after a restart, with the mount that it has.
+#[derive(Debug)]
+pub(super) enum GoesOn {
+    /// Of the volume's current LV.
+    Lv(MountPoint),
+    /// Of a directory in memory in place of one.
+    Scratch(MountPoint),
+    /// Of a job volume, with all mounts that are in it.
+    Job {
+        at: MountPoint,
+        inside: Vec<MountPoint>,
+    },
+}
+
+impl Plan {
+    /// From a listing and the mount table, where volumes are mounted in `dir`. `boot` is the kernel's boot id.
+    pub fn of(listing: &Listing, table: Vec<MountPoint>, dir: &Path, boot: &str) -> Self {
+        let (mut mounts, inside) = own_mounts(table, dir);
+        let devices = mounts
+            .iter()
+            .filter(|(_, m)| m.fs != "tmpfs")
+            .map(|(name, m)| (name.clone(), m.device))
+            .collect();
+        let lates = inside.iter().map(|m| m.device).collect();
+        let mut plan = Self {
+            seen: Seen::with_mounts(listing, boot, &devices, &lates),
+            ..Self::default()
+        };
+        for volume in &plan.seen.volumes {
+            let Some(m) = mounts.remove(&volume.name) else {
+                continue;
+            };
+            match volume.goes_on(&m, &inside) {
+                Some(goes_on) => drop(plan.goes_on.insert(volume.name.clone(), goes_on)),
+                None => plan.strays.push(m),
+            }
+        }
+        for (name, m) in mounts {
+            if is_scratch(&m) {
+                plan.scratch.push((name, m));
+            } else {
+                plan.strays.push(m);
+            }
+        }
+        plan
+    }
+}
+
+/// What is mounted in `dir`, by volume: the topmost where several are; and what is mounted in those.
+fn own_mounts(
+    table: Vec<MountPoint>,
+    dir: &Path,
+) -> (BTreeMap<VolumeName, MountPoint>, Vec<MountPoint>) {
+    let mut own = BTreeMap::new();
+    let mut inside = Vec::new();
+    for m in table {
+        let Ok(below) = m.at.strip_prefix(dir) else {
+            continue;
+        };
+        match below.to_str().and_then(|name| name.parse().ok()) {
+            Some(name) => drop(own.insert(name, m)),
+            None => inside.push(m),
+        }
+    }
+    (own, inside)
+}
+
+/// Whether a mount is a directory in memory that stands in for a cache.
+pub(super) fn is_scratch(m: &MountPoint) -> bool {
+    m.fs == "tmpfs" && m.source == SCRATCH_SOURCE
 }
 
 impl SeenLate {
@@ -298,6 +384,24 @@ struct VolumeLv<'a> {
 }
 
 impl SeenVolume {
+    /// The lease that `m`, at the volume's mountpoint, is of; `None`: it is of none.
+    fn goes_on(&self, m: &MountPoint, inside: &[MountPoint]) -> Option<GoesOn> {
+        let m = m.clone();
+        if self.current.as_ref().is_some_and(|current| current.leased) {
+            Some(GoesOn::Lv(m))
+        } else if m.source == job::SOURCE && self.spec.kind == Kind::Job {
+            let inside = inside.iter().filter(|mount| mount.at.starts_with(&m.at));
+            Some(GoesOn::Job {
+                inside: inside.cloned().collect(),
+                at: m,
+            })
+        } else if is_scratch(&m) {
+            Some(GoesOn::Scratch(m))
+        } else {
+            None
+        }
+    }
+
     /// The volume, not mounted.
     pub fn volume(&self) -> Volume {
         let phase = match &self.current {
@@ -536,6 +640,109 @@ mod tests {
             ),
         ] {
             assert_eq!(seen(&lines, &mounted), want, "{case}");
+        }
+    }
+    /// What a restart plans, a line for each mount. Each line of `table`: where, minor device number, file system, source.
+    fn planned(lines: &str, table: &str) -> Vec<String> {
+        let mount = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            MountPoint {
+                id: 0,
+                root: "/".into(),
+                at: words[0].into(),
+                device: (253, words[1].parse().unwrap()),
+                fs: words[2].to_owned(),
+                source: words[3].to_owned(),
+                shared: true,
+                follows: false,
+                label: None,
+            }
+        };
+        let table = table.lines().map(str::trim).filter(|l| !l.is_empty());
+        let table = table.map(mount).collect();
+        let plan = Plan::of(&listing(lines), table, Path::new("/m"), "b00710c5");
+        let mut planned = Vec::new();
+        for (name, goes_on) in &plan.goes_on {
+            planned.push(match goes_on {
+                GoesOn::Lv(m) => format!("{name} goes on, of {}", m.device.1),
+                GoesOn::Scratch(_) => format!("{name} goes on, in memory"),
+                GoesOn::Job { inside, .. } => {
+                    let inside: Vec<_> = inside.iter().map(|m| m.device.1.to_string()).collect();
+                    format!("job {name} goes on, with {}", inside.join(" "))
+                }
+            });
+        }
+        let seen = &plan.seen;
+        planned.extend(
+            seen.lates
+                .iter()
+                .map(|late| format!("in a job {}", late.lv)),
+        );
+        planned.extend(seen.ended.iter().map(|lease| format!("ended {}", lease.lv)));
+        planned.extend(seen.leftover.iter().map(|lv| format!("leftover {lv}")));
+        let scratch = plan.scratch.iter();
+        planned.extend(scratch.map(|(name, _)| format!("scratch {name}")));
+        let strays = plan.strays.iter();
+        planned.extend(strays.map(|m| format!("stray {}", m.at.display())));
+        planned
+    }
+
+    #[test]
+    fn what_a_restart_plans() {
+        const V: &str =
+            "l 5 dev=1 open friend:snapshot friend:volume:v friend:restore:0:a friend:save:a";
+        const J: &str = "l 5 friend:snapshot friend:volume:j friend:opt:type=job";
+        const LATE: &str = "friend:snapshot friend:save:a friend:lease:b00710c5";
+        for (case, lines, table, want) in [
+            (
+                "others' mounts are not seen",
+                V.to_owned(),
+                "/ 9 ext4 /dev/root\n/mnt/v 1 xfs /dev/l",
+                vec![],
+            ),
+            (
+                "a lease goes on",
+                V.to_owned(),
+                "/m/v 1 xfs /dev/l",
+                vec!["v goes on, of 1"],
+            ),
+            (
+                "the topmost mount counts",
+                V.to_owned(),
+                "/m/v 7 xfs /dev/x\n/m/v 1 xfs /dev/l",
+                vec!["v goes on, of 1"],
+            ),
+            (
+                "a mount of what is not the volume's",
+                V.to_owned(),
+                "/m/v 7 xfs /dev/x",
+                vec!["stray /m/v"],
+            ),
+            (
+                "the store did not serve: a volume that it knows, and one that it does not",
+                V.to_owned(),
+                "/m/v 8 tmpfs lvm-cache-friend\n/m/w 9 tmpfs lvm-cache-friend\n/m/x 3 tmpfs tmpfs",
+                vec!["v goes on, in memory", "scratch w", "stray /m/x"],
+            ),
+            (
+                "a job goes on with what is mounted in it, and with no more",
+                format!("{J}\na 6 dev=2 open {LATE}\nb 7 dev=3 open {LATE}\nc 8 dev=4 {LATE}"),
+                "/m/j 8 tmpfs lvm-cache-friend-job\n/m/j/x/y 2 xfs /dev/a\n/m/k/x 3 xfs /dev/b",
+                vec![
+                    "job j goes on, with 2",
+                    "in a job b",
+                    "in a job a",
+                    "ended c",
+                ],
+            ),
+            (
+                "a job's directory upon a volume that is for no job",
+                V.to_owned(),
+                "/m/v 8 tmpfs lvm-cache-friend-job",
+                vec!["stray /m/v"],
+            ),
+        ] {
+            assert_eq!(planned(&lines, table), want, "{case}");
         }
     }
 }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::dir::open_beneath;
 use super::{Job, Late};
 use crate::cache::request::LatePath;
-use crate::engine::survey::{SCRATCH_SOURCE, SeenLate, fs_of};
+use crate::engine::survey::{SeenLate, fs_of, is_scratch};
 use crate::engine::volume::{Backing, Lease, OpenFs, Volume, may_publish};
 use crate::engine::{Engine, Verdict, lock};
 use crate::mount::{self, MountPoint, Mounted};
@@ -37,8 +37,7 @@ impl Engine {
                 continue;
             };
             let found = seen.iter().position(|seen| seen.device == m.device);
-            let is_scratch = m.fs == "tmpfs" && m.source == SCRATCH_SOURCE;
-            if found.is_none() && !is_scratch {
+            if found.is_none() && !is_scratch(m) {
                 continue;
             }
             let path = inside.to_str().ok_or_else(|| "not UTF-8".to_owned());
