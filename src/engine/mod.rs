@@ -27,9 +27,8 @@
 //! - `survey`: what the store and the mount table say; `recovery`: what a restart makes of it
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!
-//! What never happens: a request waits for another volume's I/O (no lock but a
-//! volume's own `op` is held over I/O); an LV that somebody writes to carries a
-//! cache tag; a volume that a client was told of has no LV.
+//! What never happens: a request waits for another volume's I/O; an LV that is being written to carries a
+//! cache tag; a volume whose Create succeeded has no LV. Which lock protects what, and what may wait for what: [`Engine`].
 
 pub mod bounds;
 mod budget;
@@ -153,6 +152,45 @@ pub enum Happened {
 
 /// The engine. Its calls block, and may be made from any thread; work that was
 /// begun goes on when a caller loses interest.
+///
+/// # Who owns what
+///
+/// - A volume, its mountpoint and the LV that its phase has belong to the thread that holds its `Volume::op`. In
+///   `Phase::Changing` that thread has on its stack what the volume had; all others see only that it is changing.
+/// - The LV of an ended lease belongs to the thread that settles it, one for each lease. `Now::settling` lists
+///   it, so that a Remove meanwhile takes the volume's name off it and leaves it there.
+/// - An LV that was given up belongs to the thread `removals`, which evicts, too. Others remove an LV only where the store
+///   is too full to mark it.
+/// - Caches in a job volume belong to its [`Job`] from their mount on: each is a volume of its own that no map knows.
+/// - What is known of the store, and which volumes there are, is `State`'s.
+///
+/// # Lock order
+///
+/// A thread that holds a lock takes only locks that come after it here.
+///
+/// 1. `Volume::op`, held over all the I/O that a change takes. No thread holds two, but for Create: its own one, of a volume
+///    that no other thread knows, while it waits for the one of the volume that has the name already.
+/// 2. `missing` and `Job::judging`, held over I/O as well: behind all answers, and by one job alone.
+/// 3. `Volume::now`. Get and List read it, so this and all that follow are held for moments: no store is asked under
+///    them, and what is dropped may be unmounted, so it is dropped after them.
+/// 4. `Job::now`. A mount is attached under it: either the job has ended, or its end sees the mount.
+/// 5. `State`.
+/// 6. The rest, of which no two are held at once: the queues of `Upkeep`, `Telling` and each lease's `Told`, [`Tally`],
+///    `clock`; and two that are held over small files: `Pending`'s, as what it keeps must be on its file before Mount is
+///    answered, and `passing`.
+///
+/// # What may wait for what
+///
+/// - Get, List and reports of containers: for nothing.
+/// - Create, Mount and Remove: for another change of the same volume, for the store, and for room in it, at most
+///   `REQUEST_PATIENCE`. An Unmount waits for these too, but answers after `UNMOUNT_ANSWER` in any case.
+/// - A settlement: for the last close of its file system, for Docker's report, and for the store, as long as that takes;
+///   only at its end for the volume's `op`. So a volume is used again while its last lease is not settled yet. One of a volume
+///   that keeps its content publishes under `op`: the next Mount waits for that.
+/// - The thread `upkeep`: for the store, and for the `op` of one volume after the other. Nothing waits for it.
+/// - The thread `removals`: for the store alone. All that needs room waits for it, with `op` held, so it must not take `op`.
+/// - [`Engine::stop`]: for requests and settlements (`State::under_way`) and the two threads, within its bound. All that waits
+///   longer than a request may looks at `State::stopping` (`Engine::rest`) and leaves the rest to the next start.
 pub struct Engine {
     store: Arc<dyn Store>,
     settings: Settings,
