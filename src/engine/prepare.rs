@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Choosing an entry and making a copy of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use super::{Engine, EngineError, io_error, lock, tag, unix_now};
 use crate::cache::names::LvName;
 use crate::cache::record::{DOOMED, MAKING, SNAPSHOT, late_tags, volume_tags};
 use crate::cache::select::Choice;
-use crate::cache::spec::{OnMiss, Spec};
+use crate::cache::spec::{FsType, OnMiss, Spec};
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
 use crate::failpoint::reach;
@@ -255,48 +255,9 @@ impl Engine {
         };
         let failed = |doing: &str, e| OpenError::Other(io_error(doing, &device, e));
         let held = crate::fs::probe(&device).map_err(|e| failed("reading", e))?;
-        let from_entry = matches!(copy.source.how, Restored::Exact | Restored::Fallback);
-        // What it holds is nowhere else: whatever that looks like now, nothing is written over it.
-        if volume.keeps() && !copy.making && !matches!(held, Content::Fs(_)) {
-            return Err(OpenError::Damaged(format!(
-                "{}: no XFS or ext4 file system is found on it, and a volume with reuse=keep is never formatted again: \
-                 what it held may be recovered from {} (`xfs_repair`, `e2fsck -b`), and it is used again then; or remove the volume",
-                copy.lv,
-                device.display()
-            )));
-        }
-        // An entry is taken with the file system that it has. The base and new
-        // volumes are empty: they get the one that was asked for.
-        let fs = match (held, spec.fs) {
-            (Content::Fs(fs), None) => fs,
-            (Content::Fs(fs), Some(wanted))
-                if fs == wanted || from_entry || !copy.making && volume.keeps() =>
-            {
-                fs
-            }
-            (Content::Unknown, _) | (Content::Blank, _) if from_entry => {
-                return Err(OpenError::Damaged(format!(
-                    "{}: there is no XFS or ext4 file system on it",
-                    copy.lv
-                )));
-            }
-            (Content::Unknown, None) => {
-                return Err(OpenError::Damaged(format!(
-                    "{}: there is no XFS or ext4 file system on it",
-                    copy.lv
-                )));
-            }
-            (_, wanted) => {
-                let fs = wanted.unwrap_or_default();
-                crate::fs::make(&device, fs).map_err(|e: ExecError| StoreError::from(e))?;
-                if copy.source.how == Restored::Base {
-                    copy.source = Source {
-                        lv: copy.source.lv.take(),
-                        ..Source::of(Restored::Empty)
-                    };
-                }
-                fs
-            }
+        let fs = match usable(volume, copy, held, &device).map_err(OpenError::Damaged)? {
+            Some(fs) => fs,
+            None => make_fs(copy, &device, spec.fs.unwrap_or_default())?,
         };
         if let Some(size) = spec.size
             && device_size(&device).map_err(|e| failed("reading", e))? < size
@@ -441,6 +402,51 @@ impl Engine {
         lock(&self.state).catalog.discard(&lv, Instant::now());
         self.upkeep.discard(lv, premounted);
     }
+}
+
+/// Which of what a copy holds it is used with; `None`: with a new file system. An error says why with neither.
+fn usable(
+    volume: &Volume,
+    copy: &Prepared,
+    held: Content,
+    device: &Path,
+) -> Result<Option<FsType>, String> {
+    let from_entry = matches!(copy.source.how, Restored::Exact | Restored::Fallback);
+    let is_kept = volume.keeps() && !copy.making;
+    // An entry is taken with the file system that it has. The base and new
+    // volumes are empty: they get the one that was asked for.
+    match (held, volume.spec.fs) {
+        (Content::Fs(fs), None) => Ok(Some(fs)),
+        (Content::Fs(fs), Some(wanted)) if fs == wanted || from_entry || is_kept => Ok(Some(fs)),
+        // What it holds is nowhere else: whatever that looks like now, nothing is written over it.
+        (Content::Unknown | Content::Blank, _) if is_kept => Err(format!(
+            "{}: no XFS or ext4 file system is found on it, and a volume with reuse=keep is never formatted again: \
+             what it held may be recovered from {} (`xfs_repair`, `e2fsck -b`), and it is used again then; or remove the volume",
+            copy.lv,
+            device.display()
+        )),
+        (Content::Unknown | Content::Blank, wanted)
+            if from_entry || held == Content::Unknown && wanted.is_none() =>
+        {
+            Err(format!(
+                "{}: there is no XFS or ext4 file system on it",
+                copy.lv
+            ))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Makes a copy's file system. What it was copied from is not in it any more.
+fn make_fs(copy: &mut Prepared, device: &Path, fs: FsType) -> Result<FsType, OpenError> {
+    crate::fs::make(device, fs).map_err(|e: ExecError| StoreError::from(e))?;
+    if copy.source.how == Restored::Base {
+        copy.source = Source {
+            lv: copy.source.lv.take(),
+            ..Source::of(Restored::Empty)
+        };
+    }
+    Ok(fs)
 }
 
 fn entry_source(spec: &Spec, choice: Choice<'_>) -> Source {

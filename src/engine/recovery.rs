@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, io};
+use std::{fs, io, mem};
 
 use tracing::{info, warn};
 
@@ -50,14 +50,14 @@ impl Engine {
             strays,
         } = plan;
         self.report_unclear(&seen.unclear);
-        lock(&self.state)
-            .catalog
-            .take_over(seen.entries, seen.base, asked);
+        let entries = mem::take(&mut seen.entries);
+        let base = seen.base.take();
+        lock(&self.state).catalog.take_over(entries, base, asked);
         for m in &strays {
             self.clear(m);
         }
         let mut volumes: BTreeMap<VolumeName, Arc<Volume>> = BTreeMap::new();
-        for found in seen.volumes {
+        for found in mem::take(&mut seen.volumes) {
             let goes_on = goes_on.remove(&found.name);
             let volume = self.take_up_volume(&found, goes_on, &mut seen.lates);
             volumes.insert(found.name, volume);
@@ -66,14 +66,7 @@ impl Engine {
             let volume = self.take_up_scratch(&name, &m)?;
             volumes.insert(name, Arc::new(volume));
         }
-        // Mounted where no job goes on, or where they could not be taken hold of: that ends them.
-        for late in seen.lates {
-            if late.making {
-                seen.leftover.push(late.lv);
-            } else {
-                seen.ended.push(late.ended(&self.lease_tag()));
-            }
-        }
+        seen.end_lates(&self.lease_tag());
         for lease in seen.ended {
             self.take_up_lease(lease, &volumes);
         }

@@ -169,7 +169,7 @@ pub(super) fn is_scratch(m: &MountPoint) -> bool {
 }
 
 impl SeenLate {
-    pub fn ended(self, mark: &Tag) -> SeenLease {
+    fn ended(self, mark: &Tag) -> SeenLease {
         SeenLease {
             lv: self.lv,
             volume: None,
@@ -213,105 +213,110 @@ impl Seen {
         let mut seen = Self::default();
         let mut lvs: Vec<&Lv> = listing.lvs.iter().collect();
         lvs.sort_by_key(|lv| std::cmp::Reverse(lv.seq));
-        let mut origins = Vec::new();
-        let mut of_volumes: BTreeMap<VolumeName, Vec<VolumeLv<'_>>> = BTreeMap::new();
+        let mut unsorted = Unsorted::default();
         for lv in lvs {
-            match Role::from_tags(&lv.tags) {
-                Role::Foreign | Role::Plain => {}
-                Role::Unclear(why) => seen.unclear.push((lv.name.clone(), why)),
-                Role::Base => {
-                    let base = Base {
-                        lv: lv.name.clone(),
-                        created: lv.created,
-                        size: lv.size,
-                    };
-                    if let Some(newer) = &seen.base {
-                        let why = format!("friend:default is on {} too, which is newer", newer.lv);
-                        seen.unclear.push((base.lv, why));
-                    } else {
-                        seen.base = Some(base);
-                    }
+            seen.add(lv, boot, lates, &mut unsorted);
+        }
+        for (name, lvs) in unsorted.of_volumes {
+            let mounted = mounts.get(&name).copied();
+            seen.add_volume(&name, lvs, boot, mounted);
+        }
+        for lease in &mut seen.ended {
+            lease.published = unsorted.origins.contains(&lease.lv);
+        }
+        seen
+    }
+
+    /// Sorts one LV, or puts it off.
+    fn add<'a>(
+        &mut self,
+        lv: &'a Lv,
+        boot: &str,
+        lates: &BTreeSet<(u32, u32)>,
+        unsorted: &mut Unsorted<'a>,
+    ) {
+        let name = || lv.name.clone();
+        match Role::from_tags(&lv.tags) {
+            Role::Foreign | Role::Plain => {}
+            Role::Unclear(why) => self.unclear.push((name(), why)),
+            Role::Base => self.add_base(lv),
+            Role::Entry { scope, tags, .. } => {
+                // What a job went on writing to has more than its checkpoint.
+                if lv.tags.iter().all(|tag| tag.as_str() != CHECKPOINT) {
+                    unsorted.origins.extend(lv.origin.clone());
                 }
-                Role::Entry { scope, tags, .. } => {
-                    // What a job went on writing to has more than its checkpoint.
-                    if lv.tags.iter().all(|tag| tag.as_str() != CHECKPOINT) {
-                        origins.extend(lv.origin.clone());
-                    }
-                    seen.entries.push(Entry {
-                        lv: lv.name.clone(),
-                        seq: place(lv.seq, &lv.tags),
-                        created: lv.created,
-                        scope,
-                        tags,
-                    });
-                }
-                // Whoever imports holds the device open until it is done.
-                Role::Making if lv.open => {}
-                Role::Making => seen.leftover.push(lv.name.clone()),
-                Role::Doomed => seen.doomed.push(lv.name.clone()),
-                Role::Volume {
-                    volume: None,
-                    spec,
-                    from,
-                    failed,
-                    making,
-                    ..
-                } if lv.device.is_some_and(|device| lates.contains(&device)) => {
-                    seen.lates.push(SeenLate {
-                        lv: lv.name.clone(),
-                        device: lv.device.expect("seen above"),
-                        spec: *spec,
-                        from,
-                        failed,
-                        making,
-                    });
-                }
-                Role::Volume {
-                    volume: None,
-                    spec,
-                    from,
-                    lease,
-                    failed,
-                    ..
-                } => match lease {
-                    Some(lease) => seen.ended.push(SeenLease {
-                        lv: lv.name.clone(),
-                        volume: None,
-                        spec: *spec,
-                        from,
-                        cut_short: lease != boot,
-                        mark: tag(&format!("{LEASE}{lease}")),
-                        published: false,
-                        verdict: verdict(failed),
-                        made: lv.created,
-                    }),
-                    None => seen.leftover.push(lv.name.clone()),
-                },
-                Role::Volume {
-                    volume: Some(name),
-                    spec,
-                    from,
-                    lease,
-                    failed,
-                    making,
-                } => of_volumes.entry(name).or_default().push(VolumeLv {
+                self.entries.push(entry(lv, scope, tags));
+            }
+            // An import holds the device open until it is done.
+            Role::Making if lv.open => {}
+            Role::Making => self.leftover.push(name()),
+            Role::Doomed => self.doomed.push(name()),
+            Role::Volume {
+                volume,
+                spec,
+                from,
+                lease,
+                failed,
+                making,
+            } => {
+                let of = VolumeLv {
                     lv,
                     spec: *spec,
                     from,
                     lease,
                     failed,
                     making,
-                }),
+                };
+                match volume {
+                    Some(volume) => unsorted.of_volumes.entry(volume).or_default().push(of),
+                    None => self.add_nameless(of, boot, lates),
+                }
             }
         }
-        for (name, lvs) in of_volumes {
-            let mounted = mounts.get(&name).copied();
-            seen.add_volume(&name, lvs, boot, mounted);
+    }
+
+    /// What is left of `lates` is mounted where no job goes on, or where it could not be taken hold of: that ends it.
+    pub fn end_lates(&mut self, mark: &Tag) {
+        for late in std::mem::take(&mut self.lates) {
+            if late.making {
+                self.leftover.push(late.lv);
+            } else {
+                self.ended.push(late.ended(mark));
+            }
         }
-        for lease in &mut seen.ended {
-            lease.published = origins.contains(&lease.lv);
+    }
+
+    /// The newest base counts.
+    fn add_base(&mut self, lv: &Lv) {
+        if let Some(newer) = &self.base {
+            let why = format!("friend:default is on {} too, which is newer", newer.lv);
+            self.unclear.push((lv.name.clone(), why));
+            return;
         }
-        seen
+        self.base = Some(Base {
+            lv: lv.name.clone(),
+            created: lv.created,
+            size: lv.size,
+        });
+    }
+
+    /// An LV of no volume: of a cache in a job volume, or of a volume that was removed.
+    fn add_nameless(&mut self, of: VolumeLv<'_>, boot: &str, lates: &BTreeSet<(u32, u32)>) {
+        let lv = of.lv.name.clone();
+        if let Some(device) = of.lv.device.filter(|device| lates.contains(device)) {
+            self.lates.push(SeenLate {
+                lv,
+                device,
+                spec: of.spec,
+                from: of.from,
+                failed: of.failed,
+                making: of.making,
+            });
+        } else if let Some(ended) = of.ended(None, boot) {
+            self.ended.push(ended);
+        } else {
+            self.leftover.push(lv);
+        }
     }
 
     /// `lvs` newest first.
@@ -343,26 +348,15 @@ impl Seen {
             current: None,
         };
         for (i, l) in lvs.into_iter().enumerate() {
-            let leased = is_mounted(&l);
-            let lv = l.lv.name.clone();
-            if let Some(lease) = l.lease.filter(|_| !leased) {
-                self.ended.push(SeenLease {
-                    lv: lv.clone(),
-                    volume: Some(name.clone()),
-                    spec: l.spec,
-                    from: l.from.clone(),
-                    cut_short: lease != boot,
-                    mark: tag(&format!("{LEASE}{lease}")),
-                    published: false,
-                    verdict: verdict(l.failed),
-                    made: l.lv.created,
-                });
-            } else if Some(i) != current {
-                self.leftover.push(lv.clone());
+            let (leased, is_current) = (is_mounted(&l), Some(i) == current);
+            let ended = l.ended(Some(name), boot).filter(|_| !leased);
+            if ended.is_none() && !is_current {
+                self.leftover.push(l.lv.name.clone());
             }
-            if Some(i) == current {
+            self.ended.extend(ended);
+            if is_current {
                 volume.current = Some(Current {
-                    lv,
+                    lv: l.lv.name.clone(),
                     from: l.from,
                     making: l.making,
                     leased,
@@ -374,6 +368,15 @@ impl Seen {
     }
 }
 
+/// What is known of a listing's LVs until all were seen.
+#[derive(Default)]
+struct Unsorted<'a> {
+    /// Newest first.
+    of_volumes: BTreeMap<VolumeName, Vec<VolumeLv<'a>>>,
+    /// What entries were made of at the end of a lease.
+    origins: Vec<LvName>,
+}
+
 struct VolumeLv<'a> {
     lv: &'a Lv,
     spec: Spec,
@@ -381,6 +384,34 @@ struct VolumeLv<'a> {
     lease: Option<String>,
     failed: bool,
     making: bool,
+}
+
+impl VolumeLv<'_> {
+    /// The lease whose mark it carries.
+    fn ended(&self, volume: Option<&VolumeName>, boot: &str) -> Option<SeenLease> {
+        let lease = self.lease.as_deref()?;
+        Some(SeenLease {
+            lv: self.lv.name.clone(),
+            volume: volume.cloned(),
+            spec: self.spec.clone(),
+            from: self.from.clone(),
+            cut_short: lease != boot,
+            mark: tag(&format!("{LEASE}{lease}")),
+            published: false,
+            verdict: verdict(self.failed),
+            made: self.lv.created,
+        })
+    }
+}
+
+fn entry(lv: &Lv, scope: Option<Tag>, tags: Vec<Tag>) -> Entry {
+    Entry {
+        lv: lv.name.clone(),
+        seq: place(lv.seq, &lv.tags),
+        created: lv.created,
+        scope,
+        tags,
+    }
 }
 
 impl SeenVolume {

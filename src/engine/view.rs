@@ -4,7 +4,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::volume::{Backing, Phase, Prepared, Restored, Volume};
+use serde_json::{Map, Value};
+
+use super::volume::{Backing, Lease, Phase, Prepared, Restored, Volume};
 use super::{Engine, Stats, lock, millis, unix_now};
 use crate::cache::names::{LvName, VolumeName};
 
@@ -53,68 +55,76 @@ impl Engine {
 
     fn view(&self, volume: &Volume) -> Option<VolumeView> {
         let now = lock(&volume.now);
-        if matches!(now.phase(), Phase::Making | Phase::Removed) {
-            return None;
-        }
-        let mut status = serde_json::Map::new();
-        let mut say = |key: &str, value: serde_json::Value| {
-            if !value.is_null() {
-                status.insert(key.to_owned(), value);
-            }
-        };
-        let mut say_copy = |copy: &Prepared| {
-            say("lv", copy.lv.as_str().into());
-            say("restored", copy.source.how.as_str().into());
-            say("from", copy.source.lv.as_ref().map(LvName::as_str).into());
-            say("criterion", copy.source.criterion.as_deref().into());
-            let age = copy.source.created.map(|t| unix_now().saturating_sub(t));
-            say("age_seconds", age.into());
-            say("prepare_ms", millis(copy.took).into());
-        };
-        let mut mountpoint = None;
+        let mut status = Status::default();
         let state = match now.phase() {
+            Phase::Making | Phase::Removed => return None,
+            Phase::Changing => "changing",
+            Phase::Stale(_) => "stale",
             Phase::Ready(copy) => {
-                say_copy(copy);
+                status.say_copy(copy);
                 "ready"
             }
             Phase::Leased(lease) => {
-                mountpoint = Some(self.mountpoint(&volume.name));
-                match &lease.backing {
-                    Backing::Lv {
-                        copy,
-                        open,
-                        baseline,
-                    } => {
-                        say_copy(copy);
-                        let device = open.mounted.device_number();
-                        let written = device.and_then(crate::fs::sectors_written).ok();
-                        if let (Some(written), Some(baseline)) = (written, baseline) {
-                            say(
-                                "bytes_written",
-                                (written.saturating_sub(*baseline) * 512).into(),
-                            );
-                        }
-                    }
-                    Backing::Scratch(_) => say("restored", Restored::Scratch.as_str().into()),
-                    Backing::Job { job, .. } => say("mounts", job.shown()),
-                }
-                say("mount_ms", millis(lease.took).into());
-                let running = lease.told.running();
-                if !running.is_empty() {
-                    say("containers", running.into());
-                }
+                status.say_lease(lease);
                 "mounted"
             }
-            Phase::Making | Phase::Changing | Phase::Removed => "changing",
-            Phase::Stale(_) => "stale",
         };
-        say("state", state.into());
-        say("last_lease", now.last.clone().into());
+        status.say("state", state);
+        status.say("last_lease", now.last.clone());
         Some(VolumeView {
             name: volume.name.clone(),
             created: volume.created,
-            mountpoint,
-            status,
+            mountpoint: now.lease().map(|_| self.mountpoint(&volume.name)),
+            status: status.0,
         })
+    }
+}
+
+/// What is shown of a volume beside its name: what is not known is left out.
+#[derive(Default)]
+struct Status(Map<String, Value>);
+
+impl Status {
+    fn say(&mut self, key: &str, value: impl Into<Value>) {
+        let value = value.into();
+        if !value.is_null() {
+            self.0.insert(key.to_owned(), value);
+        }
+    }
+
+    fn say_copy(&mut self, copy: &Prepared) {
+        let source = &copy.source;
+        self.say("lv", copy.lv.as_str());
+        self.say("restored", source.how.as_str());
+        self.say("from", source.lv.as_ref().map(LvName::as_str));
+        self.say("criterion", source.criterion.as_deref());
+        let age = source.created.map(|t| unix_now().saturating_sub(t));
+        self.say("age_seconds", age);
+        self.say("prepare_ms", millis(copy.took));
+    }
+
+    fn say_lease(&mut self, lease: &Lease) {
+        match &lease.backing {
+            Backing::Lv {
+                copy,
+                open,
+                baseline,
+            } => {
+                self.say_copy(copy);
+                let device = open.mounted.device_number();
+                let written = device.and_then(crate::fs::sectors_written).ok();
+                if let (Some(written), Some(baseline)) = (written, baseline) {
+                    let bytes = written.saturating_sub(*baseline) * 512;
+                    self.say("bytes_written", bytes);
+                }
+            }
+            Backing::Scratch(_) => self.say("restored", Restored::Scratch.as_str()),
+            Backing::Job { job, .. } => self.say("mounts", job.shown()),
+        }
+        self.say("mount_ms", millis(lease.took));
+        let running = lease.told.running();
+        if !running.is_empty() {
+            self.say("containers", running);
+        }
     }
 }

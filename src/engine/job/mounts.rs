@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use tracing::warn;
 
-use super::{Job, Late, LateView, Saved, ended, refused};
+use super::{Job, Late, LateView, Now, Saved, ended, refused};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
 use crate::cache::request::LatePath;
@@ -54,23 +54,12 @@ impl Engine {
         let spec = job.spec()?.of_request(criteria, save)?;
         let _reserved = job.reserve(path, limits.mounts)?;
         job.charge(OF_MOUNT, save, limits)?;
-        let failed = |e: io::Error| {
-            refused(format!(
-                "{path}: {}",
-                match Errno::from_io_error(&e) {
-                    Some(Errno::LOOP | Errno::NOTDIR) =>
-                        "there is something else than a directory in this place".to_owned(),
-                    Some(Errno::XDEV) => "nothing is mounted upon a mount".to_owned(),
-                    _ => e.to_string(),
-                }
-            ))
-        };
-        let place = job.place(path).map_err(failed)?;
+        let place = job.place(path).map_err(|e| unplaceable(path, &e))?;
         let volume = Arc::new(Volume::late_of(&job.volume, path, spec));
         let backing = self
             .backing(&volume, Phase::Stale(None))
             .map_err(|refused| refused.error)?;
-        let mut lease = Lease {
+        let lease = Lease {
             took: began.elapsed(),
             ..Lease::new(backing)
         };
@@ -78,57 +67,65 @@ impl Engine {
         let ids = job.ids_for(peer);
         match &lease.backing {
             Backing::Lv { open, .. } => self.map_ids(&open.mounted, &ids),
-            _ => own_scratch(lease.mounted(), &volume.spec, &ids).map_err(failed)?,
-        }
-        let own = lease.mounted().mount_fd();
-        let mut now = lock(&job.now);
-        let before = processor_time();
-        let attached = if now.closed {
-            Err(ended())
-        } else {
-            own.and_then(|own| lease.mounted().attach_upon(place.as_fd()).map(|()| own))
-                .map_err(failed)
-        };
-        let took = processor_time().saturating_sub(before);
-        if took > ATTACHING {
-            warn!(
-                volume = job.name(),
-                took_ms = millis(took),
-                "mounted in very many places: the job gets no more mounts"
-            );
-            now.multiplied = true;
-        }
-        let place = match attached {
-            Ok(place) => place,
-            Err(error) => {
-                drop(now);
-                if let Backing::Lv { copy, open, .. } = lease.backing {
-                    drop(open);
-                    self.discard(copy.lv, None);
-                }
-                return Err(error);
-            }
-        };
-        if let Backing::Lv { copy, .. } = &lease.backing {
-            self.note_lease(&copy.source);
-        }
-        if let Backing::Lv { copy, .. } = &lease.backing
-            && may_publish(&volume.spec)
-        {
-            let failed = now.verdict == Verdict::Failure;
-            if failed {
-                now.failed.insert(copy.lv.clone());
-            }
-            lease.mark = Some(self.mark_leased(copy.lv.clone(), failed));
+            _ => own_scratch(lease.mounted(), &volume.spec, &ids)
+                .map_err(|e| unplaceable(path, &e))?,
         }
         let late = Late {
             volume,
             lease,
             place,
         };
+        self.attach_late(job, path, late)
+    }
+
+    /// Attaches a mount upon its place, and has the job have it.
+    fn attach_late(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        path: &LatePath,
+        mut late: Late,
+    ) -> Result<LateView, EngineError> {
+        let own = late.lease.mounted().mount_fd();
+        let mut now = lock(&job.now);
+        let before = processor_time();
+        let attached = if now.closed {
+            Err(ended())
+        } else {
+            let upon = late.place.as_fd();
+            own.and_then(|own| late.lease.mounted().attach_upon(upon).map(|()| own))
+                .map_err(|e| unplaceable(path, &e))
+        };
+        now.multiplied |= took_long(job, processor_time().saturating_sub(before));
+        match attached {
+            Ok(place) => late.place = place,
+            Err(error) => {
+                drop(now);
+                if let Backing::Lv { copy, open, .. } = late.lease.backing {
+                    drop(open);
+                    self.discard(copy.lv, None);
+                }
+                return Err(error);
+            }
+        }
+        self.note_late(&mut now, &mut late);
         let view = late.view();
         now.mounts.insert(path.clone(), Some(late));
         Ok(view)
+    }
+
+    /// Notes that the lease of a cache in a job volume has begun.
+    fn note_late(self: &Arc<Self>, job: &mut Now, late: &mut Late) {
+        let Backing::Lv { copy, .. } = &late.lease.backing else {
+            return;
+        };
+        self.note_lease(&copy.source);
+        if may_publish(&late.volume.spec) {
+            let failed = job.verdict == Verdict::Failure;
+            if failed {
+                job.failed.insert(copy.lv.clone());
+            }
+            late.lease.mark = Some(self.mark_leased(copy.lv.clone(), failed));
+        }
     }
 
     /// What [`Engine::mount_late`] would restore now. Nothing, where nothing matches and that would refuse it (`on-miss=fail`).
@@ -329,6 +326,31 @@ impl Engine {
             self.settle_lease(&late.volume, late.lease, heard.clone(), None);
         }
     }
+}
+
+/// Why nothing is mounted at `path`.
+fn unplaceable(path: &LatePath, error: &io::Error) -> EngineError {
+    let why = match Errno::from_io_error(error) {
+        Some(Errno::LOOP | Errno::NOTDIR) => {
+            "there is something else than a directory in this place".to_owned()
+        }
+        Some(Errno::XDEV) => "nothing is mounted upon a mount".to_owned(),
+        _ => error.to_string(),
+    };
+    refused(format!("{path}: {why}"))
+}
+
+/// Whether attaching a mount took so long that the job is to get no more.
+fn took_long(job: &Job, took: Duration) -> bool {
+    if took <= ATTACHING {
+        return false;
+    }
+    warn!(
+        volume = job.name(),
+        took_ms = millis(took),
+        "mounted in very many places: the job gets no more mounts"
+    );
+    true
 }
 
 /// What this thread has had of a processor: unlike a clock's, waiting for others is no part of it.
