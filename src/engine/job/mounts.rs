@@ -2,7 +2,7 @@
 //! What a job asks for: mounts, checkpoints, and its own result.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
 use crate::cache::request::LatePath;
 use crate::cache::select::Criterion;
-use crate::cache::spec::Publish;
+use crate::cache::spec::{Publish, Spec};
 use crate::config::JobLimits;
 use crate::engine::budget::{OF_MOUNT, OF_SAVE};
 use crate::engine::error::io_error;
@@ -153,52 +153,42 @@ impl Engine {
     ) -> Result<Saved, EngineError> {
         let began = Instant::now();
         let _work = self.begin()?;
-        let (volume, lv, source, device, root) = job.with_mount(path, |late| {
-            let copy = late.copy().expect("it has an LV");
-            let mounted = late.lease.mounted();
-            let root = mounted.root().try_clone_to_owned();
-            Ok((
-                Arc::clone(&late.volume),
-                copy.lv.clone(),
-                copy.source.clone(),
-                mounted.device_number(),
-                root.map_err(|e| io_error("holding", Path::new(path.as_str()), e))?,
-            ))
-        })?;
-        let mut spec = volume.spec.clone();
-        if !tags.is_empty() {
-            spec.save = job.spec()?.of_request(&[], tags)?.save;
-        }
-        if spec.save.is_empty() {
-            return Err(refused(format!(
-                "save {path}: it has no tags: write them after its name"
-            )));
-        }
-        if spec.publish == Publish::Never {
-            return Err(refused("the job volume says publish=never"));
-        }
-        if spec.publish != Publish::Always && job.verdict() == Verdict::Failure {
-            return Err(refused(format!(
-                "save {path}: the job said that it failed, and what a failed job leaves is not published"
-            )));
-        }
+        let held = job.hold(path)?;
+        let spec = job.spec_of_save(&held.volume, path, tags)?;
         // One checkpoint of a mount at a time; its end waits for it.
-        let _op = lock(&volume.op);
-        if let Some(there) = self.there(&spec) {
-            return Ok(Saved {
-                lv: there,
-                tags: spec.save,
-                took: began.elapsed(),
-            });
-        }
+        let _op = lock(&held.volume.op);
+        let entry = match self.there(&spec) {
+            Some(there) => there,
+            None => self.save_held(job, path, &held, &spec, tags, limits)?,
+        };
+        Ok(Saved {
+            lv: entry,
+            tags: spec.save,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Makes a checkpoint of a mount, whose volume's `op` the caller holds. It is charged for the `tags` that were asked for.
+    fn save_held(
+        &self,
+        job: &Job,
+        path: &LatePath,
+        held: &Held,
+        spec: &Spec,
+        tags: &[Tag],
+        limits: &JobLimits,
+    ) -> Result<LvName, EngineError> {
         // Before the store is asked for anything: it waits for whatever is not written yet.
-        job.write_out(path, &root)?;
-        let written = device.and_then(crate::fs::sectors_written).ok();
-        let mut of_entry = entry_tags(&spec.save, &spec.scope, source.lv.as_ref());
+        job.write_out(path, &held.root)?;
+        let written = held
+            .device
+            .and_then(|device| crate::fs::sectors_written(device).ok());
+        let mut of_entry = entry_tags(&spec.save, &spec.scope, held.source.lv.as_ref());
         of_entry.push(tag(CHECKPOINT));
         let entry = job.count_save(limits.saves, || {
             job.charge(OF_SAVE, tags, limits)?;
-            self.publish_mounted(&spec, &lv, &of_entry, || job.write_out(path, &root))
+            let write_out = || job.write_out(path, &held.root);
+            self.publish_mounted(spec, &held.lv, &of_entry, write_out)
                 .inspect_err(|error| {
                     if let EngineError::Store(StoreError::Unfreezable { .. }) = error {
                         let _ = job.with_mount(path, |late| {
@@ -208,22 +198,11 @@ impl Engine {
                     }
                 })
         })?;
-        let covers = volume.spec.save.iter().all(|tag| spec.save.contains(tag));
-        let _ = job.with_mount(path, |late| {
-            if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing
-                && covers
-            {
-                // Unchanged from here on, its end has nothing new to publish.
-                *baseline = written;
-                copy.source.saved = true;
-            }
-            Ok(())
-        });
-        Ok(Saved {
-            lv: entry,
-            tags: spec.save,
-            took: began.elapsed(),
-        })
+        let own = &held.volume.spec.save;
+        if own.iter().all(|tag| spec.save.contains(tag)) {
+            job.note_saved(path, written);
+        }
+        Ok(entry)
     }
 
     /// Has the end of a late mount not published.
@@ -325,6 +304,70 @@ impl Engine {
             lock(&late.volume.now).set(&LEAVE, Phase::Removed);
             self.settle_lease(&late.volume, late.lease, heard.clone(), None);
         }
+    }
+}
+
+/// What is needed of a mount to make a checkpoint of it.
+struct Held {
+    volume: Arc<Volume>,
+    lv: LvName,
+    source: Source,
+    device: Option<(u32, u32)>,
+    root: OwnedFd,
+}
+
+impl Job {
+    fn hold(&self, path: &LatePath) -> Result<Held, EngineError> {
+        self.with_mount(path, |late| {
+            let copy = late.copy().expect("it has an LV");
+            let mounted = late.lease.mounted();
+            let root = mounted.root().try_clone_to_owned();
+            Ok(Held {
+                volume: Arc::clone(&late.volume),
+                lv: copy.lv.clone(),
+                source: copy.source.clone(),
+                device: mounted.device_number().ok(),
+                root: root.map_err(|e| io_error("holding", Path::new(path.as_str()), e))?,
+            })
+        })
+    }
+
+    /// The specification that a checkpoint of `volume` is published with; refused where none may be.
+    fn spec_of_save(
+        &self,
+        volume: &Volume,
+        path: &LatePath,
+        tags: &[Tag],
+    ) -> Result<Spec, EngineError> {
+        let mut spec = volume.spec.clone();
+        if !tags.is_empty() {
+            spec.save = self.spec()?.of_request(&[], tags)?.save;
+        }
+        if spec.save.is_empty() {
+            return Err(refused(format!(
+                "save {path}: it has no tags: write them after its name"
+            )));
+        }
+        if spec.publish == Publish::Never {
+            return Err(refused("the job volume says publish=never"));
+        }
+        if spec.publish != Publish::Always && self.verdict() == Verdict::Failure {
+            return Err(refused(format!(
+                "save {path}: the job said that it failed, and what a failed job leaves is not published"
+            )));
+        }
+        Ok(spec)
+    }
+
+    /// Notes that all of a mount's own tags are on a checkpoint: unchanged from here on, its end has nothing new to publish.
+    fn note_saved(&self, path: &LatePath, written: Option<u64>) {
+        let _ = self.with_mount(path, |late| {
+            if let Backing::Lv { copy, baseline, .. } = &mut late.lease.backing {
+                *baseline = written;
+                copy.source.saved = true;
+            }
+            Ok(())
+        });
     }
 }
 
