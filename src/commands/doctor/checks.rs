@@ -203,9 +203,9 @@ fn kernel(facts: &Facts) -> Vec<Judged> {
         ));
     }
     match version(release) {
-        Some(version) if version < (5, 2) => found.push(wrong(
-            format!("Linux {release} does not support detached mounts"),
-            "use Linux 5.2 or later",
+        Some(version) if version < (5, 8) => found.push(wrong(
+            format!("Linux {release} is too old: detached mounts, openat2 and LOOP_CONFIGURE are needed"),
+            "use Linux 5.8 or later",
         )),
         Some(version) if version < (5, 19) => found.push(note(
             format!("Linux {release} does not support idmapped mounts of XFS: in containers with a user namespace, files have their owners on the host"),
@@ -1098,7 +1098,7 @@ mod tests {
             }),
             ("kernel", Wrong, "no XFS", |f| f.kernel.xfs = false),
             ("kernel", Wrong, "dm-thin", |f| f.kernel.thin = false),
-            ("kernel", Wrong, "5.2", |f| {
+            ("kernel", Wrong, "5.8", |f| {
                 f.kernel.release = "4.19.0-1".into();
             }),
             ("kernel", Note, "idmapped", |f| {
