@@ -334,7 +334,7 @@ impl Engine {
     }
 
     /// Takes no more requests, finishes what is under way within `bound`, upkeep's work too, and
-    /// leaves visible mounts alone; then closes the store, whose present command has [`COMMAND_END`]
+    /// leaves visible mounts alone; then closes the store, whose present command has `COMMAND_END`
     /// to end in any case. `false`: something was left undone, and the next start takes it up.
     pub fn stop(&self, bound: Duration) -> bool {
         let until = Instant::now() + bound;
