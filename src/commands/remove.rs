@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 use super::show::absent;
 use super::{ANSWER_TIMEOUT, Failure, open, print};
 use crate::cache::names::{LvName, VolumeName};
-use crate::cache::record::{DOOMED, Role};
+use crate::cache::record::Role;
 use crate::cli;
 use crate::config::Settings;
 use crate::plugin::client::{self, ClientError};
 use crate::plugin::socket::SocketError;
 use crate::serve::lock_store;
-use crate::storage::{Listing, Lv, Store, StoreError};
+use crate::storage::{Listing, Lv, Store, StoreError, doom};
 
 /// `remove`.
 ///
@@ -124,10 +124,8 @@ fn mark(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
         )));
     }
     // A store too full to take that mark still removes.
-    match store.change_tags(name, &[DOOMED.parse().expect("a tag")], &[]) {
-        Ok(()) | Err(StoreError::NotFound(_) | StoreError::Full { .. }) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    doom(store, name)?;
+    Ok(())
 }
 
 /// Takes it out of the store: an end before that leaves it to the daemon.

@@ -14,14 +14,14 @@ use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
 use super::volume::{Restored, Source};
-use super::{Engine, EngineError, lock, tag, unix_now};
+use super::{Engine, EngineError, lock, unix_now};
 use crate::cache::evict::{self, Entry, Policy, Trust};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, Role, USED, USED_GRAIN, place, used_tag};
+use crate::cache::record::{Role, USED, USED_GRAIN, place, used_tag};
 use crate::cache::spec::Spec;
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint};
-use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
+use crate::storage::{Capacity, Listing, Store, StoreError, Usage, doom};
 
 /// How long a request waits for room to be made for it: Podman gives up after 5 s.
 pub(super) const REQUEST_PATIENCE: Duration = Duration::from_secs(3);
@@ -58,7 +58,7 @@ pub struct Evicted {
 pub struct Use {
     /// In seconds since 1970, by a clock that may be set.
     pub at: u64,
-    /// By one that nobody sets.
+    /// By one that is never set.
     pub when: Instant,
 }
 
@@ -181,18 +181,13 @@ pub fn plan(
     told.collect()
 }
 
-/// Commits that an entry is to be removed: it is out of every choice then. `false`: the store has no room for that mark; what
-/// nothing uses can be removed all the same.
+/// Commits that an entry is to be removed, and says why: see [`doom`].
 ///
 /// # Errors
 /// What the store says.
 pub fn mark(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<bool, StoreError> {
     let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
-    let marked = match store.change_tags(lv, &[tag(DOOMED)], &[]) {
-        Err(StoreError::Full { .. }) => false,
-        Ok(()) | Err(StoreError::NotFound(_)) => true,
-        Err(error) => return Err(error),
-    };
+    let marked = doom(store, lv)?;
     info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
     Ok(marked)
 }

@@ -439,13 +439,10 @@ impl Engine {
             // In use again, the mark is the next lease's.
             if may_publish(spec) && idle {
                 self.pending.forget(lv);
-            }
-            if may_publish(spec)
-                && idle
-                && let Err(error) =
-                    (self.store).change_tags(lv, &[], &[ended.mark.clone(), tag(FAILED)])
-            {
-                warn!(%lv, %error, "a settled lease could not be unmarked");
+                let marks = [ended.mark.clone(), tag(FAILED)];
+                if let Err(error) = self.store.change_tags(lv, &[], &marks) {
+                    warn!(%lv, %error, "a settled lease could not be unmarked");
+                }
             }
             published
         });

@@ -16,13 +16,13 @@ use tracing::{debug, info, warn};
 
 use super::bounds::Ask;
 use super::volume::{LOST, Phase, Premounted, Prepared, REFRESH, Volume, WAIT};
-use super::{Engine, EngineError, lock, survey, tag};
+use super::{Engine, EngineError, lock, survey};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, Role};
+use crate::cache::record::Role;
 use crate::cache::spec::Kind;
 use crate::failpoint::reach;
 use crate::fs::Content;
-use crate::storage::{Listing, StoreError, Watch};
+use crate::storage::{Listing, StoreError, Watch, doom};
 
 /// Changes often come in bursts (LVM commits a snapshot twice), and a listing
 /// costs a command: one a second at most.
@@ -419,14 +419,7 @@ impl Engine {
     fn remove_lv(&self, removal: &mut Removal) -> Result<(), StoreError> {
         removal.premounted = None;
         if !removal.doomed {
-            match self.store.change_tags(&removal.lv, &[tag(DOOMED)], &[]) {
-                // The mark has no room: removing needs none.
-                Err(StoreError::Full { .. }) => {}
-                marked => {
-                    marked?;
-                    removal.doomed = true;
-                }
-            }
+            removal.doomed = doom(&*self.store, &removal.lv)?;
         }
         self.store.remove(&removal.lv)?;
         reach("remove", 3);

@@ -167,15 +167,12 @@ async fn create(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let request = body.request()?;
     let name = request.name()?;
     let options = request.into_options();
-    app.work(move |engine| engine.create(&name, &options))
-        .await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| engine.create(&name, &options)).await
 }
 
 async fn remove(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let name = body.request()?.name()?;
-    app.work(move |engine| engine.remove(&name)).await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| engine.remove(&name)).await
 }
 
 /// For people: no client of the protocol takes a volume away from under a container.
@@ -186,9 +183,7 @@ async fn remove_by_force(
 ) -> Answer {
     peer.is_root()?;
     let name = body.request()?.name()?;
-    app.work(move |engine| engine.remove_by_force(&name))
-        .await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| engine.remove_by_force(&name)).await
 }
 
 /// For the supervisor, of containers that it knows to be gone.
@@ -199,8 +194,7 @@ async fn release(
 ) -> Answer {
     peer.is_root()?;
     let name = body.request()?.name()?;
-    app.work(move |engine| engine.release(&name)).await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| engine.release(&name)).await
 }
 
 async fn mount(
@@ -239,9 +233,8 @@ async fn starting(
 ) -> Answer {
     let of = wire::Start::parse(&body.0)?;
     let (names, ids) = (of.names()?, of.ids(&peer.ids()?)?);
-    app.work(move |engine| names.iter().try_for_each(|name| engine.fit(name, &ids)))
-        .await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| names.iter().try_for_each(|name| engine.fit(name, &ids)))
+        .await
 }
 
 async fn started(
@@ -293,9 +286,7 @@ async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
     let request = body.request()?;
     let name = request.name()?;
     let options = request.into_options();
-    app.work(move |engine| engine.admit(&name, &options))
-        .await?;
-    Ok(ok(&wire::Done {}))
+    app.done(move |engine| engine.admit(&name, &options)).await
 }
 
 async fn no_such_endpoint(uri: Uri, body: Payload) -> Refusal {
@@ -341,6 +332,15 @@ impl App {
             });
             settled(written.await)?;
         }
+        Ok(ok(&wire::Done {}))
+    }
+
+    /// [`App::work`] that has nothing to answer.
+    async fn done(
+        &self,
+        act: impl FnOnce(&Arc<Engine>) -> Result<(), EngineError> + Send + 'static,
+    ) -> Answer {
+        self.work(act).await?;
         Ok(ok(&wire::Done {}))
     }
 

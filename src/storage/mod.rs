@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::after_tag;
+use crate::cache::record::{DOOMED, after_tag};
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
 
@@ -151,6 +151,21 @@ pub struct Trouble {
     pub finding: String,
     /// What to do about it, a command mostly.
     pub fix: String,
+}
+
+/// Commits that a volume is to be removed: it is out of every choice then, and whatever becomes of its removal, the next daemon
+/// finds it. `false`: there is no room for that mark; what nothing uses can be removed all the same. What is not there any more
+/// needs none.
+///
+/// # Errors
+/// What else the store says.
+pub fn doom(store: &dyn Store, lv: &LvName) -> Result<bool, StoreError> {
+    let doomed = DOOMED.parse().expect("is a tag");
+    match store.change_tags(lv, &[doomed], &[]) {
+        Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
+        Err(StoreError::Full { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// A store's operation did not succeed.

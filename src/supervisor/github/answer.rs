@@ -4,7 +4,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
 use serde::de::DeserializeOwned;
 
 use crate::plugin::wire::printable;
@@ -156,10 +156,7 @@ fn keep_still(
     let seconds = number("retry-after").or_else(|| {
         let exhausted = number("x-ratelimit-remaining") == Some(0);
         let reset = number("x-ratelimit-reset").filter(|_| exhausted)?;
-        // By GitHub's own clock: ours may be off.
-        let own = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let theirs = header("date").and_then(http_date).unwrap_or(own);
-        Some(reset.saturating_sub(theirs) + 1)
+        Some(reset.saturating_sub(date(headers, now)) + 1)
     });
     let limited = status == StatusCode::TOO_MANY_REQUESTS
         || status == StatusCode::FORBIDDEN && message.to_lowercase().contains("rate limit");
@@ -171,8 +168,15 @@ fn keep_still(
         .map(|rest| rest.min(LONGEST))
 }
 
+/// When it was answered, seconds since 1970 by GitHub's own clock, where it says so: ours, `now`, may be off.
+pub(super) fn date(headers: &HeaderMap, now: SystemTime) -> u64 {
+    let theirs = headers.get(header::DATE);
+    let theirs = theirs.and_then(|date| http_date(date.to_str().ok()?));
+    theirs.unwrap_or_else(|| now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
+}
+
 /// Seconds since 1970 of an HTTP date.
-pub(super) fn http_date(text: &str) -> Option<u64> {
+fn http_date(text: &str) -> Option<u64> {
     let time = jiff::fmt::rfc2822::parse(text).ok()?;
     time.timestamp().as_second().try_into().ok()
 }

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use axum::http::{HeaderValue, Method, Request, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD as BASE64;
 use jiff::Timestamp;
@@ -20,9 +20,9 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::Mutex;
 
-use super::answer::{Answer, GitHubError, http_date};
+use super::answer::{GitHubError, date};
 use super::connect::Client;
-use super::{REST, TIMEOUT};
+use super::{TIMEOUT, rest_request};
 use crate::supervisor::secret::Source;
 
 /// How much earlier than now an App's token says it was issued, in seconds, "to allow for clock drift".
@@ -129,19 +129,16 @@ impl App {
             expires_at: Timestamp,
         }
         let path = format!("/app/installations/{}/access_tokens", self.installation);
-        let request = Request::post(format!("{api}{path}")).header(
-            header::AUTHORIZATION,
-            bearer(&self.signed(SystemTime::now())?)?,
-        );
-        let request = REST
-            .iter()
-            .fold(request, |r, (name, value)| r.header(*name, *value));
+        let token = bearer(&self.signed(SystemTime::now())?)?;
+        let request =
+            rest_request(Method::POST, format!("{api}{path}")).header(header::AUTHORIZATION, token);
         let what = format!("{} {path}", Method::POST);
         let asked = Instant::now();
         let answer = client.send(what, request, Vec::new(), TIMEOUT).await?;
         let bought: Bought = answer.json(StatusCode::CREATED)?;
-        let life = bought.expires_at.as_second() - date(&answer);
-        let life = Duration::from_secs(u64::try_from(life).unwrap_or(0));
+        let now = date(&answer.headers, SystemTime::now());
+        let ends = u64::try_from(bought.expires_at.as_second()).unwrap_or(0);
+        let life = Duration::from_secs(ends.saturating_sub(now));
         Ok((bearer(&bought.token)?, asked + life))
     }
 
@@ -187,11 +184,4 @@ fn bearer(token: &SecretString) -> Result<HeaderValue, GitHubError> {
         .map_err(|_| setup("the token has characters that no token has"))?;
     header.set_sensitive(true);
     Ok(header)
-}
-
-/// When it was answered, seconds since 1970 by GitHub's own clock: ours may be off.
-fn date(answer: &Answer) -> i64 {
-    let theirs = answer.headers.get(header::DATE);
-    let theirs = theirs.and_then(|date| http_date(date.to_str().ok()?));
-    theirs.map_or_else(|| Timestamp::now().as_second(), |date| date.cast_signed())
 }

@@ -42,17 +42,20 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Readings at once that jobs wait for. One after the other, a slow answer would hold up all jobs behind it; GitHub allows 100.
 const FIRST: usize = 4;
 
-/// What the REST API answers with, and in which of its versions.
-const REST: [(&str, &str); 2] = [
-    ("accept", "application/vnd.github+json"),
-    ("x-github-api-version", "2022-11-28"),
-];
-
 /// So often what is read is looked for where it is now.
 const REDIRECTS: usize = 3;
 
 /// A time window's end that is said to be so many seconds from another is the same.
 const SAME_WINDOW: u64 = 60;
+
+/// A request to the REST API: what it answers with, and in which of its versions.
+fn rest_request(method: Method, uri: String) -> request::Builder {
+    Request::builder()
+        .method(method)
+        .uri(uri)
+        .header(header::ACCEPT, "application/vnd.github+json")
+        .header("x-github-api-version", "2022-11-28")
+}
 
 /// What has limits of its own: the queue's answers say nothing of the REST API's, and the other way round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,12 +164,7 @@ impl GitHub {
         let mut path = path.to_owned();
         for _ in 0..=REDIRECTS {
             self.may_ask(Side::Rest)?;
-            let request = Request::builder()
-                .method(method.clone())
-                .uri(format!("{}{path}", self.api));
-            let request = REST
-                .iter()
-                .fold(request, |r, (name, value)| r.header(*name, *value));
+            let request = rest_request(method.clone(), format!("{}{path}", self.api));
             let asked = async {
                 let authorization = self.credential.header(&self.client, &self.api).await?;
                 let request = request.header(header::AUTHORIZATION, authorization);
