@@ -385,7 +385,7 @@ fn shown_label(device: &Path) -> Option<Option<String>> {
     Some(shown.label)
 }
 
-/// Takes all mounts at `at` out of sight, from the topmost one down, whoever still uses them.
+/// Takes all mounts at `at` out of sight, from the topmost one down, in use or not.
 ///
 /// # Errors
 /// What the kernel says.

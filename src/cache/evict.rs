@@ -374,7 +374,7 @@ pub fn correct_times(entries: &mut [Entry], now: u64) {
 
 /// The time by a clock that may be set while it is looked at.
 ///
-/// What it shows beside what has passed since it was looked at before, by a clock that nobody sets, is believed once it
+/// What it shows beside what has passed since it was looked at before, by a clock that is never set, is believed once it
 /// has been so for an hour; until then time only passes. So it is with what it shows at first, a day or more after
 /// the last that happened in the store: it may be wrong since the machine started. Set back, it is believed at once: then
 /// things are younger.

@@ -25,7 +25,7 @@ pub(super) const WHY: &str = "it was cut off: it filled the store";
 /// What has to be taken since the last lease was cut off for another to be, as a share of what is to be free.
 const AGAIN: f64 = 0.1;
 
-/// Whoever wrote less than the heaviest by this factor has no part in it, however little it is trusted.
+/// A lease that wrote less than the heaviest by this factor has no part in it, however little it is trusted.
 const LITTLE: u64 = 10;
 
 /// A lease that may be cut off.

@@ -18,7 +18,7 @@ use crate::userns::Ids;
 
 impl Engine {
     /// Shows a volume in use as a container with the ids `ids` is to see it, which is about to
-    /// start: files are whoever's they were inside of the last one. Nothing happens where there is no lease.
+    /// start: files have the owners that they had inside the last one. Nothing happens where there is no lease.
     ///
     /// The mount that the lease began with stays at the bottom; one with other ids lies upon it.
     ///

@@ -14,7 +14,7 @@ use crate::fs::Content;
 use crate::mount::Mounted;
 use crate::storage::NewLv;
 
-/// What is known of an ended lease once nobody writes to it any more.
+/// What is known of an ended lease once nothing writes to it any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct End {
     pub verdict: Verdict,
@@ -83,7 +83,7 @@ impl Engine {
         }
     }
 
-    /// Makes an entry of an LV that nobody writes to.
+    /// Makes an entry of an LV that is not written to any more.
     pub(super) fn publish(
         &self,
         spec: &Spec,

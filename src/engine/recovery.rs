@@ -153,7 +153,7 @@ impl Engine {
             })
         };
         if current.failed {
-            // Which container that was, nobody knows any more.
+            // Which container that was is not known any more.
             lease.told.take("", &FAILED_BEFORE, 0);
         }
         Some(lease)

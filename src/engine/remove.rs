@@ -13,7 +13,7 @@ use crate::failpoint::reach;
 use crate::storage::StoreError;
 
 impl Engine {
-    /// Removes a volume that nobody uses; a lease whose users are gone without an Unmount ends.
+    /// Removes a volume that is not in use; a lease whose users are gone without an Unmount ends.
     ///
     /// # Errors
     /// [`EngineError::InUse`], and see [`EngineError`].
@@ -27,7 +27,7 @@ impl Engine {
         })
     }
 
-    /// Removes a volume; a lease that goes on ends, whoever uses it.
+    /// Removes a volume, in use or not; a lease that goes on ends.
     ///
     /// # Errors
     /// See [`EngineError`].

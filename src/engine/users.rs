@@ -25,7 +25,7 @@ struct Known {
     told: Arc<Told>,
     /// Those who have mounted it, and have not said yet that they are done.
     clients: BTreeSet<String>,
-    /// Somebody has said so, and waits for that to be acted on.
+    /// A client has reported its end, and waits for that to be acted on.
     is_left: bool,
 }
 
@@ -39,14 +39,14 @@ impl Known {
         }
     }
 
-    /// Who uses it; `None`: nobody does any more.
+    /// Who uses it; `None`: it is not in use any more.
     fn users(&self, at: &Path) -> Option<String> {
         if self.is_left && self.clients.is_empty() {
             return None;
         }
         let running = named(&self.told.running(), "container");
         let Some(Ok(processes)) = self.device.map(|device| mount::users(device, at)) else {
-            // What is not known is not "nobody".
+            // Unknown users are users.
             return Some(
                 running.unwrap_or_else(|| "a process that cannot be looked for now".into()),
             );
@@ -75,7 +75,7 @@ fn named<T: ToString>(all: &[T], kind: &str) -> Option<String> {
 }
 
 impl Engine {
-    /// Who uses a volume whose `op` the caller holds; `None`: nobody does.
+    /// Who uses a volume whose `op` the caller holds; `None`: it is not in use.
     pub(super) fn users_of(&self, volume: &Volume) -> Option<String> {
         let known = {
             let now = lock(&volume.now);

@@ -228,7 +228,7 @@ impl Memory {
             return Err(Self::timeout());
         }
         for change in std::mem::take(&mut held.late) {
-            // Nobody hears how that went.
+            // No client waits for the outcome.
             let _ = self.apply(&mut held, change);
         }
         Ok(held)

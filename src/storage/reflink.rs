@@ -585,7 +585,7 @@ impl ReflinkStore {
     }
 }
 
-/// Whether somebody has an image for himself: see [`Store::hold`]. How often a loop device is open the kernel does not tell.
+/// Whether an image is held: see [`Store::hold`]. How often a loop device is open the kernel does not tell.
 fn is_held(image: &Path) -> bool {
     File::open(image).is_ok_and(|image| {
         // Shared, as others may be looking too.

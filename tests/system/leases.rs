@@ -264,7 +264,7 @@ fn in_use(kind: Kind) {
         "{command:?}"
     );
     assert_eq!(content::read(&at), Content::Whole(1));
-    // Killed with its client, so that nobody says that it has ended, nor unmounts.
+    // Killed with its client, so that neither its end nor an Unmount is reported.
     drop(container);
     plugin.remove("v1");
     assert!(!at.exists());
@@ -280,7 +280,7 @@ fn in_use(kind: Kind) {
     drop(container);
     plugin.remove("v2");
 
-    // A job volume has a mount of itself in it, which is nobody's use.
+    // A job volume has a mount of itself in it, which is no container's use.
     plugin.create("job", &json!({"type": "job"}));
     let at = plugin.mount("job", "x");
     refused(plugin, "job", "a client that has mounted it");

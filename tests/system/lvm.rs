@@ -417,7 +417,7 @@ fn thin_ids() -> Vec<u64> {
         .collect()
 }
 
-/// Thin devices that LVM does not know are in nobody's way, are deleted in a pool of our own, and nowhere else.
+/// Thin devices that LVM does not know block no Create, are deleted in a pool of our own, and nowhere else.
 fn thin_devices_that_lvm_does_not_know() {
     let fixture = Fixture::new();
     let store = fixture.open();

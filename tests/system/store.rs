@@ -478,7 +478,7 @@ fn busy_while_mounted(ground: &dyn Ground) {
     assert!(find(&*store, "one").is_none());
 }
 
-/// By whoever makes an entry, before there is a file system to mount: a daemon that starts then leaves it alone.
+/// By a program that makes an entry, before there is a file system to mount: a daemon that starts then leaves it alone.
 fn shown_while_held(ground: &dyn Ground) {
     let store = ground.open();
     store.create(&active("one"), SIZE).unwrap();

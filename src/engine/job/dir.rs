@@ -103,7 +103,7 @@ pub(super) fn open_beneath(
     )?)
 }
 
-/// Puts the client program into a directory that nobody else sees yet.
+/// Puts the client program into a directory that is not shown to any container yet.
 fn put_client(dir: &Mounted) -> io::Result<()> {
     let (name, program) = CLIENT;
     rustix::fs::mkdirat(dir.root(), BIN, Mode::from_raw_mode(0o755))?;
@@ -136,7 +136,7 @@ fn listen(dir: &Mounted) -> io::Result<UnixListener> {
     let root = dir.root();
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(|e| io::Error::other(e.to_string()))?;
-    // Bound under a name that nobody guesses, then moved over whatever is in its place.
+    // Bound under an unguessable name, then moved over whatever is in its place.
     let unready = format!(".{SOCKET}.{:016x}", u64::from_ne_bytes(random));
     // Short, whatever the volume's name: a socket's path has 107 bytes at most.
     let path = format!("/proc/self/fd/{}/{unready}", root.as_raw_fd());

@@ -41,7 +41,7 @@ use crate::userns::Ids;
 pub(super) use dir::SOURCE;
 use dir::open_beneath;
 
-/// A job volume in use, for whoever serves its socket.
+/// A job volume in use, as the server of its socket needs it.
 #[derive(Debug)]
 pub struct JobSocket {
     /// What requests are made of.

@@ -154,7 +154,7 @@ impl Census {
         }
     }
 
-    /// The ids of all thin devices that the pool has; `None` where a snapshot of its metadata is somebody else's just now.
+    /// The ids of all thin devices that the pool has; `None` where another program holds a snapshot of its metadata.
     fn ids_in_pool(&self) -> Option<BTreeSet<u64>> {
         let Store::Pool { vg, pool, .. } = &self.store else {
             return Some(BTreeSet::new());
