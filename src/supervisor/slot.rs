@@ -621,5 +621,4 @@ impl Slot {
 }
 
 #[cfg(test)]
-#[path = "slot_tests.rs"]
 mod tests;
