@@ -23,7 +23,7 @@ use crate::cache::request::{self, LatePath, Parser, Request, Said};
 use crate::config::JobLimits;
 use crate::engine::{Engine, Job, JobSocket, LateView};
 use crate::mount;
-use crate::plugin::wire::printable;
+use crate::text::printable;
 use crate::userns::Ids;
 
 /// How many requests of all jobs are worked on at once beside the first of each, which waits for no other job's: each has a

@@ -82,4 +82,5 @@ pub mod serve;
 pub mod status;
 pub mod storage;
 pub mod supervisor;
+pub mod text;
 pub mod userns;

@@ -7,7 +7,7 @@ use clap::Parser as _;
 use lvm_cache_friend::cli::{Cli, Command};
 use lvm_cache_friend::commands::{self, Failure};
 use lvm_cache_friend::job::client;
-use lvm_cache_friend::plugin::wire::printable_lines;
+use lvm_cache_friend::text::printable_lines;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

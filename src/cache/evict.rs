@@ -16,6 +16,7 @@ use std::time::Duration;
 use super::names::{LvName, Tag, shortened};
 use super::spec::Scope;
 use super::units::Bytes;
+use crate::text::span;
 
 /// Seconds of a day.
 const DAY: u64 = 24 * 60 * 60;
@@ -313,17 +314,6 @@ impl fmt::Display for Reason {
             Self::Refused => f.write_str("no room for a new volume"),
         }
     }
-}
-
-/// A length of time in its largest unit that divides it.
-fn span(time: Duration) -> String {
-    let seconds = time.as_secs();
-    for (unit, name) in [(DAY, "d"), (3600, "h"), (60, "m")] {
-        if seconds >= unit && seconds.is_multiple_of(unit) {
-            return format!("{}{name}", seconds / unit);
-        }
-    }
-    format!("{seconds}s")
 }
 
 /// An entry that is to go.

@@ -12,6 +12,7 @@
 //! - [`record`] · what an LV is to us, told by its tags. What does not parse is
 //!   [`record::Role::Unclear`] and left alone.
 //! - [`request`] · what a job asks for on its job volume's socket.
+//! - [`verdict`] · how the work that uses a cache ended.
 //! - [`select`] · which entry a volume restores from. Cases are rows of
 //!   `select_cases.txt`.
 
@@ -24,3 +25,4 @@ pub mod request;
 pub mod select;
 pub mod spec;
 pub mod units;
+pub mod verdict;

@@ -7,8 +7,6 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::list::now;
-use super::rows::age;
 use super::table::{self, table};
 use super::{Failure, failed, json as to_json, open, print};
 use crate::cache::names::LvName;
@@ -19,9 +17,10 @@ use crate::engine::bounds::{self, Evicted};
 use crate::mount;
 use crate::plugin::client;
 use crate::plugin::socket::{Lock, SocketError};
-use crate::plugin::wire::{Evictions, rfc3339};
+use crate::plugin::wire::Evictions;
 use crate::serve::lock_store;
 use crate::storage::{Store, StoreError};
+use crate::text::{age, rfc3339, unix_now};
 
 /// How long the daemon may take: it removes one entry after the other.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -42,7 +41,7 @@ pub fn run(config: &Path, args: &cli::Gc) -> Result<(), Failure> {
         let rows: Vec<_> = evicted.iter().map(row).collect();
         return print(&to_json(&rows));
     }
-    print(&lines(&evicted, now(), table::width()))
+    print(&lines(&evicted, unix_now(), table::width()))
 }
 
 /// Keeps daemons off the store; `None`: one has it.

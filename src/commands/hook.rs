@@ -27,8 +27,8 @@ use crate::config::{ConfigError, Settings};
 use crate::logging::{self, LogLevel};
 use crate::mount;
 use crate::plugin::client;
-use crate::plugin::wire::printable;
 use crate::podman::Events;
+use crate::text::printable;
 
 /// How long a hook may take where the daemon does not answer. Podman waits for it.
 const BOUND: Duration = Duration::from_millis(800);

@@ -16,7 +16,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Whence, lseek64};
 
-use super::list::now;
 use super::{Failure, failed, open, print};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{MAKING, Role, SNAPSHOT, entry_tags};
@@ -26,6 +25,7 @@ use crate::fs as file_system;
 use crate::mount::{self, Mounted};
 use crate::selinux;
 use crate::storage::{Listing, NewLv, Store};
+use crate::text::unix_now;
 use crate::{cli, exec};
 
 /// How often progress is shown.
@@ -61,7 +61,7 @@ pub fn run(config: &Path, args: &cli::Import) -> Result<(), Failure> {
 
     let mut random = [0; 4];
     getrandom::fill(&mut random).map_err(|e| Failure::Failed(e.to_string()))?;
-    let name = LvName::fresh(now(), random);
+    let name = LvName::fresh(unix_now(), random);
     let making = Making {
         store: &*store,
         name: &name,

@@ -2,15 +2,15 @@
 //! `list`: the base, the entries, the volumes.
 
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::rows::{Row, Rows, age};
+use super::rows::{Row, Rows};
 use super::table::{self, table};
 use super::{Failure, failed, json, open, watched};
 use crate::cache::units::Bytes;
 use crate::cli;
 use crate::mount;
 use crate::storage::{Capacity, Listing, Store};
+use crate::text::{age, unix_now};
 
 /// `list`.
 ///
@@ -27,7 +27,7 @@ pub fn run(config: &Path, args: &cli::List) -> Result<(), Failure> {
         if args.json {
             return Ok(json(&all.rows));
         }
-        let mut text = lines(&all.rows, now(), table::width());
+        let mut text = lines(&all.rows, unix_now(), table::width());
         text.push_str(&fill(store.name(), listing.capacity));
         Ok(text)
     })
@@ -41,13 +41,6 @@ pub(super) fn rows(store: &dyn Store, listing: &Listing) -> Result<Rows, Failure
         .ok();
     let mounts = mount::table().map_err(failed("the mount table"))?;
     Ok(Rows::new(listing, usage.as_ref(), &mounts))
-}
-
-/// Seconds since 1970.
-pub(crate) fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
 }
 
 fn fill(store: &str, capacity: Capacity) -> String {

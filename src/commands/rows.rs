@@ -9,8 +9,8 @@ use serde::Serialize;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{Role, place};
 use crate::mount::MountPoint;
-use crate::plugin::wire::rfc3339;
 use crate::storage::{Listing, Lv, Usage};
+use crate::text::rfc3339;
 
 /// What a row is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -180,17 +180,6 @@ fn row(lv: &Lv, role: Role, usage: Option<&HashMap<LvName, Usage>>, mounts: &[Mo
     }
 }
 
-/// How long ago, as a person says it.
-pub fn age(now: u64, then: u64) -> String {
-    let seconds = now.saturating_sub(then);
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m", seconds / 60),
-        3600..86_400 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,14 +265,5 @@ mod tests {
         assert_eq!(json[3]["origin"], "e1");
         assert_eq!(json[3]["mounted"], true);
         assert_eq!(json[3]["mountpoint"], "/run/m/cargo");
-    }
-
-    #[test]
-    fn ages() {
-        for (then, want) in [(100, "0s"), (41, "59s"), (40, "1m"), (200, "0s")] {
-            assert_eq!(age(100, then), want);
-        }
-        assert_eq!(age(90_000, 0), "1d");
-        assert_eq!(age(7200, 0), "2h");
     }
 }

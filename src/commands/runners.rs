@@ -12,10 +12,10 @@ use crate::cli::{self, RunnersCommand};
 use crate::config::Settings;
 use crate::logging;
 use crate::plugin::client::{self, ClientError};
-use crate::plugin::wire::printable_lines;
 use crate::supervisor::config::Supervise;
 use crate::supervisor::control::Row;
 use crate::supervisor::run;
+use crate::text::{printable_lines, roughly};
 
 /// For the supervisor's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -86,7 +86,7 @@ fn table(rows: &[Row]) -> String {
     for row in rows {
         let caches = format!("{}/{}", row.hits, row.caches);
         let last = row.last.as_deref().unwrap_or("-");
-        let age = age(row.age);
+        let age = roughly(row.age);
         let _ = writeln!(
             text,
             "{:slot$}  {:8}  {:runner$}  {age:>8}  {caches:>6}  {last:7}  {}",
@@ -109,12 +109,4 @@ fn table(rows: &[Row]) -> String {
         }
     }
     text
-}
-
-fn age(seconds: u64) -> String {
-    match seconds {
-        0..120 => format!("{seconds}s"),
-        120..7200 => format!("{}m", seconds / 60),
-        _ => format!("{}h", seconds / 3600),
-    }
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::list::{now, rows};
-use super::rows::{Row, age};
+use super::list::rows;
+use super::rows::Row;
 use super::{ANSWER_TIMEOUT, Failure, open, print};
 use crate::cache::names::{Tag, unescape};
 use crate::cache::record::{OPT, Role};
@@ -18,6 +18,7 @@ use crate::cli;
 use crate::config::Settings;
 use crate::plugin::client;
 use crate::storage::{Listing, Lv};
+use crate::text::{age, unix_now};
 
 /// How far lineage is followed.
 const MAX_LINEAGE: usize = 64;
@@ -70,7 +71,10 @@ pub fn run(config: &Path, args: &cli::Show) -> Result<(), Failure> {
         let json = serde_json::to_string_pretty(&stories[0]).expect("plain data");
         return print(&format!("{json}\n"));
     }
-    let texts: Vec<_> = stories.iter().map(|story| lines(story, now())).collect();
+    let texts: Vec<_> = stories
+        .iter()
+        .map(|story| lines(story, unix_now()))
+        .collect();
     print(&texts.join("\n"))
 }
 

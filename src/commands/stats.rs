@@ -5,8 +5,6 @@ use std::path::Path;
 
 use serde_json::json as value;
 
-use super::list::now;
-use super::rows::age;
 use super::table::{self, table};
 use super::{ANSWER_TIMEOUT, Failure, json, watched};
 use crate::cache::units::Bytes;
@@ -15,7 +13,8 @@ use crate::config::Settings;
 use crate::engine::Hits;
 use crate::logging::{self, LogLevel};
 use crate::plugin::client;
-use crate::plugin::wire::{Stats, printable, rfc3339};
+use crate::plugin::wire::Stats;
+use crate::text::{age, printable, rfc3339, unix_now};
 
 /// `stats`.
 ///
@@ -34,7 +33,7 @@ pub fn run(config: &Path, args: &cli::Stats) -> Result<(), Failure> {
         Ok(if args.json {
             json(&stats)
         } else {
-            text(&stats, now(), table::width())
+            text(&stats, unix_now(), table::width())
         })
     })
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::json as value;
 
-use super::list::{now, rows};
-use super::rows::{Kind, Row, age};
+use super::list::rows;
+use super::rows::{Kind, Row};
 use super::table::{self, table};
 use super::{ANSWER_TIMEOUT, Failure, json, open, watched};
 use crate::cache::lineage::{Line, What, draw};
@@ -16,6 +16,7 @@ use crate::cache::units::Bytes;
 use crate::cli;
 use crate::plugin::client::{self, ClientError};
 use crate::plugin::wire::Stats;
+use crate::text::{age, unix_now};
 
 /// One object of `tree --json`, each before what was made from it.
 #[derive(Serialize)]
@@ -55,7 +56,7 @@ pub fn run(config: &Path, args: &cli::Tree) -> Result<(), Failure> {
             });
             json(&nodes.collect::<Vec<_>>())
         } else {
-            text(&lines, &rows, hits.as_ref(), now())
+            text(&lines, &rows, hits.as_ref(), unix_now())
         })
     })
 }

@@ -21,8 +21,8 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::cache::names::VolumeName;
-use crate::engine::Verdict;
-use crate::plugin::wire::printable;
+use crate::cache::verdict::Verdict;
+use crate::text::printable;
 
 /// For an answer.
 const TIMEOUT: Duration = Duration::from_secs(5);

@@ -12,8 +12,9 @@ use tracing::{debug, info, warn};
 
 use super::api::{Actor, Docker, DockerError, Event, Events, MountPoint, is_id, verdict};
 use crate::cache::names::VolumeName;
-use crate::engine::{DockerAsk, Engine, Happened, Verdict, now_ns};
-use crate::plugin::wire::printable;
+use crate::cache::verdict::Verdict;
+use crate::engine::{DockerAsk, Engine, Happened, now_ns};
+use crate::text::printable;
 
 /// Our volumes' driver, as dockerd names it: the spec file's name.
 const DRIVER: &str = "lvm-cache-friend";

@@ -57,11 +57,11 @@ mod view;
 mod volume;
 
 use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{fmt, fs};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
@@ -69,9 +69,11 @@ use tracing::warn;
 use crate::cache::evict::{Policy, Steady};
 use crate::cache::names::{Tag, VolumeName};
 use crate::cache::units::Bytes;
+use crate::cache::verdict::Verdict;
 use crate::container::Container;
 use crate::mount;
 use crate::storage::{Listing, Store, StoreError};
+use crate::text::unix_now;
 use catalog::Catalog;
 pub use error::EngineError;
 use error::io_error;
@@ -114,29 +116,6 @@ pub struct Settings {
     pub jobs: UnboundedSender<JobSocket>,
     /// Who listens to Docker; `None`: how its containers end is not asked.
     pub docker: Option<UnboundedSender<DockerAsk>>,
-}
-
-/// How the work in a lease ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    /// It succeeded.
-    Success,
-    /// It failed.
-    Failure,
-    /// Nobody said.
-    #[default]
-    Unknown,
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Success => "success",
-            Self::Failure => "failure",
-            Self::Unknown => "unknown",
-        })
-    }
 }
 
 /// What is said of a container that uses volumes.
@@ -247,12 +226,6 @@ impl Drop for Work {
 /// changed in single steps only.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::wire::printable;
+use crate::text::printable;
 
 /// Longest answer that is read, in bytes: a List of many thousand volumes.
 const MAX_ANSWER: u64 = 64 << 20;

@@ -31,6 +31,7 @@ use tokio::sync::Semaphore;
 
 use crate::container::Container;
 use crate::engine::{Engine, EngineError, Happened};
+use crate::text::printable;
 use crate::userns::Ids;
 use wire::{Refusal, Request, ok};
 
@@ -379,7 +380,7 @@ fn panicked(panic: &(dyn Any + Send)) -> Refusal {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no message");
-    tracing::error!(panic = %wire::printable(text), "a request made the daemon panic: please report it");
+    tracing::error!(panic = %printable(text), "a request made the daemon panic: please report it");
     Refusal::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         format!("the daemon has a defect, see its log: {text}"),

@@ -17,9 +17,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::names::{BadName, VolumeName};
+use crate::cache::verdict::Verdict;
 use crate::engine::bounds::Evicted;
-use crate::engine::{self, EngineError, Verdict, VolumeView};
+use crate::engine::{self, EngineError, VolumeView};
 use crate::storage::StoreError;
+use crate::text::{printable, rfc3339};
 use crate::userns::{IdMap, Ids};
 
 /// The protocol's media type. Podman and dockerd look at the body alone; others
@@ -28,9 +30,6 @@ pub const MEDIA_TYPE: &str = "application/vnd.docker.plugins.v1.2+json";
 
 /// Longest id of a client, in bytes. Podman's and dockerd's have 64.
 const MAX_ID: usize = 256;
-
-/// Longest text of a refusal, in characters: it ends in a terminal.
-const MAX_MESSAGE: usize = 1000;
 
 /// The body of any request.
 #[derive(Debug, Default, Deserialize)]
@@ -293,37 +292,6 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// `text` as one printable line: what a terminal would obey is escaped, and
-/// what is too long is cut.
-#[must_use]
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len().min(MAX_MESSAGE));
-    for (n, c) in text.chars().enumerate() {
-        if n == MAX_MESSAGE {
-            out.push('…');
-            break;
-        }
-        match c {
-            '"' | '\'' | '\\' => out.push(c),
-            _ => out.extend(c.escape_debug()),
-        }
-    }
-    out
-}
-
-/// `text` with its lines as they are, and all else escaped that a terminal would obey.
-#[must_use]
-pub fn printable_lines(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' | '\t' | '"' | '\'' | '\\' => out.push(c),
-            _ => out.extend(c.escape_debug()),
-        }
-    }
-    out
-}
-
 /// The answer to Create, Remove and Unmount.
 #[derive(Debug, Serialize)]
 pub struct Done {}
@@ -424,13 +392,6 @@ impl From<VolumeView> for Volume {
     }
 }
 
-/// Seconds since 1970 as RFC 3339, in UTC; `None` beyond the year 9999.
-#[must_use]
-pub fn rfc3339(unix_seconds: u64) -> Option<String> {
-    let seconds = i64::try_from(unix_seconds).ok()?;
-    Some(jiff::Timestamp::from_second(seconds).ok()?.to_string())
-}
-
 /// An answer of 200.
 pub fn ok(body: &impl Serialize) -> Response {
     respond(StatusCode::OK, body)
@@ -519,19 +480,6 @@ mod tests {
         assert_eq!(
             request.id().expect_err("too long").status,
             StatusCode::BAD_REQUEST
-        );
-    }
-
-    #[test]
-    fn messages_are_printable_and_bounded() {
-        assert_eq!(
-            printable("a\x1b[31m\n\u{202e}\"é\\"),
-            "a\\u{1b}[31m\\n\\u{202e}\"é\\"
-        );
-        assert!(printable(&"\x1b".repeat(1 << 20)).len() <= 8 * MAX_MESSAGE);
-        assert_eq!(
-            printable_lines("a\x1b[31m\r\n\tb\u{9b}\"é\\\n"),
-            "a\\u{1b}[31m\\r\n\tb\\u{9b}\"é\\\n"
         );
     }
 

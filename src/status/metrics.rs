@@ -16,8 +16,9 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::Supervisor;
 use crate::cache::evict::{Floor, Policy, Space};
+use crate::cache::verdict::Verdict;
 use crate::commands::rows::{Kind, Rows};
-use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED, Verdict};
+use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
 use crate::supervisor::control::{PoolReport, STATES, WAITS, Waits};
 

@@ -11,13 +11,12 @@ use super::picture::{Label, picture};
 use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
 use crate::cache::units::Bytes;
-use crate::commands::list::now;
-use crate::commands::rows::{Kind, Row, Rows, age};
+use crate::commands::rows::{Kind, Row, Rows};
 use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
-use crate::plugin::wire::{printable, rfc3339};
 use crate::storage::{Capacity, Listing};
 use crate::supervisor::control::Row as Slot;
+use crate::text::{age, printable, rfc3339, unix_now};
 
 /// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.
 const ENTRIES: usize = 200;
@@ -35,7 +34,7 @@ const STYLE: &str = include_str!("style.css");
 
 /// The page. Without a listing it says why there is none, and shows the rest.
 pub fn page(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supervisor) -> String {
-    let now = now();
+    let now = unix_now();
     let stats = engine.stats();
     let mut volumes = engine.list();
     volumes.retain(|volume| volume.mountpoint.is_some());

@@ -22,7 +22,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{MemfdFlags, SeekFrom};
 use rustix::io::Errno;
@@ -30,6 +29,7 @@ use rustix::io::Errno;
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
+use crate::text::unix_now;
 
 /// What sizes are rounded up to, in bytes: an extent of LVM's, as it is by default.
 const GRAIN: u64 = 4 * Bytes::MIB;
@@ -316,10 +316,9 @@ impl Memory {
                 tags.push(tag);
             }
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let volume = Volume {
             seq: held.seq,
-            created: now.map_or(0, |now| now.as_secs()),
+            created: unix_now(),
             size,
             tags,
             origin,

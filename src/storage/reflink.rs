@@ -34,7 +34,7 @@ use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, Open
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use fiemap::{Fiemap, FiemapExtentFlags};
 use nix::errno::Errno;
@@ -52,6 +52,7 @@ use crate::cache::record::{DEFAULT, SNAPSHOT};
 use crate::cache::spec::FsType;
 use crate::cache::units::Bytes;
 use crate::mount::Mounted;
+use crate::text::unix_now;
 
 /// What the store is called in messages and in the job protocol.
 const NAME: &str = "reflink";
@@ -922,12 +923,6 @@ fn distinct(tags: impl IntoIterator<Item = String>) -> Vec<String> {
     tags.into_iter()
         .filter(|tag| seen.insert(tag.clone()))
         .collect()
-}
-
-fn unix_now() -> u64 {
-    SystemTime::UNIX_EPOCH
-        .elapsed()
-        .map_or(0, |since| since.as_secs())
 }
 
 fn is_absent(error: &io::Error) -> bool {

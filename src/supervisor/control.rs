@@ -15,10 +15,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::pool::{Orders, SlotView, Worker, unix_now};
+use super::pool::{Orders, SlotView, Worker};
 use super::trouble::Trouble;
-use crate::engine::Verdict;
+use crate::cache::verdict::Verdict;
 use crate::plugin::wire::{Refusal, ok};
+use crate::text::unix_now;
 
 /// Between two reports to the daemon.
 const REPORT: Duration = Duration::from_secs(5);

@@ -17,8 +17,8 @@ use serde_json::Value;
 use tracing::warn;
 
 use super::slot;
-use crate::engine::Verdict;
-use crate::plugin::wire::printable;
+use crate::cache::verdict::Verdict;
+use crate::text::printable;
 
 /// A runner's job.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -14,11 +14,12 @@ use tracing::{error, info, warn};
 
 use super::github::scaleset::{Event, Job, Message};
 use super::jobs::{self, Admission};
-use super::pool::{Board, Worker, unix_now};
+use super::pool::{Board, Worker};
 use super::scope::{self, Run, Scopes};
 use super::trouble::{StepError, Trouble};
 use crate::failpoint::reach;
 use crate::plugin::client::ClientError;
+use crate::text::unix_now;
 
 /// How long GitHub is asked whose job it is. Jobs wait two minutes for that.
 const ASK_WHOSE: Duration = Duration::from_secs(60);

@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::slot::{Container, State};
-use crate::plugin::wire::printable;
+use crate::text::printable;
 
 /// The API's version: that of Podman 4.0, which later ones speak too.
 const VERSION: &str = "v4.0.0";

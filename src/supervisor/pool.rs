@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
@@ -20,7 +20,7 @@ use super::github::scaleset::ScaleSets;
 use super::jobs::Jobs;
 use super::podman::{Podman, PodmanError};
 use super::trouble::{StepError, Trouble};
-use crate::engine::Verdict;
+use crate::cache::verdict::Verdict;
 use crate::plugin::client::{self, ClientError};
 
 /// For the daemon's answer.
@@ -123,12 +123,6 @@ impl fmt::Debug for Worker {
             .field("pool", &self.pool.name)
             .finish_non_exhaustive()
     }
-}
-
-pub(super) fn unix_now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs())
 }
 
 impl Worker {

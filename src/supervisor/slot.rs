@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::engine::Verdict;
+use crate::cache::verdict::Verdict;
 
 /// Seconds for which a registration that was read is believed.
 const FRESH: u64 = 10;

@@ -14,12 +14,13 @@ use super::github::GitHubError;
 use super::github::rest::{NewRunner, Removed};
 use super::handover::{Handover, settled};
 use super::podman::{RUNNER, SLOT};
-use super::pool::{Worker, host, runner_in, unix_now};
+use super::pool::{Worker, host, runner_in};
 use super::slot::{Action, Container, Job, Presence, Seen, Slot, State, decide, is_result};
 use super::trouble::{StepError, Trouble};
-use crate::engine::Verdict;
+use crate::cache::verdict::Verdict;
 use crate::failpoint::reach;
 use crate::plugin::client::ClientError;
+use crate::text::unix_now;
 
 /// The exit code of a runner whose version gets no jobs any more.
 const TOO_OLD: i32 = 7;

@@ -11,7 +11,6 @@ use nix::sys::utsname::uname;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::super::list::now;
 use super::super::rows::Rows;
 use crate::cache::record::Role;
 use crate::config::{ConfigError, Settings, StoreConfig};
@@ -27,6 +26,7 @@ use crate::supervisor::config::Supervise;
 use crate::supervisor::github::Auth;
 use crate::supervisor::run;
 use crate::supervisor::secret::Source;
+use crate::text::unix_now;
 
 /// The units' names.
 pub const SERVICE: &str = "lvm-cache-friend.service";
@@ -614,7 +614,7 @@ fn clock() -> Clock {
     // SAFETY: the kernel writes into a timex that is ours.
     let state = unsafe { libc::adjtimex(&raw mut timex) };
     Clock {
-        now: now(),
+        now: unix_now(),
         synchronised: state >= 0 && timex.status & libc::STA_UNSYNC == 0,
     }
 }

@@ -51,7 +51,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 pub use config::plain_report;
 pub use init::{Say, ensure_loop, init, init_loop};
@@ -73,6 +73,7 @@ use crate::cache::record::{DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
 use crate::mount::{self, Mounted};
+use crate::text::unix_now;
 
 /// What LVM adds to a group's description for a thin volume, beside its name and
 /// tags, in bytes; measured (about 450), and some to spare.
@@ -438,9 +439,8 @@ impl LvmStore {
         }
         let mut random = [0; 4];
         getrandom::fill(&mut random).map_err(|error| StoreError::Failed(error.to_string()))?;
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let empty = NewLv {
-            name: LvName::fresh(now.as_secs(), random),
+            name: LvName::fresh(unix_now(), random),
             tags: [SNAPSHOT, DOOMED]
                 .map(|tag| tag.parse().expect("is a tag"))
                 .into(),

@@ -7,8 +7,8 @@ use axum::body::Bytes;
 use axum::http::{HeaderMap, StatusCode, header};
 use serde::de::DeserializeOwned;
 
-use crate::plugin::wire::printable;
 use crate::supervisor::secret::SecretError;
+use crate::text::printable;
 
 /// How long to keep still after a rate limit that does not say how long: "at least one minute".
 const KEEP_STILL: Duration = Duration::from_secs(60);

@@ -22,7 +22,7 @@ use tokio::net::TcpStream;
 use tower_service::Service;
 
 use super::answer::{Answer, GitHubError};
-use crate::plugin::wire::printable;
+use crate::text::printable;
 
 /// For a connection, and for a proxy's to the host behind it.
 const CONNECT: Duration = Duration::from_secs(10);

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::engine::Verdict;
+use crate::cache::verdict::Verdict;
 
 /// How many jobs and runners a scale set has, as GitHub counts them: it may be late, and it may be wrong for long. What it
 /// does not say is 0.

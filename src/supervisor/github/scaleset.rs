@@ -21,8 +21,8 @@ use tracing::{info, warn};
 pub use super::message::{Event, Job, Message, Statistics};
 use super::message::{if_right, or_default};
 use super::{Answer, GitHub, GitHubError, Side, TIMEOUT};
-use crate::plugin::wire::printable;
 use crate::supervisor::config::Group;
+use crate::text::printable;
 
 /// A poll is answered after some 50 seconds at the latest, with 202.
 const POLL: Duration = Duration::from_secs(90);

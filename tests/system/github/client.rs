@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lvm_cache_friend::engine::Verdict;
+use lvm_cache_friend::cache::verdict::Verdict;
 use lvm_cache_friend::supervisor::config::Group;
 use lvm_cache_friend::supervisor::github::rest::{NewRunner, Removed};
 use lvm_cache_friend::supervisor::github::scaleset::{Event, ScaleSets};
