@@ -16,7 +16,7 @@ use crate::cache::evict::{Floor, Limits, Policy};
 use crate::cache::names::LvName;
 use crate::cache::spec;
 use crate::cache::units::Bytes;
-use crate::docker;
+use crate::http::socket::{Lock, SocketError};
 use crate::logging::LogLevel;
 use crate::selinux;
 use crate::storage::lvm::{self, LvmStore};
@@ -28,6 +28,12 @@ pub const DEFAULT_FILE: &str = "/etc/lvm-cache-friend/config.toml";
 
 /// Where everything of one boot lives.
 pub const RUN_DIR: &str = "/run/lvm-cache-friend";
+
+/// The mode of the directory that volumes are mounted in.
+pub const MOUNT_DIR_MODE: u32 = 0o750;
+
+/// Where dockerd listens.
+const DOCKER_SOCKET: &str = "/run/docker.sock";
 
 /// Longest path of a unix socket, in bytes: sizeof sun_path less the final NUL,
 /// and one for the name that it is bound under at first.
@@ -249,7 +255,7 @@ fn default_socket() -> PathBuf {
 }
 
 fn default_docker() -> Option<PathBuf> {
-    Some(docker::SOCKET.into())
+    Some(DOCKER_SOCKET.into())
 }
 
 fn default_group() -> String {
@@ -339,6 +345,22 @@ pub enum ConfigError {
 }
 
 impl StoreConfig {
+    /// Keeps every other daemon, and commands that change a volume, off a store.
+    ///
+    /// # Errors
+    /// [`SocketError::Locked`] while a daemon has it.
+    pub fn lock(&self) -> Result<Lock, SocketError> {
+        match self {
+            Self::Lvm(lvm) => {
+                // Both names are of LVM's alphabet: safe in a file's name.
+                let file = format!("{}-{}.lock", lvm.vg, lvm.pool);
+                Lock::file(&Path::new(RUN_DIR).join(file))
+            }
+            // A name that no image can have, as the store's own files beside it.
+            Self::Reflink(reflink) => Lock::file(&reflink.dir.join("~daemon")),
+        }
+    }
+
     /// Opens the store.
     ///
     /// # Errors
@@ -594,7 +616,7 @@ fn text(store: &StoreConfig) -> String {
          {store}",
         socket = path(&default_socket()),
         group = quoted(&default_group()),
-        docker = path(Path::new(docker::SOCKET)),
+        docker = path(Path::new(DOCKER_SOCKET)),
         mount_dir = path(&default_mount_dir()),
         premounted = default_premounted(),
         scratch = quoted("1G"),

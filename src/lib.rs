@@ -60,6 +60,7 @@
 //!   memory in place of a cache.
 
 pub mod acl;
+pub mod api;
 pub mod cache;
 pub mod cli;
 pub mod commands;
@@ -72,6 +73,7 @@ pub mod engine;
 pub mod exec;
 pub mod failpoint;
 pub mod fs;
+pub mod http;
 pub mod job;
 pub mod logging;
 pub mod mount;

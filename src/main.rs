@@ -7,6 +7,7 @@ use clap::Parser as _;
 use lvm_cache_friend::cli::{Cli, Command};
 use lvm_cache_friend::commands::{self, Failure};
 use lvm_cache_friend::job::client;
+use lvm_cache_friend::serve;
 use lvm_cache_friend::text::printable_lines;
 
 fn main() -> ExitCode {
@@ -14,7 +15,7 @@ fn main() -> ExitCode {
     let config = &cli.config;
     let done = match &cli.command {
         Command::Init(args) => commands::init::run(config, args),
-        Command::Serve(args) => commands::serve(config, args),
+        Command::Serve(args) => serve::command(config, args),
         Command::List(args) => commands::list::run(config, args),
         Command::Tree(args) => commands::tree::run(config, args),
         Command::Stats(args) => commands::stats::run(config, args),

@@ -14,15 +14,18 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::oneshot;
 
-use crate::config::{RUN_DIR, Settings, StoreConfig};
+use crate::commands::Failure;
+use crate::config::{MOUNT_DIR_MODE, Settings, StoreConfig};
 use crate::docker;
 use crate::engine::{self, DockerAsk, Engine, EngineError, JobSocket};
+use crate::http::server;
+use crate::http::socket::{Listening, Lock, SocketError, make_dir};
 use crate::job;
-use crate::plugin::socket::{Listening, Lock, SocketError, make_dir};
-use crate::plugin::{self, server};
+use crate::plugin;
 use crate::selinux;
 use crate::status;
 use crate::storage::StoreError;
+use crate::{cli, logging};
 
 /// How long a daemon that starts waits for `gc` and `remove`, which hold the store's lock for a commit or two; and how often
 /// it looks.
@@ -58,31 +61,12 @@ fn doing(what: &'static str) -> impl Fn(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
-/// The mode of the directory that volumes are mounted in.
-pub const MOUNT_DIR_MODE: u32 = 0o750;
-
-/// Keeps every other daemon, and commands that change a volume, off a store.
-///
-/// # Errors
-/// [`SocketError::Locked`] while a daemon has it.
-pub fn lock_store(store: &StoreConfig) -> Result<Lock, SocketError> {
-    match store {
-        StoreConfig::Lvm(lvm) => {
-            // Both names are of LVM's alphabet: safe in a file's name.
-            let file = format!("{}-{}.lock", lvm.vg, lvm.pool);
-            Lock::file(&Path::new(RUN_DIR).join(file))
-        }
-        // A name that no image can have, as the store's own files beside it.
-        StoreConfig::Reflink(reflink) => Lock::file(&reflink.dir.join("~daemon")),
-    }
-}
-
-/// [`lock_store`], for a daemon that starts: a command that changes the store in its stead is waited for.
+/// [`StoreConfig::lock`], for a daemon that starts: a command that changes the store in its stead is waited for.
 fn await_store(store: &StoreConfig) -> Result<Lock, SocketError> {
     let until = Instant::now() + COMMAND_PATIENCE;
     let mut waits = false;
     loop {
-        match lock_store(store) {
+        match store.lock() {
             Err(SocketError::Locked(path)) if Instant::now() < until => {
                 if !waits {
                     tracing::info!(lock = %path.display(), "waiting for a command that changes the store now, or another daemon");
@@ -103,6 +87,16 @@ fn close_to_others(dir: &Path, gid: u32) -> io::Result<()> {
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))?;
     chown(dir, Some(0), Some(gid))?;
     std::fs::set_permissions(dir, Permissions::from_mode(MOUNT_DIR_MODE))
+}
+
+/// `serve`.
+///
+/// # Errors
+/// When the daemon cannot be brought up.
+pub fn command(config: &Path, args: &cli::Serve) -> Result<(), Failure> {
+    let settings = Settings::load(config)?;
+    logging::start(args.log_level.unwrap_or(settings.log_level)).map_err(Failure::Usage)?;
+    run(&settings).map_err(|error| Failure::Failed(error.to_string()))
 }
 
 /// Runs the daemon until SIGTERM or SIGINT.

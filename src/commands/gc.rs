@@ -14,11 +14,10 @@ use crate::cache::units::Bytes;
 use crate::cli;
 use crate::config::Settings;
 use crate::engine::bounds::{self, Evicted};
+use crate::http::client;
+use crate::http::socket::{Lock, SocketError};
 use crate::mount;
-use crate::plugin::client;
-use crate::plugin::socket::{Lock, SocketError};
 use crate::plugin::wire::Evictions;
-use crate::serve::lock_store;
 use crate::storage::{Store, StoreError};
 use crate::text::{age, rfc3339, unix_now};
 
@@ -46,7 +45,7 @@ pub fn run(config: &Path, args: &cli::Gc) -> Result<(), Failure> {
 
 /// Keeps daemons off the store; `None`: one has it.
 fn lock(settings: &Settings) -> Result<Option<Lock>, Failure> {
-    match lock_store(&settings.store) {
+    match settings.store.lock() {
         Ok(lock) => Ok(Some(lock)),
         Err(SocketError::Locked(_)) => Ok(None),
         Err(error) => Err(Failure::Failed(error.to_string())),

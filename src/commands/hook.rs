@@ -24,9 +24,9 @@ use super::{Failure, failed, print};
 use crate::cache::names::VolumeName;
 use crate::cli::{self, Stage};
 use crate::config::{ConfigError, Settings};
+use crate::http::client;
 use crate::logging::{self, LogLevel};
 use crate::mount;
-use crate::plugin::client;
 use crate::podman::Events;
 use crate::text::printable;
 

@@ -26,9 +26,9 @@ use std::time::Duration;
 
 use crate::cli;
 use crate::config::{ConfigError, Settings};
+use crate::logging;
 use crate::logging::LogLevel;
 use crate::storage::{Store, StoreError};
-use crate::{logging, serve};
 
 /// How long a command waits for the daemon's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -61,16 +61,6 @@ impl From<StoreError> for Failure {
 
 fn failed(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Failure {
     move |error| Failure::Failed(format!("{what}: {error}"))
-}
-
-/// `serve`.
-///
-/// # Errors
-/// When the daemon cannot be brought up.
-pub fn serve(config: &Path, args: &cli::Serve) -> Result<(), Failure> {
-    let settings = Settings::load(config)?;
-    logging::start(args.log_level.unwrap_or(settings.log_level)).map_err(Failure::Usage)?;
-    serve::run(&settings).map_err(|error| Failure::Failed(error.to_string()))
 }
 
 /// The configuration, and the store that it names.

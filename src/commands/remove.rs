@@ -11,9 +11,8 @@ use crate::cache::names::{LvName, VolumeName};
 use crate::cache::record::Role;
 use crate::cli;
 use crate::config::Settings;
-use crate::plugin::client::{self, ClientError};
-use crate::plugin::socket::SocketError;
-use crate::serve::lock_store;
+use crate::http::client::{self, ClientError};
+use crate::http::socket::SocketError;
 use crate::storage::{Listing, Lv, Store, StoreError, doom};
 
 /// `remove`.
@@ -24,7 +23,7 @@ pub fn run(config: &Path, args: &cli::Remove) -> Result<(), Failure> {
     let (settings, store) = open(config)?;
     let name = &args.name;
     // Held until what is removed is out of every choice: no daemon starts meanwhile, and takes it up.
-    let lock = match lock_store(&settings.store) {
+    let lock = match settings.store.lock() {
         Ok(lock) => Some(lock),
         Err(SocketError::Locked(_)) => None,
         Err(error) => return Err(Failure::Failed(error.to_string())),

@@ -8,12 +8,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{Failure, failed, print};
+use crate::api::runners::Row;
 use crate::cli::{self, RunnersCommand};
 use crate::config::Settings;
+use crate::http::client::{self, ClientError};
 use crate::logging;
-use crate::plugin::client::{self, ClientError};
 use crate::supervisor::config::Supervise;
-use crate::supervisor::control::Row;
 use crate::supervisor::run;
 use crate::text::{printable_lines, roughly};
 

@@ -16,7 +16,7 @@ use crate::cache::spec::Spec;
 use crate::cache::units::Bytes;
 use crate::cli;
 use crate::config::Settings;
-use crate::plugin::client;
+use crate::http::client;
 use crate::storage::{Listing, Lv};
 use crate::text::{age, unix_now};
 

@@ -11,8 +11,8 @@ use crate::cache::units::Bytes;
 use crate::cli;
 use crate::config::Settings;
 use crate::engine::Hits;
+use crate::http::client;
 use crate::logging::{self, LogLevel};
-use crate::plugin::client;
 use crate::plugin::wire::Stats;
 use crate::text::{age, printable, rfc3339, unix_now};
 

@@ -14,7 +14,7 @@ use super::{ANSWER_TIMEOUT, Failure, json, open, watched};
 use crate::cache::lineage::{Line, What, draw};
 use crate::cache::units::Bytes;
 use crate::cli;
-use crate::plugin::client::{self, ClientError};
+use crate::http::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::text::{age, unix_now};
 

@@ -15,6 +15,3 @@ mod listener;
 
 pub use api::{Docker, DockerError};
 pub use listener::listen;
-
-/// Where its socket is if nothing else is configured.
-pub const SOCKET: &str = "/run/docker.sock";

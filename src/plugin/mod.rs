@@ -1,17 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The volume-plugin protocol, as Podman and dockerd speak it, over a unix socket.
 //!
-//! [`router`] holds the endpoints, [`server`] the connections, [`socket`] the
-//! socket's making, [`wire`] the JSON; [`client`] is the other side, for our own
-//! commands.
+//! [`router`] holds the endpoints, [`wire`] what the engine's results become; requests and answers are
+//! in [`crate::api`], the connections in [`crate::http`].
 //!
 //! What never happens here: an answer of 200 to what was refused; a Get or List
 //! that waits, be it for the store or for a free thread; work that stops because
 //! its client hung up.
 
-pub mod client;
-pub mod server;
-pub mod socket;
 pub mod wire;
 
 use std::any::Any;
@@ -20,31 +16,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::extract::{FromRequest, State};
-use axum::http::{Request as HttpRequest, StatusCode, Uri};
+use axum::extract::State;
+use axum::http::{StatusCode, Uri};
 use axum::response::Response;
 use axum::routing::post;
 use axum::{Extension, Router};
-use http_body_util::BodyExt as _;
 use tokio::sync::Semaphore;
 
+use crate::api::volumes::{self, Request, Use};
 use crate::container::Container;
 use crate::engine::{Engine, EngineError, Happened};
+use crate::http::Peer;
+use crate::http::answer::{Refusal, ok};
+use crate::http::body::Payload;
 use crate::text::printable;
 use crate::userns::Ids;
-use wire::{Refusal, Request, ok};
-
-/// Longest body that is read into memory, in bytes. The longest that makes sense,
-/// a Create with criteria of many tags, has some tens of KiB.
-const MAX_BODY: usize = 1 << 20;
-
-/// How much more of a body is read, and thrown away, before it is refused: a
-/// client that is still writing would see a broken pipe instead of the answer.
-const MAX_DRAIN: usize = 64 << 20;
-
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How many Creates, Mounts and Removes are under way at once. Each has a thread;
 /// what the store does for them it does one after the other anyhow. Well above any
@@ -59,28 +45,20 @@ pub const UNMOUNT_THREADS: usize = 64;
 /// after which Podman gives up, so that its user reads our answer.
 const WORK_WAIT: Duration = Duration::from_secs(4);
 
-/// Whoever is at the other end of a connection, as the kernel tells.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Peer {
-    pid: Option<i32>,
-    uid: Option<u32>,
+fn is_root(peer: Peer) -> Result<(), Refusal> {
+    if peer.uid == Some(0) {
+        Ok(())
+    } else {
+        let why = "only root ends the uses of others";
+        Err(Refusal::new(StatusCode::FORBIDDEN, why))
+    }
 }
 
-impl Peer {
-    fn is_root(self) -> Result<(), Refusal> {
-        if self.uid == Some(0) {
-            Ok(())
-        } else {
-            let why = "only root ends the uses of others";
-            Err(Refusal::new(StatusCode::FORBIDDEN, why))
-        }
-    }
-
-    fn ids(self) -> Result<Ids, Refusal> {
-        let unknown = || io::Error::from(io::ErrorKind::NotFound);
-        let ids = self.pid.ok_or_else(unknown).and_then(Ids::of_process);
-        ids.map_err(|e| Refusal::new(StatusCode::BAD_REQUEST, format!("your user namespace: {e}")))
-    }
+/// The IDs of the client's user namespace.
+fn ids_of(peer: Peer) -> Result<Ids, Refusal> {
+    let unknown = || io::Error::from(io::ErrorKind::NotFound);
+    let ids = peer.pid.ok_or_else(unknown).and_then(Ids::of_process);
+    ids.map_err(|e| Refusal::new(StatusCode::BAD_REQUEST, format!("your user namespace: {e}")))
 }
 
 struct App {
@@ -127,24 +105,24 @@ pub fn router(engine: Arc<Engine>) -> Router {
 type Answer = Result<Response, Refusal>;
 
 async fn activate(_: Payload) -> Response {
-    ok(&wire::Activated::default())
+    ok(&volumes::Activated::default())
 }
 
 async fn capabilities(_: Payload) -> Response {
-    ok(&wire::Capabilities::default())
+    ok(&volumes::Capabilities::default())
 }
 
 async fn list(State(app): State<Arc<App>>, _: Payload) -> Answer {
     let volumes = app.at_once(Engine::list)?;
-    Ok(ok(&wire::Many {
+    Ok(ok(&volumes::Many {
         volumes: volumes.into_iter().map(Into::into).collect(),
     }))
 }
 
 async fn get(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let name = body.request()?.name()?;
+    let name = Request::parse(&body.0)?.name()?;
     match app.at_once(|engine| engine.get(&name))? {
-        Some(view) => Ok(ok(&wire::One {
+        Some(view) => Ok(ok(&volumes::One {
             volume: view.into(),
         })),
         None => Err(EngineError::NoSuchVolume(name).into()),
@@ -152,9 +130,9 @@ async fn get(State(app): State<Arc<App>>, body: Payload) -> Answer {
 }
 
 async fn path(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let name = body.request()?.name()?;
+    let name = Request::parse(&body.0)?.name()?;
     match app.at_once(|engine| engine.get(&name))? {
-        Some(view) => Ok(ok(&wire::Mountpoint {
+        Some(view) => Ok(ok(&volumes::Mountpoint {
             mountpoint: view
                 .mountpoint
                 .map(|p| p.display().to_string())
@@ -165,14 +143,14 @@ async fn path(State(app): State<Arc<App>>, body: Payload) -> Answer {
 }
 
 async fn create(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let request = body.request()?;
+    let request = Request::parse(&body.0)?;
     let name = request.name()?;
     let options = request.into_options();
     app.done(move |engine| engine.create(&name, &options)).await
 }
 
 async fn remove(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let name = body.request()?.name()?;
+    let name = Request::parse(&body.0)?.name()?;
     app.done(move |engine| engine.remove(&name)).await
 }
 
@@ -182,8 +160,8 @@ async fn remove_by_force(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    peer.is_root()?;
-    let name = body.request()?.name()?;
+    is_root(peer)?;
+    let name = Request::parse(&body.0)?.name()?;
     app.done(move |engine| engine.remove_by_force(&name)).await
 }
 
@@ -193,8 +171,8 @@ async fn release(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    peer.is_root()?;
-    let name = body.request()?.name()?;
+    is_root(peer)?;
+    let name = Request::parse(&body.0)?.name()?;
     app.done(move |engine| engine.release(&name)).await
 }
 
@@ -203,7 +181,7 @@ async fn mount(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    let request = body.request()?;
+    let request = Request::parse(&body.0)?;
     let (name, id) = (request.name()?, request.id()?);
     let at = app
         .work(move |engine| {
@@ -214,17 +192,17 @@ async fn mount(
             Ok(at)
         })
         .await?;
-    Ok(ok(&wire::Mountpoint {
+    Ok(ok(&volumes::Mountpoint {
         mountpoint: at.display().to_string(),
     }))
 }
 
 async fn unmount(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let request = body.request()?;
+    let request = Request::parse(&body.0)?;
     let (name, id) = (request.name()?, request.id()?);
     let engine = Arc::clone(&app.engine);
     settled(tokio::task::spawn_blocking(move || engine.unmount(&name, &id)).await)?;
-    Ok(ok(&wire::Done {}))
+    Ok(ok(&volumes::Done {}))
 }
 
 async fn starting(
@@ -232,8 +210,8 @@ async fn starting(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    let of = wire::Start::parse(&body.0)?;
-    let (names, ids) = (of.names()?, of.ids(&peer.ids()?)?);
+    let of = volumes::Start::parse(&body.0)?;
+    let (names, ids) = (of.names()?, of.ids(&ids_of(peer)?)?);
     app.done(move |engine| names.iter().try_for_each(|name| engine.fit(name, &ids)))
         .await
 }
@@ -243,11 +221,11 @@ async fn started(
     Extension(peer): Extension<Peer>,
     body: Payload,
 ) -> Answer {
-    let of = wire::Use::parse(&body.0)?;
+    let of = Use::parse(&body.0)?;
     let container = match of.pid {
         // Who runs containers in a namespace of his own speaks of none beyond it.
         Some(pid) => {
-            let theirs = peer.ids()?;
+            let theirs = ids_of(peer)?;
             Container::of_process(&of.container, pid)
                 .ok()
                 .filter(|container| container.ids.are_part_of(&theirs))
@@ -258,7 +236,7 @@ async fn started(
 }
 
 async fn ended(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let of = wire::Use::parse(&body.0)?;
+    let of = Use::parse(&body.0)?;
     let verdict = of.verdict();
     app.tell(of, Happened::Ended(verdict)).await
 }
@@ -272,19 +250,19 @@ async fn stats(State(app): State<Arc<App>>, _: Payload) -> Answer {
 }
 
 async fn gc(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let asked = wire::Gc::parse(&body.0)?;
+    let asked = volumes::Gc::parse(&body.0)?;
     let evicted = app.work(move |engine| engine.gc(asked.dry_run)).await?;
     Ok(ok(&wire::Evictions { evicted }))
 }
 
 async fn judged(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let of = wire::Use::parse(&body.0)?;
+    let of = Use::parse(&body.0)?;
     let verdict = of.verdict();
     app.tell(of, Happened::Judged(verdict)).await
 }
 
 async fn admit(State(app): State<Arc<App>>, body: Payload) -> Answer {
-    let request = body.request()?;
+    let request = Request::parse(&body.0)?;
     let name = request.name()?;
     let options = request.into_options();
     app.done(move |engine| engine.admit(&name, &options)).await
@@ -317,7 +295,7 @@ impl App {
     }
 
     /// Tells the engine of a container that uses volumes.
-    async fn tell(&self, of: wire::Use, happened: Happened) -> Answer {
+    async fn tell(&self, of: Use, happened: Happened) -> Answer {
         let mut names = of.names()?;
         // A failure that waited for its turn would come after the lease's end, which would be published.
         self.at_once(|engine| {
@@ -333,7 +311,7 @@ impl App {
             });
             settled(written.await)?;
         }
-        Ok(ok(&wire::Done {}))
+        Ok(ok(&volumes::Done {}))
     }
 
     /// [`App::work`] that has nothing to answer.
@@ -342,7 +320,7 @@ impl App {
         act: impl FnOnce(&Arc<Engine>) -> Result<(), EngineError> + Send + 'static,
     ) -> Answer {
         self.work(act).await?;
-        Ok(ok(&wire::Done {}))
+        Ok(ok(&volumes::Done {}))
     }
 
     /// What the engine does on a thread of its own, to the end, whether or not the
@@ -387,78 +365,9 @@ fn panicked(panic: &(dyn Any + Send)) -> Refusal {
     )
 }
 
-/// A request's body, read whole, whatever its Content-Type.
-pub(crate) struct Payload(pub(crate) Vec<u8>);
-
-impl Payload {
-    fn request(&self) -> Result<Request, Refusal> {
-        Request::parse(&self.0)
-    }
-}
-
-impl<S: Sync> FromRequest<S> for Payload {
-    type Rejection = Refusal;
-
-    async fn from_request(request: HttpRequest<Body>, _: &S) -> Result<Self, Refusal> {
-        tokio::time::timeout(BODY_TIMEOUT, read(request.into_body()))
-            .await
-            .unwrap_or_else(|_| {
-                Err(Refusal::new(
-                    StatusCode::REQUEST_TIMEOUT,
-                    format!(
-                        "the request's body did not arrive within {} s",
-                        BODY_TIMEOUT.as_secs()
-                    ),
-                ))
-            })
-            .map(Self)
-    }
-}
-
-async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
-    let mut kept = Vec::new();
-    let mut seen = 0;
-    while seen <= MAX_DRAIN
-        && let Some(frame) = body.frame().await
-    {
-        let frame = frame.map_err(|e| {
-            Refusal::new(
-                StatusCode::BAD_REQUEST,
-                format!("the request's body cannot be read: {e}"),
-            )
-        })?;
-        if let Some(data) = frame.data_ref() {
-            seen += data.len();
-            if seen <= MAX_BODY {
-                kept.extend_from_slice(data);
-            }
-        }
-    }
-    if seen > MAX_BODY {
-        return Err(Refusal::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the request's body has more than {MAX_BODY} bytes"),
-        ));
-    }
-    Ok(kept)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[tokio::test(flavor = "current_thread")]
-    async fn bodies_are_bounded() {
-        for (size, fits) in [(0, true), (MAX_BODY, true), (MAX_BODY + 1, false)] {
-            match read(Body::from(vec![b' '; size])).await {
-                Ok(kept) => assert!(fits && kept.len() == size, "{size}"),
-                Err(refusal) => {
-                    assert!(!fits, "{size}");
-                    assert_eq!(refusal.status(), StatusCode::PAYLOAD_TOO_LARGE);
-                }
-            }
-        }
-    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_panic_becomes_a_refusal() {

@@ -15,12 +15,12 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Supervisor;
+use crate::api::runners::{PoolReport, STATES, WAITS, Waits};
 use crate::cache::evict::{Floor, Policy, Space};
 use crate::cache::verdict::Verdict;
 use crate::commands::rows::{Kind, Rows};
 use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
-use crate::supervisor::control::{PoolReport, STATES, WAITS, Waits};
 
 type Labels = Vec<(&'static str, String)>;
 

@@ -24,11 +24,12 @@ use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
+use crate::api::runners::Report;
 use crate::engine::Engine;
-use crate::plugin::wire::{Refusal, ok};
-use crate::plugin::{Payload, not_a_post};
+use crate::http::answer::{Refusal, ok};
+use crate::http::body::Payload;
+use crate::plugin::not_a_post;
 use crate::storage::Listing;
-use crate::supervisor::control::Report;
 
 /// How long a page waits for the store.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::Supervisor;
 use super::picture::{Label, picture};
+use crate::api::runners::Row as Slot;
 use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
 use crate::cache::units::Bytes;
@@ -15,7 +16,6 @@ use crate::commands::rows::{Kind, Row, Rows};
 use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
 use crate::storage::{Capacity, Listing};
-use crate::supervisor::control::Row as Slot;
 use crate::text::{age, printable, rfc3339, unix_now};
 
 /// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.

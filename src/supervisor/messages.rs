@@ -18,7 +18,7 @@ use super::pool::{Board, Worker};
 use super::scope::{self, Run, Scopes};
 use super::trouble::{StepError, Trouble};
 use crate::failpoint::reach;
-use crate::plugin::client::ClientError;
+use crate::http::client::ClientError;
 use crate::text::unix_now;
 
 /// How long GitHub is asked whose job it is. Jobs wait two minutes for that.

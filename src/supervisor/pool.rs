@@ -7,21 +7,22 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tracing::info;
 
 use super::backoff::Backoff;
 use super::config::{Pool, Size};
-use super::control::Waits;
 use super::demand::Demand;
 use super::github::GitHub;
 use super::github::scaleset::ScaleSets;
 use super::jobs::Jobs;
 use super::podman::{Podman, PodmanError};
 use super::trouble::{StepError, Trouble};
+use crate::api::runners::Waits;
 use crate::cache::verdict::Verdict;
-use crate::plugin::client::{self, ClientError};
+use crate::http::client::{self, ClientError};
 
 /// For the daemon's answer.
 const FRIEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -295,6 +296,11 @@ impl Worker {
         }
         self.poke();
     }
+}
+
+/// The daemon's answer as the type that both ends have of it.
+pub(super) fn read<T: DeserializeOwned>(answer: Value) -> Result<T, ClientError> {
+    Ok(serde_json::from_value(answer).map_err(std::io::Error::from)?)
 }
 
 /// The number of a pool's slot, by its name.

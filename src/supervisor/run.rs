@@ -23,8 +23,8 @@ use super::podman::Podman;
 use super::pool::{Orders, Worker};
 use super::slot::GENTLE;
 use crate::config::Settings;
-use crate::plugin::server;
-use crate::plugin::socket::{Listening, SocketError};
+use crate::http::server;
+use crate::http::socket::{Listening, SocketError};
 
 /// How long stopping at once may take: what is left then, the next start removes.
 const STOP: Duration = Duration::from_secs(GENTLE + 30);

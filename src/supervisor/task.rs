@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use secrecy::{ExposeSecret as _, SecretString};
-use serde_json::{Value, json};
+use serde_json::json;
 use tracing::{debug, info, warn};
 
 use super::config::Size;
@@ -14,12 +14,13 @@ use super::github::GitHubError;
 use super::github::rest::{NewRunner, Removed};
 use super::handover::{Handover, settled};
 use super::podman::{RUNNER, SLOT};
-use super::pool::{Worker, host, runner_in};
+use super::pool::{Worker, host, read, runner_in};
 use super::slot::{Action, Container, Job, Presence, Seen, Slot, State, decide, is_result};
 use super::trouble::{StepError, Trouble};
+use crate::api::volumes::{Many, Use};
 use crate::cache::verdict::Verdict;
 use crate::failpoint::reach;
-use crate::plugin::client::ClientError;
+use crate::http::client::ClientError;
 use crate::text::unix_now;
 
 /// The exit code of a runner whose version gets no jobs any more.
@@ -304,16 +305,12 @@ impl Task<'_> {
         let podman = &self.worker.podman;
         let containers = podman.containers(&self.name).await?;
         // The daemon has their names at hand, whatever Podman knows of them.
-        let listed = self.worker.friend("VolumeDriver.List", json!({})).await?;
-        let listed = listed["Volumes"].as_array().map_or(&[][..], Vec::as_slice);
+        let listed: Many = read(self.worker.friend("VolumeDriver.List", json!({})).await?)?;
         self.volumes.clear();
-        for name in listed.iter().filter_map(|volume| volume["Name"].as_str()) {
-            if let Some(runner) = runner_in(&self.name, name) {
+        for volume in listed.volumes {
+            if let Some(runner) = runner_in(&self.name, &volume.name) {
                 let runner = runner.to_owned();
-                self.volumes
-                    .entry(runner)
-                    .or_default()
-                    .insert(name.to_owned());
+                self.volumes.entry(runner).or_default().insert(volume.name);
             }
         }
         // What the daemon knows is cleared, one step after another: this is for what Podman alone knows.
@@ -474,13 +471,17 @@ impl Task<'_> {
             .flatten()
             .cloned()
             .collect();
-        let code = match verdict {
-            Verdict::Success => json!(0),
-            Verdict::Failure => json!(1),
-            Verdict::Unknown => Value::Null,
+        let judged = Use {
+            container: container.id.clone(),
+            volumes: volumes.clone(),
+            exit_code: match verdict {
+                Verdict::Success => Some(0),
+                Verdict::Failure => Some(1),
+                Verdict::Unknown => None,
+            },
+            pid: None,
         };
-        let body = json!({"Container": container.id, "Volumes": volumes, "ExitCode": code});
-        self.worker.friend("Friend.Judged", body).await?;
+        self.worker.friend("Friend.Judged", json!(judged)).await?;
         reach("judge", 3);
         for volume in volumes {
             let body = json!({"Name": volume, "ID": HOLDER});

@@ -7,7 +7,7 @@ use tracing::{debug, info, warn};
 
 use super::github::GitHubError;
 use super::podman::PodmanError;
-use crate::plugin::client::ClientError;
+use crate::http::client::ClientError;
 
 /// Something failed; it is tried again.
 #[derive(Debug, thiserror::Error)]

@@ -8,9 +8,8 @@ use super::facts::{
 };
 use super::{Finding, State};
 use crate::cache::evict::Bound;
-use crate::config::{Lvm, Settings, StoreConfig};
+use crate::config::{Lvm, MOUNT_DIR_MODE, Settings, StoreConfig};
 use crate::selinux::LabelError;
-use crate::serve::MOUNT_DIR_MODE;
 
 /// Below this Podman gives up on containers that start at once on a busy disk, in seconds.
 const SHORT_TIMEOUT: u64 = 20;
