@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{Command, CommandFactory as _};
 
-use crate::cache::options::OPTIONS;
-use crate::cache::record;
-use crate::cache::select::{MAX_CRITERIA, MAX_TERM, MAX_TERMS};
+use crate::cache::criteria::{MAX_CRITERIA, MAX_TERM, MAX_TERMS};
+use crate::cache::spec::options::OPTIONS;
 use crate::cache::spec::{FsType, MAX_READ_SCOPES, MAX_SAVE, MIN_SIZE};
+use crate::cache::tags;
 use crate::cli::Cli;
 use crate::{config, supervisor};
 
@@ -170,7 +170,7 @@ fn settings_of_the_supervisor() {
 /// Each tag that means something is in docs/lvm-tags.md, and no other.
 #[test]
 fn tags() {
-    let known: BTreeSet<&str> = record::TAGS.into();
+    let known: BTreeSet<&str> = tags::TAGS.into();
     let page = read("docs/lvm-tags.md");
     let described: BTreeSet<&str> = page
         .lines()

@@ -16,24 +16,38 @@
 //!
 //! # The rooms
 //!
-//! Dependencies point one way: [`cache`] ← [`storage`] ← [`engine`] ←
-//! [`plugin`] ← [`commands`] ← [`status`] ← [`serve`].
+//! From the ground up: each needs rooms that stand above it here, and none below
+//! (`rooms` is the test that keeps it so).
 //!
-//! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
-//!   and what an LV's tags make of it.
-//! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
-//!   files with reflinks. [`exec`] runs the tools.
-//! - [`fs`](mod@fs) and [`mount`]: what is on a block device, and where it shows;
-//!   [`userns`]: as whose; [`selinux`]: with which label. [`container`]: which processes are in one;
-//!   [`acl`]: who gets to the mounts at all.
-//! - [`engine`]: the life of a lease, and recovery.
-//! - [`plugin`]: the volume plugin protocol. [`podman`], [`docker`]: how a container ended.
-//!   [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
-//!   program that asks, which each job volume has in it.
-//!   [`status`]: metrics and a page. [`supervisor`]: GitHub runners, beside the daemon;
-//!   it uses its socket alone. [`cli`], [`config`], [`commands`],
-//!   [`serve`], [`logging`]: the program around it.
+//! - [`text`]: lines that are safe on a terminal, times and ages as people read them.
 //! - [`failpoint`]: where tests have the daemon die.
+//! - [`logging`]: to the journal, or to standard error.
+//! - [`exec`]: runs the system's tools.
+//! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
+//!   what an LV's tags make of it, which entry is restored and which are evicted.
+//! - [`userns`]: user-namespace ID mapping.
+//! - [`container`]: which processes are in a container.
+//! - [`acl`]: who gets to the mounts at all.
+//! - [`selinux`]: the label that mounts have.
+//! - [`fs`](mod@fs): what is on a block device: made, checked, grown.
+//! - [`mount`]: where it shows, and the kernel's mount table.
+//! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
+//!   files with reflinks.
+//! - [`http`]: server, sockets, locks, and the other end of the connection.
+//! - [`api`]: what the daemon, the supervisor and the commands send to each other.
+//! - [`config`]: the settings.
+//! - [`engine`]: the life of a lease, and recovery.
+//! - [`plugin`]: the volume plugin's endpoints, served by the engine.
+//! - [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
+//!   program that asks, which each job volume has in it.
+//! - [`podman`]: how its containers ended, and what it is configured to do.
+//! - [`docker`]: how its containers ended.
+//! - [`supervisor`]: GitHub runners, beside the daemon, whose socket it uses.
+//! - `views`: the store's contents as rows and tables, for commands and the status page.
+//! - [`cli`]: the arguments.
+//! - [`commands`]: what each of them does.
+//! - [`status`]: metrics and a page.
+//! - [`serve`]: the daemon.
 //!
 //! # What never happens
 //!
@@ -79,6 +93,8 @@ pub mod logging;
 pub mod mount;
 pub mod plugin;
 pub mod podman;
+#[cfg(test)]
+mod rooms;
 pub mod selinux;
 pub mod serve;
 pub mod status;
@@ -86,3 +102,4 @@ pub mod storage;
 pub mod supervisor;
 pub mod text;
 pub mod userns;
+pub(crate) mod views;

@@ -12,8 +12,8 @@
 
 use std::fmt;
 
+use super::criteria::{BadCriteria, Criterion, Term};
 use super::names::{Tag, shortened};
-use super::select::{BadCriteria, Criterion, Term};
 
 /// What a request may hold at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A volume's specification: its options, parsed once at Create, kept as tags.
 
+pub mod options;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::criteria::{Criteria, Criterion, MAX_TERM};
 use super::names::{Tag, escape, shortened, unescape};
-use super::options;
-use super::record::{OPT, RESTORE, SAVE, SCOPE};
-use super::select::{Criteria, Criterion, MAX_TERM};
+use super::tags::{OPT, RESTORE, SAVE, SCOPE};
 use super::units::Bytes;
 
 /// Longest value of an option, in bytes: all of it becomes tags.

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::table::{self, table};
 use super::{Failure, failed, json as to_json, open, print};
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
@@ -20,6 +19,7 @@ use crate::mount;
 use crate::plugin::wire::Evictions;
 use crate::storage::{Store, StoreError};
 use crate::text::{age, rfc3339, unix_now};
+use crate::views::table::{self, table};
 
 /// How long the daemon may take: it removes one entry after the other.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);

@@ -18,8 +18,9 @@ use nix::unistd::{Whence, lseek64};
 
 use super::{Failure, failed, open, print};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{MAKING, Role, SNAPSHOT, entry_tags};
+use crate::cache::record::{Role, entry_tags};
 use crate::cache::spec::{FsType, Spec};
+use crate::cache::tags::{MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::fs as file_system;
 use crate::mount::{self, Mounted};

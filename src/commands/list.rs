@@ -3,14 +3,14 @@
 
 use std::path::Path;
 
-use super::rows::{Row, Rows};
-use super::table::{self, table};
 use super::{Failure, failed, json, open, watched};
 use crate::cache::units::Bytes;
 use crate::cli;
 use crate::mount;
 use crate::storage::{Capacity, Listing, Store};
 use crate::text::{age, unix_now};
+use crate::views::rows::{Kind, Row, Rows};
+use crate::views::table::{self, table};
 
 /// `list`.
 ///
@@ -82,7 +82,7 @@ fn what(row: &Row) -> String {
         words.push(volume.clone());
     }
     if let Some(from) = &row.from
-        && row.kind == super::rows::Kind::Volume
+        && row.kind == Kind::Volume
     {
         words.push(format!("from {from}"));
     }
@@ -94,7 +94,6 @@ fn what(row: &Row) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::Kind;
     use super::*;
 
     fn row(kind: Kind, name: &str) -> Row {

@@ -11,11 +11,9 @@ pub mod init;
 pub mod list;
 pub mod pin;
 pub mod remove;
-pub(crate) mod rows;
 pub mod runners;
 pub mod show;
 pub mod stats;
-mod table;
 pub mod tree;
 
 use std::io::{self, IsTerminal as _, Write as _};

@@ -6,7 +6,8 @@ use std::path::Path;
 use super::show::absent;
 use super::{Failure, open, print};
 use crate::cache::names::Tag;
-use crate::cache::record::{PIN, Role};
+use crate::cache::record::Role;
+use crate::cache::tags::PIN;
 use crate::cli;
 
 /// `pin`, or `unpin`.

@@ -8,17 +8,18 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::list::rows;
-use super::rows::Row;
 use super::{ANSWER_TIMEOUT, Failure, open, print};
 use crate::cache::names::{Tag, unescape};
-use crate::cache::record::{OPT, Role};
+use crate::cache::record::Role;
 use crate::cache::spec::Spec;
+use crate::cache::tags::OPT;
 use crate::cache::units::Bytes;
 use crate::cli;
 use crate::config::Settings;
 use crate::http::client;
 use crate::storage::{Listing, Lv};
 use crate::text::{age, unix_now};
+use crate::views::rows::Row;
 
 /// How far lineage is followed.
 const MAX_LINEAGE: usize = 64;

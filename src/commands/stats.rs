@@ -5,7 +5,6 @@ use std::path::Path;
 
 use serde_json::json as value;
 
-use super::table::{self, table};
 use super::{ANSWER_TIMEOUT, Failure, json, watched};
 use crate::cache::units::Bytes;
 use crate::cli;
@@ -15,6 +14,7 @@ use crate::http::client;
 use crate::logging::{self, LogLevel};
 use crate::plugin::wire::Stats;
 use crate::text::{age, printable, rfc3339, unix_now};
+use crate::views::table::{self, table};
 
 /// `stats`.
 ///

@@ -8,8 +8,6 @@ use serde::Serialize;
 use serde_json::json as value;
 
 use super::list::rows;
-use super::rows::{Kind, Row};
-use super::table::{self, table};
 use super::{ANSWER_TIMEOUT, Failure, json, open, watched};
 use crate::cache::lineage::{Line, What, draw};
 use crate::cache::units::Bytes;
@@ -17,6 +15,8 @@ use crate::cli;
 use crate::http::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::text::{age, unix_now};
+use crate::views::rows::{Kind, Row};
+use crate::views::table::{self, table};
 
 /// One object of `tree --json`, each before what was made from it.
 #[derive(Serialize)]

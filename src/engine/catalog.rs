@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use super::bounds::Use;
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::USED_GRAIN;
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::Scope;
+use crate::cache::tags::USED_GRAIN;
 use crate::cache::units::Bytes;
 use crate::storage::Listing;
 

@@ -16,8 +16,8 @@ use super::volume::{
 };
 use super::{Engine, EngineError, lock, survey, tag, volume};
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{FAILED, LEASE, MAKING};
 use crate::cache::spec::{Kind, OnError};
+use crate::cache::tags::{FAILED, LEASE, MAKING};
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
 use crate::userns::Ids;

@@ -18,7 +18,8 @@ use tracing::{info, warn};
 
 use super::lock;
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{MAKING, Role};
+use crate::cache::record::Role;
+use crate::cache::tags::MAKING;
 use crate::storage::Listing;
 
 /// The tags, in memory and on files.

@@ -8,7 +8,8 @@ use tracing::{info, warn};
 use super::volume::{Phase, REMOVE, REMOVED, Volume, WAIT, may_publish};
 use super::{Engine, EngineError, lock, tag};
 use crate::cache::names::{LvName, VolumeName};
-use crate::cache::record::{Role, VOLUME};
+use crate::cache::record::Role;
+use crate::cache::tags::VOLUME;
 use crate::failpoint::reach;
 use crate::storage::StoreError;
 

@@ -18,8 +18,9 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Tally, Verdict, io_error, lock, millis, tag, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{FAILED, entry_tags};
+use crate::cache::record::entry_tags;
 use crate::cache::spec::Spec;
+use crate::cache::tags::FAILED;
 use crate::failpoint::reach;
 use crate::fs::Content;
 use crate::mount::{self, Mounted};

@@ -9,9 +9,10 @@ use super::catalog::Base;
 use super::volume::{Phase, Prepared, Restored, Source, Volume};
 use super::{Verdict, job, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
-use crate::cache::record::{CHECKPOINT, LEASE, Role, place};
+use crate::cache::record::{Role, place};
 use crate::cache::select::Entry;
 use crate::cache::spec::{FsType, Kind, Reuse, Spec};
+use crate::cache::tags::{CHECKPOINT, LEASE};
 use crate::mount::MountPoint;
 use crate::storage::{Listing, Lv};
 

@@ -18,9 +18,9 @@ use super::Supervisor;
 use crate::api::runners::{PoolReport, STATES, WAITS, Waits};
 use crate::cache::evict::{Floor, Policy, Space};
 use crate::cache::verdict::Verdict;
-use crate::commands::rows::{Kind, Rows};
 use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
+use crate::views::rows::{Kind, Rows};
 
 type Labels = Vec<(&'static str, String)>;
 

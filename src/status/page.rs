@@ -12,11 +12,11 @@ use crate::api::runners::Row as Slot;
 use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
 use crate::cache::units::Bytes;
-use crate::commands::rows::{Kind, Row, Rows};
 use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
 use crate::storage::{Capacity, Listing};
 use crate::text::{age, printable, rfc3339, unix_now};
+use crate::views::rows::{Kind, Row, Rows};
 
 /// How many entries are shown, the newest: what somebody looks through, and a page of some 100 KB.
 const ENTRIES: usize = 200;

@@ -19,7 +19,8 @@ use std::time::Instant;
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{DOOMED, after_tag};
+use crate::cache::record::after_tag;
+use crate::cache::tags::DOOMED;
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
 

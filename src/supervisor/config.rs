@@ -9,6 +9,7 @@ use std::{fmt, fs};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::github::group::Group;
 use super::github::{Auth, Owner, Url, check_api};
 use super::scope::{Rule, Template, Values, default_rules};
 use super::secret::Source;
@@ -60,45 +61,6 @@ pub enum Size {
     Fixed(usize),
     /// As a scale set says.
     ScaleSet(ScaleSet),
-}
-
-/// A runner group.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "GroupText")]
-pub enum Group {
-    /// By its number.
-    Number(u64),
-    /// By its name.
-    Name(String),
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a runner group: write its name or its number")]
-enum GroupText {
-    Number(u64),
-    Name(String),
-}
-
-impl Default for Group {
-    /// GitHub's own, which each owner has.
-    fn default() -> Self {
-        Self::Number(1)
-    }
-}
-
-impl TryFrom<GroupText> for Group {
-    type Error = String;
-
-    fn try_from(text: GroupText) -> Result<Self, String> {
-        match text {
-            GroupText::Number(0) => Err("group 0: numbers begin with 1".into()),
-            GroupText::Number(number) => Ok(Self::Number(number)),
-            GroupText::Name(name) if name.trim().is_empty() => {
-                Err("group: a name or a number is needed".into())
-            }
-            GroupText::Name(name) => Ok(Self::Name(name)),
-        }
-    }
 }
 
 /// A scale set.

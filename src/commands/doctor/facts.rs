@@ -11,7 +11,6 @@ use nix::sys::utsname::uname;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::super::rows::Rows;
 use crate::cache::record::Role;
 use crate::config::{ConfigError, Settings, StoreConfig};
 use crate::docker::Docker;
@@ -27,6 +26,7 @@ use crate::supervisor::github::Auth;
 use crate::supervisor::run;
 use crate::supervisor::secret::Source;
 use crate::text::unix_now;
+use crate::views::rows::Rows;
 
 /// The units' names.
 pub const SERVICE: &str = "lvm-cache-friend.service";

@@ -11,11 +11,12 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::{Job, Late, LateView, Now, Saved, ended, refused};
+use crate::cache::criteria::Criterion;
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{CHECKPOINT, FAILED, SAVE, entry_tags};
+use crate::cache::record::entry_tags;
 use crate::cache::request::LatePath;
-use crate::cache::select::Criterion;
 use crate::cache::spec::{Publish, Spec};
+use crate::cache::tags::{CHECKPOINT, FAILED, SAVE};
 use crate::config::JobLimits;
 use crate::engine::budget::{OF_MOUNT, OF_SAVE};
 use crate::engine::error::io_error;

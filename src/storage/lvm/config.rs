@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::StoreError;
 use super::command::VgName;
-use super::{io_error, runner};
+use super::{io_error, process};
 use crate::exec;
 
 /// Where LVM looks without `LVM_SYSTEM_DIR`.
@@ -42,9 +42,6 @@ const LINKS: [&str; 5] = ["devices", "profile", "backup", "cache", "archive"];
 
 /// What LVM reads beside a file for each host tag.
 const FILES: [&str; 2] = ["lvm.conf", "lvmlocal.conf"];
-
-/// Usage of a pool, in percent, above which LVM refuses to make volumes for us.
-pub(super) const LIMIT: f64 = 95.0;
 
 /// Ours, behind the host's; where a setting is there twice LVM takes
 /// the later one.
@@ -99,7 +96,7 @@ impl HostConfig {
             "backup/backup",
             "global/locking_dir",
         ];
-        let output = exec::run_with_env("lvm", args, &runner::environment(host))?;
+        let output = exec::run_with_env("lvm", args, &process::environment(host))?;
         let text = String::from_utf8_lossy(&output);
         Self::parse(&text).ok_or_else(|| {
             StoreError::Failed(format!(
@@ -138,7 +135,7 @@ pub(super) fn may_activate(vg: &VgName, host: &Path) -> String {
     let asked = exec::run_with_env(
         "lvm",
         ["lvmconfig", "activation/volume_list"],
-        &runner::environment(host),
+        &process::environment(host),
     );
     match asked {
         Ok(_) => String::new(),

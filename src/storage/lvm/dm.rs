@@ -21,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::super::{StoreError, Trouble, Usage};
 use super::process::{Channel, Process, Progress};
-use super::{io_error, runner, tool};
+use super::{io_error, process, tool};
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
 
@@ -345,7 +345,7 @@ fn run(name: &str, args: &[&str], bound: Duration) -> Result<String, StoreError>
     let mut process = Process::spawn(
         &program,
         args,
-        &runner::environment(Path::new("")),
+        &process::environment(Path::new("")),
         Channel::Stdout,
         false,
     )

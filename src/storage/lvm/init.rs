@@ -11,17 +11,14 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::report::{Document, LV_COLUMNS, LvRow};
-use super::{LvmStore, config, io_error, runner, tool};
+use super::report::{Document, LV_COLUMNS, LvRow, POOL};
+use super::{LvmStore, config, io_error, process, tool};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{DEFAULT, MAKING};
 use crate::cache::spec::FsType;
+use crate::cache::tags::{DEFAULT, MAKING};
 use crate::cache::units::Bytes;
 use crate::exec;
 use crate::storage::{NewLv, Store, StoreError};
-
-/// The tag on pools that we made.
-pub(super) const POOL: &str = "friend:pool";
 
 /// The base's name. It is found by its tag, so another may be in its place.
 const BASE: &str = "friend-default";
@@ -404,7 +401,7 @@ fn lvm_with(args: &[String], more: &str) -> Result<Document, StoreError> {
     let host = config::host_system_dir();
     let plain = config::plain_report_and(more);
     let all = args.iter().chain([&plain]);
-    let output = exec::run_with_env("lvm", all, &runner::environment(&host))?;
+    let output = exec::run_with_env("lvm", all, &process::environment(&host))?;
     if !args.iter().any(|arg| arg == "--reportformat=json") {
         return Ok(Document::default());
     }

@@ -69,7 +69,7 @@ use self::runner::{Answer, Failure, Look, Runner};
 use super::freeze::{self, Frozen};
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{DOOMED, MAKING, SNAPSHOT};
+use crate::cache::tags::{DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
 use crate::mount::{self, Mounted};

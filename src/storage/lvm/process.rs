@@ -332,6 +332,24 @@ fn drain(pipe: &mut Option<impl Read>, into: &mut Vec<u8>, cap: usize) -> io::Re
     Ok(any)
 }
 
+/// All that LVM gets from our environment.
+pub(super) fn environment(system_dir: &Path) -> Vec<(&'static str, &OsStr)> {
+    let mut env: Vec<(&'static str, &OsStr)> = vec![
+        ("LC_ALL", OsStr::new("C")),
+        ("PATH", OsStr::new("/usr/sbin:/usr/bin:/sbin:/bin")),
+        // The shell keeps a history in $HOME after each command.
+        ("HOME", OsStr::new("/dev/null")),
+        ("LVM_SYSTEM_DIR", system_dir.as_os_str()),
+        // It would complain about the descriptor for its report.
+        ("LVM_SUPPRESS_FD_WARNINGS", OsStr::new("1")),
+    ];
+    if std::env::var_os("DM_DISABLE_UDEV").is_some() {
+        // Where no udev runs, device nodes are LVM's to make.
+        env.push(("DM_DISABLE_UDEV", OsStr::new("1")));
+    }
+    env
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -44,8 +44,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::command::Command;
 use super::dm::PoolDevices;
-use super::init::POOL;
-use super::report::{LV_COLUMNS, LvRow};
+use super::report::{LV_COLUMNS, LvRow, POOL};
 use super::runner::{Answer, Failure, Runner};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;

@@ -8,7 +8,6 @@
 use serde::Deserialize;
 
 use super::super::{Capacity, Lv};
-use super::config::LIMIT;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::units::Bytes;
 
@@ -16,6 +15,12 @@ use crate::cache::units::Bytes;
 pub(super) const LV_COLUMNS: &str = "lv_name,pool_lv,thin_id,lv_time,lv_size,lv_tags,origin,\
 lv_kernel_major,lv_kernel_minor,lv_device_open,lv_layout,lv_when_full,data_percent,\
 metadata_percent,lv_metadata_size,transaction_id,zero,vg_mda_size,vg_mda_free";
+
+/// Usage of a pool, in percent, above which LVM refuses to make volumes for us.
+pub(super) const LIMIT: f64 = 95.0;
+
+/// The tag on pools that we made.
+pub(super) const POOL: &str = "friend:pool";
 
 /// lvm2's ECMD_PROCESSED (tools/errors.h): the return code of a command that
 /// did what it was asked, as the shell's log shows it.

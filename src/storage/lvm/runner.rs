@@ -5,13 +5,13 @@
 //! Why the shell: see `benches/lvm_shell.rs`, which measures both.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::command::Command;
 use super::config::SystemDir;
-use super::process::{Channel, Process, Progress};
+use super::process::{Channel, Process, Progress, environment};
 use super::repair::{Pool, Strays};
 use super::report::{self, Document};
 
@@ -469,24 +469,6 @@ impl Runner {
 enum Ended {
     Complete(Process),
     Dead(Process),
-}
-
-/// All that LVM gets from our environment.
-pub(super) fn environment(system_dir: &Path) -> Vec<(&'static str, &OsStr)> {
-    let mut env: Vec<(&'static str, &OsStr)> = vec![
-        ("LC_ALL", OsStr::new("C")),
-        ("PATH", OsStr::new("/usr/sbin:/usr/bin:/sbin:/bin")),
-        // The shell keeps a history in $HOME after each command.
-        ("HOME", OsStr::new("/dev/null")),
-        ("LVM_SYSTEM_DIR", system_dir.as_os_str()),
-        // It would complain about the descriptor for its report.
-        ("LVM_SUPPRESS_FD_WARNINGS", OsStr::new("1")),
-    ];
-    if std::env::var_os("DM_DISABLE_UDEV").is_some() {
-        // Where no udev runs, device nodes are LVM's to make.
-        env.push(("DM_DISABLE_UDEV", OsStr::new("1")));
-    }
-    env
 }
 
 /// Takes what a child wrote; `success` is what its exit status says.

@@ -14,6 +14,7 @@
 mod answer;
 mod auth;
 mod connect;
+pub mod group;
 pub mod message;
 pub mod rest;
 pub mod scaleset;

@@ -18,10 +18,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
+use super::group::Group;
 pub use super::message::{Event, Job, Message, Statistics};
 use super::message::{if_right, or_default};
 use super::{Answer, GitHub, GitHubError, Side, TIMEOUT};
-use crate::supervisor::config::Group;
 use crate::text::printable;
 
 /// A poll is answered after some 50 seconds at the latest, with 202.

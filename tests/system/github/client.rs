@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lvm_cache_friend::cache::verdict::Verdict;
-use lvm_cache_friend::supervisor::config::Group;
+use lvm_cache_friend::supervisor::github::group::Group;
 use lvm_cache_friend::supervisor::github::rest::{NewRunner, Removed};
 use lvm_cache_friend::supervisor::github::scaleset::{Event, ScaleSets};
 use lvm_cache_friend::supervisor::github::{Auth, GitHub, GitHubError, Url};

@@ -2,7 +2,8 @@
 //! The table of a volume's options: what each means, its default, and how its value is read.
 //! docs/volume-options.md shows it.
 
-use super::spec::{MAX_READ_SCOPES, Spec, Word, mode, owner, scope, size, tags};
+use super::super::criteria::BadCriteria;
+use super::{MAX_READ_SCOPES, Spec, Word, mode, owner, scope, size, tags};
 
 /// One option of a volume.
 pub struct VolumeOption {
@@ -24,9 +25,7 @@ pub const OPTIONS: &[VolumeOption] = &[
                   separated by spaces; an entry matches if it has all of them, in any order",
         default: "none",
         set: |spec, value| {
-            spec.restore = value
-                .parse()
-                .map_err(|e: super::select::BadCriteria| e.to_string())?;
+            spec.restore = value.parse().map_err(|e: BadCriteria| e.to_string())?;
             Ok(())
         },
     },
