@@ -38,7 +38,7 @@
 //! - [`config`]: the settings.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin's endpoints, served by the engine.
-//! - [`job`]: what containers ask for on a job volume's socket. [`job::client`]: the
+//! - [`job`]: both ends of a job volume's socket. [`job::client`]: the
 //!   program that asks, which each job volume has in it.
 //! - [`podman`]: how its containers ended, and what it is configured to do.
 //! - [`docker`]: how its containers ended.

@@ -122,7 +122,7 @@ pub fn run(settings: &Settings) -> Result<(), ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(
-            plugin::MAX_WORK + plugin::UNMOUNT_THREADS + job::MAX_WORK + status::THREADS,
+            plugin::MAX_WORK + plugin::UNMOUNT_THREADS + job::server::MAX_WORK + status::THREADS,
         )
         .build()
         .map_err(doing("starting the runtime"))?;
@@ -164,7 +164,11 @@ async fn live(
         }
     };
 
-    tokio::spawn(job::serve(Arc::clone(&engine), settings.job, sockets));
+    tokio::spawn(job::server::serve(
+        Arc::clone(&engine),
+        settings.job,
+        sockets,
+    ));
     if let Some(socket) = &settings.docker_socket {
         tokio::spawn(docker::listen(Arc::clone(&engine), socket.clone(), asked));
     }

@@ -27,6 +27,19 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// `text`, cut where it is too long for a message.
+pub(crate) fn shortened(text: &str) -> String {
+    let mut end = text.len().min(80);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    if end == text.len() {
+        text.to_owned()
+    } else {
+        format!("{}…", &text[..end])
+    }
+}
+
 /// `text` with its lines as they are, and all else escaped that a terminal would obey.
 #[must_use]
 pub fn printable_lines(text: &str) -> String {

@@ -4,7 +4,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::names::{Tag, shortened};
+use super::names::Tag;
+use crate::text::shortened;
 
 /// Longest term, save tag or scope that is taken from a user, in bytes: as long
 /// as a key of GitHub's cache action may be. LVM's metadata is text that is

@@ -13,10 +13,10 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::names::{LvName, Tag, shortened};
+use super::names::{LvName, Tag};
 use super::spec::Scope;
 use super::units::Bytes;
-use crate::text::span;
+use crate::text::{shortened, span};
 
 /// Seconds of a day.
 const DAY: u64 = 24 * 60 * 60;

@@ -7,7 +7,7 @@
 //! - [`tags`] · the tags that we give to logical volumes.
 //! - [`lineage`] · what was made from what, as it is drawn.
 //! - [`criteria`] · what an entry must have to be restored.
-//! - [`request`] · what a job asks for on its job volume's socket.
+//! - [`late_path`] · where in a job volume something is mounted.
 //! - [`spec`] · a volume's options, from what Podman or Docker hands over to the tags
 //!   on its LV and back; their table is in [`spec::options`].
 //! - [`record`] · what an LV is to us, told by its tags. What does not parse is
@@ -18,10 +18,10 @@
 
 pub mod criteria;
 pub mod evict;
+pub mod late_path;
 pub mod lineage;
 pub mod names;
 pub mod record;
-pub mod request;
 pub mod select;
 pub mod spec;
 pub mod tags;

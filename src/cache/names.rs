@@ -11,6 +11,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::text::shortened;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
@@ -33,19 +35,6 @@ pub enum BadName {
         "{0:?} is not a volume name: expected letters, digits and _ . -, starting with a letter or digit, at most {MAX_VOLUME_NAME} bytes"
     )]
     Volume(String),
-}
-
-/// `text`, cut where it is too long for a message.
-pub(super) fn shortened(text: &str) -> String {
-    let mut end = text.len().min(80);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    if end == text.len() {
-        text.to_owned()
-    } else {
-        format!("{}…", &text[..end])
-    }
 }
 
 macro_rules! name_type {

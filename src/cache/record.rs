@@ -2,12 +2,13 @@
 //! What a logical volume's tags make of it.
 
 use super::criteria::Criteria;
-use super::names::{LvName, Tag, VolumeName, shortened};
+use super::names::{LvName, Tag, VolumeName};
 use super::spec::{OnMiss, Reuse, Scope, Spec, scope_name};
 use super::tags::{
     AFTER, CACHE, DEFAULT, DOOMED, FAILED, FROM, LEASE, MAKING, NOTE, OPT, OURS, PIN, RESTORE,
     SAVE, SCOPE, SNAPSHOT, USED, VOLUME,
 };
+use crate::text::shortened;
 
 /// What a logical volume is to us, told by its tags alone.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::criteria::{Criteria, Criterion, MAX_TERM};
-use super::names::{Tag, escape, shortened, unescape};
+use super::names::{Tag, escape, unescape};
 use super::tags::{OPT, RESTORE, SAVE, SCOPE};
 use super::units::Bytes;
+use crate::text::shortened;
 
 /// Longest value of an option, in bytes: all of it becomes tags.
 pub const MAX_VALUE: usize = 4096;

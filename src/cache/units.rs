@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::names::shortened;
+use crate::text::shortened;
 
 /// A number of bytes.
 ///

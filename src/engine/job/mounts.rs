@@ -12,9 +12,9 @@ use tracing::warn;
 
 use super::{Job, Late, LateView, Now, Saved, ended, refused};
 use crate::cache::criteria::Criterion;
+use crate::cache::late_path::LatePath;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::entry_tags;
-use crate::cache::request::LatePath;
 use crate::cache::spec::{Publish, Spec};
 use crate::cache::tags::{CHECKPOINT, FAILED, SAVE};
 use crate::config::JobLimits;

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::dir::open_beneath;
 use super::{Job, Late};
-use crate::cache::request::LatePath;
+use crate::cache::late_path::LatePath;
 use crate::engine::survey::{SeenLate, fs_of, is_scratch};
 use crate::engine::volume::{Backing, Lease, OpenFs, Volume, may_publish};
 use crate::engine::{Engine, Verdict, lock};

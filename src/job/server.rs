@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sockets of job volumes: connections, bounded in number, in length and in time,
-//! each of which makes requests ([`crate::cache::request`]) of the engine.
+//! each of which makes requests ([`super::protocol`]) of the engine.
 //!
 //! A job is not trusted. What it does on its socket costs its own connections and its own places
 //! among the threads that work for it, and nobody else's.
-
-pub mod client;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,12 +16,12 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::cache::names::{LvName, Tag};
-use crate::cache::request::{self, LatePath, Parser, Request, Said};
+use super::protocol::{self, Parser, Request, Said, error, list, told};
+use crate::cache::late_path::LatePath;
+use crate::cache::names::LvName;
 use crate::config::JobLimits;
-use crate::engine::{Engine, Job, JobSocket, LateView};
+use crate::engine::{Engine, Job, JobSocket};
 use crate::mount;
-use crate::text::printable;
 use crate::userns::Ids;
 
 /// How many requests of all jobs are worked on at once beside the first of each, which waits for no other job's: each has a
@@ -145,7 +143,7 @@ impl Place {
             Ok(client) => client,
             Err(why) => return self.say(&mut stream, &error(why)).await,
         };
-        let mut parser = Parser::new(request::Limits {
+        let mut parser = Parser::new(protocol::Limits {
             criteria: self.limits.criteria,
             terms: self.limits.terms,
         });
@@ -374,33 +372,6 @@ fn needs_scope(request: &Request) -> bool {
         request,
         Request::Mount { .. } | Request::Lookup { .. } | Request::Save { .. }
     )
-}
-
-fn error(why: &str) -> String {
-    format!("error {}\n", printable(why))
-}
-
-fn list(tags: &[Tag]) -> String {
-    let tags: Vec<_> = tags.iter().map(Tag::as_str).collect();
-    tags.join(",")
-}
-
-/// The pairs that say what was restored.
-fn told(view: &LateView) -> String {
-    let mut text = format!("restored={}", view.restored);
-    if let Some(criterion) = &view.criterion {
-        text += &format!(" criterion={}", criterion.replace(' ', ","));
-    }
-    if !view.tags.is_empty() {
-        text += &format!(" tags={}", list(&view.tags));
-    }
-    if let Some(age) = view.age {
-        text += &format!(" age={age}");
-    }
-    if view.cut_off {
-        text += " cut-off=1";
-    }
-    text
 }
 
 /// Why a process is refused that is in no container which has the job volume.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a job asks for on its job volume's socket: the original script's lines, parsed one by one.
+//! What a job asks for on its job volume's socket, and the answers: the original script's lines, parsed one by one.
 //!
 //! ```text
 //! mount cargo
@@ -8,12 +8,13 @@
 //! < linux dc5e8c
 //! ```
 //!
-//! A blank line, the end of input or the next verb ends a request.
+//! A blank line, the end of input or the next verb ends a request. The client writes them too ([`super::client`]), and
+//! reads the answers; it has none of this crate in it, as it is compiled alone.
 
-use std::fmt;
-
-use super::criteria::{BadCriteria, Criterion, Term};
-use super::names::{Tag, shortened};
+use crate::cache::criteria::{BadCriteria, Criterion, Term};
+use crate::cache::names::Tag;
+use crate::engine::LateView;
+use crate::text::{printable, shortened};
 
 /// What a request may hold at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,80 +270,33 @@ fn tags(text: &str) -> Result<Vec<Tag>, String> {
     text.split_whitespace().map(tag).collect()
 }
 
-/// Longest path of a mount, in bytes, and most names in it.
-const MAX_PATH: (usize, usize) = (1024, 8);
-
-/// Where in a job volume something is mounted: names with `/` between them.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LatePath(String);
-
-impl LatePath {
-    /// The path that a job means by `text`, which is relative to its job volume, or absolute below
-    /// where that is mounted for it: at one of `targets`.
-    ///
-    /// # Errors
-    /// Why not, with the place that is allowed.
-    pub fn parse(text: &str, targets: &[String]) -> Result<Self, String> {
-        let place = targets.first().map_or("the job volume", String::as_str);
-        let refused = |why: &str| {
-            format!(
-                "{:?} {why}: what is mounted is mounted below {place}, as with \"mount cargo\" or \"mount {place}/cargo\"",
-                shortened(text)
-            )
-        };
-        let below = if text.starts_with('/') {
-            let below = targets.iter().find_map(|target| {
-                let rest = text.strip_prefix(target.trim_end_matches('/'))?;
-                rest.strip_prefix('/')
-            });
-            below.ok_or_else(|| refused("is somewhere else"))?
-        } else {
-            text
-        };
-        let names: Vec<_> = below
-            .split('/')
-            .filter(|name| !name.is_empty() && *name != ".")
-            .collect();
-        let (bytes, depth) = MAX_PATH;
-        if names.is_empty() {
-            return Err(refused("is the job volume itself"));
-        }
-        if names.contains(&"..") {
-            return Err(refused("leads out of it"));
-        }
-        if ["socket", "bin"].contains(&names[0]) {
-            return Err(refused("is the job volume's own"));
-        }
-        if below.len() > bytes || names.len() > depth || names.iter().any(|n| n.len() > 255) {
-            return Err(refused("is too long"));
-        }
-        if below.chars().any(|c| c.is_control() || c == '\u{fffd}') {
-            return Err(refused("has characters that no name may have"));
-        }
-        Ok(Self(names.join("/")))
-    }
-
-    /// The path, relative.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Whether one of the two is below the other, or they are the same.
-    #[must_use]
-    pub fn overlaps(&self, other: &Self) -> bool {
-        let below = |one: &str, other: &str| {
-            one.strip_prefix(other)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
-        below(&self.0, &other.0) || below(&other.0, &self.0)
-    }
+/// The answer to what is refused or failed.
+pub(super) fn error(why: &str) -> String {
+    format!("error {}\n", printable(why))
 }
 
-impl fmt::Display for LatePath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
+/// Tags in an answer.
+pub(super) fn list(tags: &[Tag]) -> String {
+    let tags: Vec<_> = tags.iter().map(Tag::as_str).collect();
+    tags.join(",")
+}
+
+/// The pairs that say what was restored.
+pub(super) fn told(view: &LateView) -> String {
+    let mut text = format!("restored={}", view.restored);
+    if let Some(criterion) = &view.criterion {
+        text += &format!(" criterion={}", criterion.replace(' ', ","));
     }
+    if !view.tags.is_empty() {
+        text += &format!(" tags={}", list(&view.tags));
+    }
+    if let Some(age) = view.age {
+        text += &format!(" age={age}");
+    }
+    if view.cut_off {
+        text += " cut-off=1";
+    }
+    text
 }
 
 #[cfg(test)]
@@ -350,6 +304,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cache::late_path::LatePath;
 
     const LIMITS: Limits = Limits {
         criteria: 3,
@@ -452,57 +407,6 @@ mod tests {
             ),
         ] {
             assert_eq!(said(input), want, "{input:?}");
-        }
-    }
-
-    #[test]
-    fn paths() {
-        let targets = ["/run/friend".to_owned(), "/other/".to_owned()];
-        let deep = "a/".repeat(9);
-        let long = "a".repeat(256);
-        for (text, want) in [
-            ("cargo", Ok("cargo")),
-            ("cargo/registry//x/", Ok("cargo/registry/x")),
-            ("./cargo", Ok("cargo")),
-            ("/run/friend/cargo", Ok("cargo")),
-            ("/other/a b", Ok("a b")),
-            ("bins/bin", Ok("bins/bin")),
-            ("..cargo", Ok("..cargo")),
-            ("", Err("itself")),
-            (".", Err("itself")),
-            ("/run/friend", Err("somewhere else")),
-            ("/run/friend/", Err("itself")),
-            ("/run/friendly/x", Err("somewhere else")),
-            ("/etc", Err("somewhere else")),
-            ("..", Err("leads out")),
-            ("a/../../b", Err("leads out")),
-            ("/run/friend/../x", Err("leads out")),
-            ("socket", Err("own")),
-            ("bin/x", Err("own")),
-            ("a\u{7}", Err("characters")),
-            (&deep, Err("too long")),
-            (&long, Err("too long")),
-        ] {
-            match (LatePath::parse(text, &targets), want) {
-                (Ok(path), Ok(want)) => assert_eq!(path.as_str(), want, "{text:?}"),
-                (Err(why), Err(word)) => {
-                    assert!(
-                        why.contains(word) && why.contains("below /run/friend"),
-                        "{text:?}: {why}"
-                    );
-                }
-                (got, want) => panic!("{text:?}: {got:?}, not {want:?}"),
-            }
-        }
-        let path = |text| LatePath::parse(text, &[]).unwrap();
-        for (one, other, overlaps) in [
-            ("a", "a", true),
-            ("a", "a/b", true),
-            ("a/b", "a", true),
-            ("a", "ab", false),
-            ("a/b", "a/c", false),
-        ] {
-            assert_eq!(path(one).overlaps(&path(other)), overlaps, "{one} {other}");
         }
     }
 
