@@ -22,31 +22,31 @@
 //! - [`text`]: lines that are safe on a terminal, times and ages as people read them.
 //! - [`failpoint`]: where tests have the daemon die.
 //! - [`logging`]: to the journal, or to standard error.
-//! - [`exec`]: runs the system's tools.
+//! - `exec`: runs the system's tools.
 //! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
 //!   what an LV's tags make of it, which entry is restored and which are evicted.
-//! - [`userns`]: user-namespace ID mapping.
-//! - [`container`]: which processes are in a container.
-//! - [`acl`]: who gets to the mounts at all.
-//! - [`selinux`]: the label that mounts have.
+//! - `userns`: user-namespace ID mapping.
+//! - `container`: which processes are in a container.
+//! - `acl`: who gets to the mounts at all.
+//! - `selinux`: the label that mounts have.
 //! - [`fs`](mod@fs): what is on a block device: made, checked, grown.
 //! - [`mount`]: where it shows, and the kernel's mount table.
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
 //!   files with reflinks.
 //! - [`http`]: server, sockets, locks, and the other end of the connection.
-//! - [`api`]: what the daemon, the supervisor and the commands send to each other.
+//! - `api`: what the daemon, the supervisor and the commands send to each other.
 //! - [`config`]: the settings.
 //! - [`engine`]: the life of a lease, and recovery.
 //! - [`plugin`]: the volume plugin's endpoints, served by the engine.
 //! - [`job`]: both ends of a job volume's socket. [`job::client`]: the
 //!   program that asks, which each job volume has in it.
 //! - [`podman`]: how its containers ended, and what it is configured to do.
-//! - [`docker`]: how its containers ended.
+//! - `docker`: how its containers ended.
 //! - [`supervisor`]: GitHub runners, beside the daemon, whose socket it uses.
 //! - `views`: the store's contents as rows and tables, for commands and the status page.
 //! - [`cli`]: the arguments.
 //! - [`commands`]: what each of them does.
-//! - [`status`]: metrics and a page.
+//! - `status`: metrics and a page.
 //! - [`serve`]: the daemon.
 //!
 //! # What never happens
@@ -73,18 +73,18 @@
 //! - *Doomed*: marked for removal. *Floor*: free space that eviction keeps. *Scratch*: a directory in
 //!   memory in place of a cache.
 
-pub mod acl;
-pub mod api;
+pub(crate) mod acl;
+pub(crate) mod api;
 pub mod cache;
 pub mod cli;
 pub mod commands;
 pub mod config;
-pub mod container;
-pub mod docker;
+pub(crate) mod container;
+pub(crate) mod docker;
 #[cfg(test)]
 mod documents;
 pub mod engine;
-pub mod exec;
+pub(crate) mod exec;
 pub mod failpoint;
 pub mod fs;
 pub mod http;
@@ -95,11 +95,11 @@ pub mod plugin;
 pub mod podman;
 #[cfg(test)]
 mod rooms;
-pub mod selinux;
+pub(crate) mod selinux;
 pub mod serve;
-pub mod status;
+pub(crate) mod status;
 pub mod storage;
 pub mod supervisor;
 pub mod text;
-pub mod userns;
+pub(crate) mod userns;
 pub(crate) mod views;

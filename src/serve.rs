@@ -103,7 +103,7 @@ pub fn command(config: &Path, args: &cli::Serve) -> Result<(), Failure> {
 ///
 /// # Errors
 /// When it cannot be brought up.
-pub fn run(settings: &Settings) -> Result<(), ServeError> {
+fn run(settings: &Settings) -> Result<(), ServeError> {
     let max_connections = server::raise_limits();
     let gid = settings.socket_gid().map_err(ServeError::Setting)?;
     selinux::begin(&settings.selinux_context)

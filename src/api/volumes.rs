@@ -341,8 +341,8 @@ mod tests {
                     assert_eq!(got.into_options().len(), *options, "{shown}");
                 }
                 (Err(got), Err(word)) => {
-                    assert_eq!(got.status(), StatusCode::BAD_REQUEST, "{shown}");
-                    assert!(got.message().contains(word), "{shown}: {}", got.message());
+                    assert_eq!(got.status, StatusCode::BAD_REQUEST, "{shown}");
+                    assert!(got.message.contains(word), "{shown}: {}", got.message);
                 }
                 (got, want) => panic!("{shown}: {got:?}, not {want:?}"),
             }
@@ -358,16 +358,16 @@ mod tests {
                 ..Request::default()
             };
             let refusal = request.name().expect_err("no name");
-            assert_eq!(refusal.status(), StatusCode::BAD_REQUEST, "{name:?}");
-            assert!(refusal.message().len() < 400, "{}", refusal.message());
-            assert!(!refusal.message().contains('\0'));
+            assert_eq!(refusal.status, StatusCode::BAD_REQUEST, "{name:?}");
+            assert!(refusal.message.len() < 400, "{}", refusal.message);
+            assert!(!refusal.message.contains('\0'));
         }
         let request = Request {
             id: Some(long),
             ..Request::default()
         };
         assert_eq!(
-            request.id().expect_err("too long").status(),
+            request.id().expect_err("too long").status,
             StatusCode::BAD_REQUEST
         );
     }

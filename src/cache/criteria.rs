@@ -69,15 +69,6 @@ impl Term {
             None => Tag::of_job(text).parse(),
         }
     }
-
-    /// The first of `tags` that it matches.
-    #[must_use]
-    pub fn find<'a>(&self, tags: &'a [Tag]) -> Option<&'a Tag> {
-        tags.iter().find(|tag| match self {
-            Self::Exact(exact) => *tag == exact,
-            Self::Prefix(prefix) => tag.as_str().starts_with(prefix.as_str()),
-        })
-    }
 }
 
 impl fmt::Display for Term {

@@ -13,5 +13,5 @@
 mod api;
 mod listener;
 
-pub use api::{Docker, DockerError};
+pub use api::Docker;
 pub use listener::listen;

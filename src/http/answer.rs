@@ -30,8 +30,10 @@ fn respond(status: StatusCode, body: &impl Serialize) -> Response {
 /// A request that is refused or failed: a status of 4xx or 5xx, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    status: StatusCode,
-    message: String,
+    /// Its status.
+    pub status: StatusCode,
+    /// Why; one printable line.
+    pub message: String,
 }
 
 impl Refusal {
@@ -42,18 +44,6 @@ impl Refusal {
             status,
             message: printable(message.as_ref()),
         }
-    }
-
-    /// Its status.
-    #[must_use]
-    pub fn status(&self) -> StatusCode {
-        self.status
-    }
-
-    /// Why; one printable line.
-    #[must_use]
-    pub fn message(&self) -> &str {
-        &self.message
     }
 }
 

@@ -82,7 +82,7 @@ mod tests {
                 Ok(kept) => assert!(fits && kept.len() == size, "{size}"),
                 Err(refusal) => {
                     assert!(!fits, "{size}");
-                    assert_eq!(refusal.status(), StatusCode::PAYLOAD_TOO_LARGE);
+                    assert_eq!(refusal.status, StatusCode::PAYLOAD_TOO_LARGE);
                 }
             }
         }

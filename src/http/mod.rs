@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! HTTP over unix sockets, as the plugin, the supervisor and the status page have it: [`server`] has the
-//! connections, [`socket`] the socket's making and the locks, [`body`] and [`answer`] the two halves of a
+//! HTTP over unix sockets, as the plugin, the supervisor and the status page have it: `server` has the
+//! connections, `socket` the socket's making and the locks, `body` and `answer` the two halves of a
 //! request; [`client`] is the other end.
 
-pub mod answer;
+pub(crate) mod answer;
 pub(crate) mod body;
 pub mod client;
-pub mod server;
-pub mod socket;
+pub(crate) mod server;
+pub(crate) mod socket;
 
 /// The client at the other end of a connection, as the kernel knows it: of a TCP connection, nothing.
 #[derive(Debug, Clone, Copy, Default)]

@@ -71,12 +71,6 @@ impl Listening {
         Ok(listening)
     }
 
-    /// Whether systemd handed the socket over.
-    #[must_use]
-    pub fn from_systemd(&self) -> bool {
-        self.path.is_none()
-    }
-
     /// Splits off what [`Path`] is to be removed at the end.
     #[must_use]
     pub fn into_parts(self) -> (UnixListener, Option<PathBuf>) {

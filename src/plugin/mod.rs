@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The volume-plugin protocol, as Podman and dockerd speak it, over a unix socket.
 //!
-//! [`router`] holds the endpoints, [`wire`] what the engine's results become; requests and answers are
-//! in [`crate::api`], the connections in [`crate::http`].
+//! `router` holds the endpoints, `wire` what the engine's results become; requests and answers are
+//! in `crate::api`, the connections in [`crate::http`].
 //!
 //! What never happens here: an answer of 200 to what was refused; a Get or List
 //! that waits, be it for the store or for a free thread; work that stops because
 //! its client hung up.
 
-pub mod wire;
+pub(crate) mod wire;
 
 use std::any::Any;
 use std::io;
@@ -39,7 +39,7 @@ pub const MAX_WORK: usize = 128;
 
 /// Threads beyond [`MAX_WORK`], for Unmounts: those must find a thread at once, and
 /// hold it for 4 s at most.
-pub const UNMOUNT_THREADS: usize = 64;
+pub(crate) const UNMOUNT_THREADS: usize = 64;
 
 /// How long a request waits for one of [`MAX_WORK`] places: less than the 5 s
 /// after which Podman gives up, so that its user reads our answer.
@@ -70,7 +70,7 @@ struct App {
 ///
 /// It must run in a runtime with at least [`MAX_WORK`] + [`UNMOUNT_THREADS`]
 /// blocking threads.
-pub fn router(engine: Arc<Engine>) -> Router {
+pub(crate) fn router(engine: Arc<Engine>) -> Router {
     let app = Arc::new(App {
         engine,
         work: Arc::new(Semaphore::new(MAX_WORK)),
@@ -373,7 +373,7 @@ mod tests {
     async fn a_panic_becomes_a_refusal() {
         let joined = tokio::task::spawn_blocking(|| panic!("on purpose")).await;
         let refusal = settled::<()>(joined).expect_err("it panicked");
-        assert_eq!(refusal.status(), StatusCode::INTERNAL_SERVER_ERROR);
-        assert!(refusal.message().contains("on purpose"));
+        assert_eq!(refusal.status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(refusal.message.contains("on purpose"));
     }
 }

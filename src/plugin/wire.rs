@@ -106,8 +106,8 @@ mod tests {
         ] {
             let text = error.to_string();
             let refusal = Refusal::from(error);
-            assert_eq!(refusal.status().as_u16(), status, "{text}");
-            assert_eq!(refusal.message(), text);
+            assert_eq!(refusal.status.as_u16(), status, "{text}");
+            assert_eq!(refusal.message, text);
         }
     }
 

@@ -218,11 +218,6 @@ impl Worker {
         }
     }
 
-    /// Whether any slot has a job.
-    pub fn is_busy(&self) -> bool {
-        self.board().views.values().any(|view| view.state == "busy")
-    }
-
     /// The slots, for people.
     pub fn views(&self) -> Vec<(usize, SlotView)> {
         let board = self.board();

@@ -117,12 +117,6 @@ impl GitHub {
         })
     }
 
-    /// Whose runners they are.
-    #[must_use]
-    pub fn url(&self) -> &Url {
-        &self.url
-    }
-
     /// The host of its API, which its numbers are of.
     #[must_use]
     pub fn host(&self) -> String {
