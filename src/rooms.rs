@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Files that need each other, by their room: reasons stand in the room's mod.rs.
+/// Rooms with files that need each other, and which those are; none named: any.
 const CIRCLES: [(&str, &[&str]); 2] = [
     // Everything is a part of `Engine`.
     ("engine", &[]),
