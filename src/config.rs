@@ -348,7 +348,7 @@ impl StoreConfig {
     /// Keeps every other daemon, and commands that change a volume, off a store.
     ///
     /// # Errors
-    /// [`SocketError::Locked`] while a daemon has it.
+    /// `SocketError::Locked` while a daemon has it.
     pub fn lock(&self) -> Result<Lock, SocketError> {
         match self {
             Self::Lvm(lvm) => {

@@ -13,7 +13,7 @@
 //! all, online discard 66 % (XFS on a thin volume, Linux 6.1, one run).
 //!
 //! Under SELinux every file system is mounted with one label for all that is in it:
-//! [`selinux`]. A file system that is mounted already keeps the label that it has, and the
+//! `selinux`. A file system that is mounted already keeps the label that it has, and the
 //! kernel refuses one more mount of it that says another.
 
 use std::collections::HashSet;

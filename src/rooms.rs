@@ -9,10 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Rooms with files that need each other, and which those are; none named: any.
-const CIRCLES: [(&str, &[&str]); 2] = [
-    // Everything is a part of `Engine`.
-    ("engine", &[]),
+/// Rooms with files that need each other, and which those are.
+const CIRCLES: [(&str, &[&str]); 1] = [
     // A pool that broke is repaired in the shell that found it so.
     ("storage::lvm", &["repair", "runner"]),
 ];
@@ -229,7 +227,7 @@ fn no_files_of_a_room_need_each_other() {
         }
         let circle: Vec<_> = left.keys().map(String::as_str).collect();
         let known = CIRCLES.iter().find(|(name, _)| *name == room);
-        let fits = known.is_some_and(|(_, files)| files.is_empty() || *files == circle);
+        let fits = known.is_some_and(|(_, files)| *files == circle);
         assert!(
             circle.is_empty() || fits,
             "{room}: {circle:?} need each other: {files:#?}"

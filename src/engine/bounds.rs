@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
+use super::catalog::Use;
 use super::volume::{Restored, Source};
 use super::{Engine, EngineError, lock, unix_now};
 use crate::cache::evict::{self, Entry, Policy, Trust};
@@ -52,31 +53,6 @@ pub struct Evicted {
     /// Bytes that only it takes, where that was asked for and is known: its removal gives back
     /// as many at least.
     pub exclusive: Option<u64>,
-}
-
-/// When something was last restored from an entry.
-#[derive(Debug, Clone, Copy)]
-pub struct Use {
-    /// In seconds since 1970, by a clock that may be set.
-    pub at: u64,
-    /// By one that is never set.
-    pub when: Instant,
-}
-
-impl Use {
-    /// Just now.
-    #[must_use]
-    pub fn now() -> Self {
-        Self {
-            at: unix_now(),
-            when: Instant::now(),
-        }
-    }
-
-    /// Whether it was less than that before `now`.
-    pub(super) fn is_within(&self, time: Duration, now: Instant) -> bool {
-        now.saturating_duration_since(self.when) < time
-    }
 }
 
 /// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not settled, or whose

@@ -9,13 +9,38 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::bounds::Use;
+use super::unix_now;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::select::{Entry, Index};
 use crate::cache::spec::Scope;
 use crate::cache::tags::USED_GRAIN;
 use crate::cache::units::Bytes;
 use crate::storage::Listing;
+
+/// When something was last restored from an entry.
+#[derive(Debug, Clone, Copy)]
+pub struct Use {
+    /// In seconds since 1970, by a clock that may be set.
+    pub at: u64,
+    /// By one that is never set.
+    pub when: Instant,
+}
+
+impl Use {
+    /// Just now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self {
+            at: unix_now(),
+            when: Instant::now(),
+        }
+    }
+
+    /// Whether it was less than that before `now`.
+    pub(super) fn is_within(&self, time: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.when) < time
+    }
+}
 
 /// The base, as the listing has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,9 +19,6 @@ use crate::cache::units::Bytes;
 use crate::fs;
 use crate::storage::Capacity;
 
-/// Why it is not published.
-pub(super) const WHY: &str = "it was cut off: it filled the store";
-
 /// What has to be taken since the last lease was cut off for another to be, as a share of what is to be free.
 const AGAIN: f64 = 0.1;
 

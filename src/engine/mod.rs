@@ -9,7 +9,7 @@
 //!
 //! What is known:
 //! - `catalog`: entries and the base
-//! - `volume`: a volume and its phases
+//! - `volume`: a volume and its phases, and what its lease has: a job volume's, the caches mounted in it
 //! - `pending`: tags of leases that the store does not have yet
 //! - `tally`: what is counted
 //!
@@ -77,7 +77,7 @@ use crate::text::unix_now;
 use catalog::Catalog;
 pub use error::EngineError;
 use error::io_error;
-pub use job::{Job, JobSocket, LateView, Saved};
+pub use job::{JobSocket, LateView, Saved};
 use pending::Pending;
 pub use tally::{Failed, Hits, REFUSED, RESTORED, Stats, Tally, UNPUBLISHED};
 pub use told::DockerAsk;
@@ -85,6 +85,7 @@ use told::Telling;
 pub(crate) use told::now as now_ns;
 use upkeep::Upkeep;
 pub use view::VolumeView;
+pub use volume::Job;
 use volume::Volume;
 #[cfg(test)]
 pub(crate) use volume::drawn as phases;

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE, Use};
+use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
+use super::catalog::Use;
 use super::prepare::{Of, fresh_lv_name};
-use super::volume::Source;
-use super::{Engine, EngineError, Verdict, cutoff, io_error, lock, tag};
+use super::volume::{CUT_OFF, Source};
+use super::{Engine, EngineError, Verdict, io_error, lock, tag};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::entry_tags;
 use crate::cache::spec::{Publish, Spec};
@@ -38,7 +39,7 @@ pub(super) fn refusal(spec: &Spec, end: End) -> Option<&'static str> {
         return Some("the job discarded it");
     }
     if end.cut_off {
-        return Some(cutoff::WHY);
+        return Some(CUT_OFF);
     }
     let by_verdict = match (spec.publish, end.verdict) {
         (Publish::Never, _) => Some("publish=never"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::catalog::Base;
 use super::volume::{Phase, Prepared, Restored, Source, Volume};
-use super::{Verdict, job, tag};
+use super::{Verdict, tag};
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::record::{Role, place};
 use crate::cache::select::Entry;
@@ -18,6 +18,9 @@ use crate::storage::{Listing, Lv};
 
 /// What the mount table shows for a directory in memory of ours.
 pub(super) const SCRATCH_SOURCE: &str = "lvm-cache-friend";
+
+/// What it shows for a job volume's directory.
+pub(super) const JOB_SOURCE: &str = "lvm-cache-friend-job";
 
 /// A listing, sorted by what each LV is to us. Pure.
 #[derive(Debug, Default)]
@@ -421,7 +424,7 @@ impl SeenVolume {
         let m = m.clone();
         if self.current.as_ref().is_some_and(|current| current.leased) {
             Some(GoesOn::Lv(m))
-        } else if m.source == job::SOURCE && self.spec.kind == Kind::Job {
+        } else if m.source == JOB_SOURCE && self.spec.kind == Kind::Job {
             let inside = inside.iter().filter(|mount| mount.at.starts_with(&m.at));
             Some(GoesOn::Job {
                 inside: inside.cloned().collect(),

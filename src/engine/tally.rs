@@ -11,7 +11,7 @@ use std::time::Duration;
 use prometheus_client::metrics::histogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::volume::Restored;
+use super::volume::{CUT_OFF, Restored};
 use super::{EngineError, lock, unix_now};
 use crate::cache::names::LvName;
 use crate::cache::spec::Spec;
@@ -63,7 +63,7 @@ pub const UNPUBLISHED: [&str; 11] = [
     "nothing changed",
     "an entry has its tags already",
     "the volume is in use again, or removed",
-    super::cutoff::WHY,
+    CUT_OFF,
     FAILED,
 ];
 

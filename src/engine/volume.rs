@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A volume in memory, and the phases that its copies of entries go through.
+//! A volume in memory, the phases that its copies of entries go through, and what a lease of it has.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -12,14 +13,18 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::job::Job;
+use super::budget::Budget;
 use super::told::{self, Told};
 use super::{Verdict, lock};
 use crate::cache::late_path::LatePath;
 use crate::cache::names::{LvName, Tag, VolumeName};
 use crate::cache::spec::{Admit, FsType, Publish, Reuse, Spec};
+use crate::container::Container;
 use crate::mount::Mounted;
 use crate::userns::Ids;
+
+/// Why what was cut off is not published.
+pub(super) const CUT_OFF: &str = "it was cut off: it filled the store";
 
 /// A volume: a name, a specification, and what became of its logical volumes.
 #[derive(Debug)]
@@ -459,6 +464,46 @@ pub(super) enum Backing {
     },
 }
 
+/// A job volume's lease: what is mounted in it.
+#[derive(Debug)]
+pub struct Job {
+    pub(super) volume: Arc<Volume>,
+    /// Its directory, where it is attached.
+    pub(super) dir: Mounted,
+    pub(super) now: Mutex<JobNow>,
+    /// Held from what the job says of how it ended until that is noted: the last word stands.
+    pub(super) judging: Mutex<()>,
+    pub(super) closed: watch::Sender<bool>,
+}
+
+/// What a job volume's lease is at the moment.
+#[derive(Debug, Default)]
+pub(super) struct JobNow {
+    pub closed: bool,
+    /// `None`: being made.
+    pub mounts: BTreeMap<LatePath, Option<Late>>,
+    /// Checkpoints that were made, or are being made.
+    pub saves: usize,
+    /// It has been mounted so often that attaching one more mount takes too long.
+    pub multiplied: bool,
+    /// What the job itself says of how it ended.
+    pub verdict: Verdict,
+    /// LVs that are tagged as ones whose work failed, or are about to be.
+    pub failed: BTreeSet<LvName>,
+    pub budget: Budget,
+    /// The containers that have it and run, as far as hooks told.
+    pub containers: BTreeMap<String, Container>,
+}
+
+/// A cache in a job volume.
+#[derive(Debug)]
+pub(super) struct Late {
+    pub volume: Arc<Volume>,
+    pub lease: Lease,
+    /// The mount, where it is attached.
+    pub place: OwnedFd,
+}
+
 impl Lease {
     /// A use of `backing` that begins now.
     pub fn new(backing: Backing) -> Self {
@@ -483,7 +528,7 @@ impl Lease {
         match &self.backing {
             Backing::Lv { open, .. } => &open.mounted,
             Backing::Scratch(mounted) => mounted,
-            Backing::Job { job, .. } => job.dir(),
+            Backing::Job { job, .. } => &job.dir,
         }
     }
 
@@ -491,7 +536,7 @@ impl Lease {
     pub fn heard(&self) -> Heard {
         Heard {
             by_job: match &self.backing {
-                Backing::Job { job, .. } => job.verdict(),
+                Backing::Job { job, .. } => lock(&job.now).verdict,
                 Backing::Lv { .. } | Backing::Scratch(_) => Verdict::Unknown,
             },
             told: Arc::clone(&self.told),

@@ -14,18 +14,16 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tokio::sync::watch;
 
-use super::{Job, JobSocket};
+use super::JobSocket;
 use crate::cache::units::Bytes;
 use crate::engine::error::io_error;
 use crate::engine::owners::own_scratch;
-use crate::engine::volume::Volume;
+use crate::engine::survey::JOB_SOURCE;
+use crate::engine::volume::{Job, Volume};
 use crate::engine::{Engine, EngineError};
 use crate::mount::Mounted;
 use crate::selinux;
 use crate::userns::Ids;
-
-/// What the mount table shows for a job volume's directory.
-pub(in crate::engine) const SOURCE: &str = "lvm-cache-friend-job";
 
 /// How much a job can write in its job volume's own directory.
 const DIR_SIZE: u64 = 1 << 20;
@@ -56,7 +54,7 @@ impl Engine {
             )
         };
         let size = Bytes(DIR_SIZE + CLIENT.1.len() as u64);
-        let dir = Mounted::scratch(size, SOURCE).map_err(failed)?;
+        let dir = Mounted::scratch(size, JOB_SOURCE).map_err(failed)?;
         put_client(&dir).map_err(failed)?;
         own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))

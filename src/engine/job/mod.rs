@@ -16,11 +16,10 @@ mod dir;
 mod mounts;
 mod recovery;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, ResolveFlags};
@@ -28,17 +27,15 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::budget::Budget;
-use super::volume::{Backing, Lease, Prepared, Restored, Source, Volume, may_publish};
-use super::{EngineError, Happened, Verdict, cutoff, lock, millis, unix_now};
+use super::volume::{
+    Backing, CUT_OFF, Job, Late, Lease, Prepared, Restored, Source, Volume, may_publish,
+};
+use super::{EngineError, Happened, Verdict, lock, millis, unix_now};
 use crate::cache::late_path::LatePath;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::{Admit, Spec};
 use crate::config::JobLimits;
-use crate::container::Container;
-use crate::mount::Mounted;
 use crate::userns::Ids;
-pub(super) use dir::SOURCE;
 use dir::open_beneath;
 
 /// A job volume in use, as the server of its socket needs it.
@@ -48,45 +45,6 @@ pub struct JobSocket {
     pub job: Arc<Job>,
     /// The socket, non-blocking.
     pub listener: UnixListener,
-}
-
-/// A job volume's lease: what is mounted in it.
-#[derive(Debug)]
-pub struct Job {
-    volume: Arc<Volume>,
-    /// Its directory, where it is attached.
-    dir: Mounted,
-    now: Mutex<Now>,
-    /// Held from what the job says of how it ended until that is noted: the last word stands.
-    judging: Mutex<()>,
-    closed: watch::Sender<bool>,
-}
-
-#[derive(Debug, Default)]
-struct Now {
-    closed: bool,
-    /// `None`: being made.
-    mounts: BTreeMap<LatePath, Option<Late>>,
-    /// Checkpoints that were made, or are being made.
-    saves: usize,
-    /// It has been mounted so often that attaching one more mount takes too long.
-    multiplied: bool,
-    /// What the job itself says of how it ended.
-    verdict: Verdict,
-    /// LVs that are tagged as ones whose work failed, or are about to be.
-    failed: BTreeSet<LvName>,
-    budget: Budget,
-    /// The containers that have it and run, as far as hooks told.
-    containers: BTreeMap<String, Container>,
-}
-
-/// A cache in a job volume.
-#[derive(Debug)]
-pub(super) struct Late {
-    volume: Arc<Volume>,
-    lease: Lease,
-    /// The mount, where it is attached.
-    place: OwnedFd,
 }
 
 /// What a job is told of a cache: of one that it got, or would get.
@@ -160,10 +118,6 @@ impl Late {
 }
 
 impl Job {
-    pub(super) fn dir(&self) -> &Mounted {
-        &self.dir
-    }
-
     /// For messages.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -196,11 +150,6 @@ impl Job {
     /// What the kernel says.
     pub fn device_number(&self) -> io::Result<(u32, u32)> {
         self.dir.device_number()
-    }
-
-    /// What the job says of how it ended.
-    pub(super) fn verdict(&self) -> Verdict {
-        lock(&self.now).verdict
     }
 
     /// Has a look at, or changes, each lease in it.
@@ -358,7 +307,7 @@ impl Job {
         let written = rustix::fs::syncfs(root);
         self.with_mount(path, |late| {
             if late.lease.cut_off {
-                return Err(refused(format!("save {path}: {}", cutoff::WHY)));
+                return Err(refused(format!("save {path}: {CUT_OFF}")));
             }
             late.lease.lost |= written.is_err();
             if late.lease.lost {

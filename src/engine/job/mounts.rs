@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use tracing::warn;
 
-use super::{Job, Late, LateView, Now, Saved, ended, refused};
+use super::{LateView, Saved, ended, refused};
 use crate::cache::criteria::Criterion;
 use crate::cache::late_path::LatePath;
 use crate::cache::names::{LvName, Tag};
@@ -22,7 +22,7 @@ use crate::engine::budget::{OF_MOUNT, OF_SAVE};
 use crate::engine::error::io_error;
 use crate::engine::owners::own_scratch;
 use crate::engine::volume::{
-    Backing, Heard, LEAVE, Lease, Phase, Restored, Source, Volume, may_publish,
+    Backing, Heard, Job, JobNow, LEAVE, Late, Lease, Phase, Restored, Source, Volume, may_publish,
 };
 use crate::engine::{Engine, EngineError, Verdict, lock, millis, tag};
 use crate::mount;
@@ -115,7 +115,7 @@ impl Engine {
     }
 
     /// Notes that the lease of a cache in a job volume has begun.
-    fn note_late(self: &Arc<Self>, job: &mut Now, late: &mut Late) {
+    fn note_late(self: &Arc<Self>, job: &mut JobNow, late: &mut Late) {
         let Backing::Lv { copy, .. } = &late.lease.backing else {
             return;
         };
@@ -352,7 +352,7 @@ impl Job {
         if spec.publish == Publish::Never {
             return Err(refused("the job volume says publish=never"));
         }
-        if spec.publish != Publish::Always && self.verdict() == Verdict::Failure {
+        if spec.publish != Publish::Always && lock(&self.now).verdict == Verdict::Failure {
             return Err(refused(format!(
                 "save {path}: the job said that it failed, and what a failed job leaves is not published"
             )));

@@ -10,10 +10,9 @@ use rustix::io::Errno;
 use tracing::{info, warn};
 
 use super::dir::open_beneath;
-use super::{Job, Late};
 use crate::cache::late_path::LatePath;
 use crate::engine::survey::{SeenLate, fs_of, is_scratch};
-use crate::engine::volume::{Backing, Lease, OpenFs, Volume, may_publish};
+use crate::engine::volume::{Backing, Job, Late, Lease, OpenFs, Volume, may_publish};
 use crate::engine::{Engine, Verdict, lock};
 use crate::mount::{self, MountPoint, Mounted};
 
