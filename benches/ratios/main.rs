@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench ratios` boots one guest (`tests/vm/run`) and measures in it, on real thin pools: the two sides of a
 //! ratio in turns, so that whatever else this machine does falls on both. Times of a guest say nothing by themselves. Names
-//! of measurements (`mount entries at-once podman tar idle`) after `--` choose some.
+//! of measurements (`mount entries at-once podman tar idle`) after `--` choose some. `--other=PROGRAM` measures nothing but
+//! this build beside another one.
 
 mod dm;
 mod entries;
@@ -32,6 +33,11 @@ fn main() {
     // What tests/vm/run puts there; a name would not do, a host may have any.
     if !Path::new("/run/vm/command").exists() {
         boot(&arguments);
+    }
+    if let Some(other) = arguments.iter().find_map(|a| a.strip_prefix("--other=")) {
+        report::heading();
+        beside(Path::new(other));
+        return;
     }
     let chosen: Vec<&str> = arguments
         .iter()
@@ -141,6 +147,55 @@ fn mount(site: &mut Site) {
     cold.print(Goal::AtMost(2.0));
     site.remove("warm");
     site.quiet();
+}
+
+/// This build and another one: what a container waits for, and what an entry takes.
+fn beside(other: &Path) {
+    let mut sites = [
+        Site::new("this", "/dev/vda", "3G", "300M"),
+        Site::of(other, "other", "/dev/vdb", "3G", "300M"),
+    ];
+    for site in &mut sites {
+        site.start();
+        site.publish("entry", one_file);
+        let both = json!({"restore": "entry", "save": "entry"});
+        site.create("volume", &both);
+        site.create(
+            "job",
+            &json!({"restore": "entry", "save": "job", "type": "job"}),
+        );
+        site.mount("job");
+        site.quiet();
+    }
+    let [mut cold, mut warm, mut publish, mut late, mut save] =
+        ["cold Mount", "warm Mount", "publish", "late mount", "save"]
+            .map(|name| Ratio::new(name, "by the other build"));
+    let both = [Ratio::one, Ratio::other];
+    for round in 0..15 {
+        for (site, side) in sites.iter_mut().zip(both) {
+            site.stop();
+            site.start();
+            side(&mut cold, site.mount("volume"));
+            one_file(&site.mountpoint("volume"));
+            site.end("volume");
+            site.quiet();
+            side(&mut warm, site.mount("volume"));
+            one_file(&site.mountpoint("volume"));
+            side(&mut publish, site.end("volume").1);
+            site.quiet();
+            let place = format!("at-{round}");
+            side(&mut late, site.ask("job", &format!("mount {place}\n")));
+            one_file(&site.mountpoint("job").join(&place));
+            side(&mut save, site.ask("job", &format!("save {place}\n")));
+            site.quiet();
+        }
+    }
+    for ratio in [cold, warm, publish, late, save] {
+        ratio.print(Goal::None);
+    }
+    for site in &mut sites {
+        site.stop();
+    }
 }
 
 /// The same Mount in a pool of 10 entries and in one of 5,000.

@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -27,6 +29,7 @@ const QUIET: Duration = Duration::from_millis(300);
 /// A volume group on a disk of its own, prepared by `init`, with its daemon.
 pub struct Site {
     pub vg: String,
+    program: PathBuf,
     dir: PathBuf,
     daemon: Option<Child>,
 }
@@ -40,12 +43,18 @@ pub struct Listed {
 impl Site {
     /// Everything on `disk` is overwritten.
     pub fn new(vg: &str, disk: &str, size: &str, base_size: &str) -> Self {
+        Self::of(Path::new(PROGRAM), vg, disk, size, base_size)
+    }
+
+    /// The same, of another build of the program.
+    pub fn of(program: &Path, vg: &str, disk: &str, size: &str, base_size: &str) -> Self {
         let dir = Path::new("/run/bench").join(vg);
         fs::create_dir_all(&dir).unwrap();
         // Room for thousands of volumes; a group of `init --loop` has it too.
         run("vgcreate", &["--quiet", "--metadatasize", "16m", vg, disk]);
         let site = Self {
             vg: vg.to_owned(),
+            program: program.to_owned(),
             dir,
             daemon: None,
         };
@@ -78,7 +87,7 @@ impl Site {
     pub fn program(&self, arguments: &[&str]) -> String {
         let config = self.config();
         let arguments = [&["--config", config.to_str().unwrap()], arguments].concat();
-        run(PROGRAM, &arguments)
+        run(self.program.to_str().unwrap(), &arguments)
     }
 
     /// Starts the daemon and waits until it serves.
@@ -88,7 +97,7 @@ impl Site {
             .append(true)
             .open(self.dir.join("log"))
             .unwrap();
-        let daemon = Command::new(PROGRAM)
+        let daemon = Command::new(&self.program)
             .arg("--config")
             .arg(self.config())
             .arg("serve")
@@ -172,21 +181,43 @@ impl Site {
         self.call("VolumeDriver.Get", &json!({"Name": volume}))["Volume"]["Status"].take()
     }
 
+    /// Ends the volume's lease: the entry that it became, and how long that took.
+    pub fn end(&self, volume: &str) -> (String, Duration) {
+        let begin = Instant::now();
+        self.unmount(volume);
+        loop {
+            let status = self.status(volume);
+            if let Some(name) = status["last_lease"]["published"].as_str() {
+                return (name.to_owned(), begin.elapsed());
+            }
+            assert!(begin.elapsed() < PATIENCE, "not published: {status}");
+            sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// How long a request on a job volume's socket takes, which must be granted.
+    pub fn ask(&self, volume: &str, request: &str) -> Duration {
+        let begin = Instant::now();
+        let mut stream = UnixStream::connect(self.mountpoint(volume).join("socket")).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let took = begin.elapsed();
+        let granted = answer
+            .lines()
+            .last()
+            .is_some_and(|last| last.starts_with("ok"));
+        assert!(granted, "{request}: {answer}");
+        took
+    }
+
     /// Publishes an entry with the tags `save`, filled by `fill`.
     pub fn publish(&self, save: &str, fill: impl FnOnce(&Path)) -> Listed {
         self.create("publisher", &json!({"save": save}));
         self.mount("publisher");
         fill(&self.mountpoint("publisher"));
-        self.unmount("publisher");
-        let begin = Instant::now();
-        let name = loop {
-            let status = self.status("publisher");
-            if let Some(name) = status["last_lease"]["published"].as_str() {
-                break name.to_owned();
-            }
-            assert!(begin.elapsed() < PATIENCE, "not published: {status}");
-            sleep(Duration::from_millis(50));
-        };
+        let (name, _) = self.end("publisher");
         self.quiet();
         self.remove("publisher");
         self.quiet();
