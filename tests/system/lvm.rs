@@ -494,6 +494,16 @@ fn thin_devices_that_lvm_does_not_know() {
     store.clear_away().unwrap();
     assert_eq!(thin_ids(), known);
     assert_eq!(troubles(&store), "");
+    // One that LVM has removed, and was cut off before the pool was told: by LVM it stays until the next change.
+    store
+        .create(&new("gone", &["a"], false), Bytes::mib(16))
+        .unwrap();
+    outcome("lvremove", ["-y", "--driverloaded", "n", "testvg/gone"]);
+    assert!(listed(&store, "gone").is_none());
+    assert_eq!(thin_ids().len(), known.len() + 1);
+    fixture.open().clear_away().unwrap();
+    assert_eq!(thin_ids(), known);
+    assert_eq!(names(&store).len(), 1);
 }
 
 /// A pool that takes no writes is no room, and what is said helps.

@@ -408,14 +408,14 @@ impl LvmStore {
         let mut made = self.outcome(new, origin, &answer);
         if matches!(made, Err(StoreError::Failed(_))) {
             // A thin device that LVM does not know may have been in the way (`repair`).
-            self.try_to_clear_away();
+            self.try_to_delete_strays();
             answer = self.run(command.clone(), Urgency::Request)?;
             made = self.outcome(new, origin, &answer);
             if matches!(made, Err(StoreError::Failed(_))) && origin.is_some() && self.displace()? {
                 answer = self.run(command, Urgency::Request)?;
                 made = self.outcome(new, origin, &answer);
             }
-            self.try_to_clear_away();
+            self.try_to_delete_strays();
         }
         made?;
         if new.active && !answer.success {
@@ -425,8 +425,8 @@ impl LvmStore {
         Ok(new.active.then(|| self.device(&new.name)))
     }
 
-    fn try_to_clear_away(&self) {
-        if let Err(error) = self.clear_away() {
+    fn try_to_delete_strays(&self) {
+        if let Err(error) = self.strays(true) {
             tracing::debug!(%error, "thin devices that LVM does not know are not looked for");
         }
     }
@@ -437,6 +437,12 @@ impl LvmStore {
         if self.strays(false)?.ids.is_empty() {
             return Ok(false);
         }
+        self.change_pool()?;
+        Ok(true)
+    }
+
+    /// Makes an empty volume and removes it: changes of the pool, to which LVM adds whatever it has to tell it.
+    fn change_pool(&self) -> Result<(), StoreError> {
         let mut random = [0; 4];
         getrandom::fill(&mut random).map_err(|error| StoreError::Failed(error.to_string()))?;
         let empty = NewLv {
@@ -447,8 +453,7 @@ impl LvmStore {
             active: false,
         };
         self.create(&empty, Bytes::mib(4))?;
-        self.remove(&empty.name)?;
-        Ok(true)
+        self.remove(&empty.name)
     }
 
     /// Whether a volume was made, and why it was not.
@@ -541,7 +546,7 @@ impl Store for LvmStore {
             });
             return Ok(found);
         }
-        let Strays { ids, ours } = self.strays(false)?;
+        let Strays { ids, ours, .. } = self.strays(false)?;
         if !ids.is_empty() {
             let ids: Vec<_> = ids.iter().map(u64::to_string).collect();
             found.push(Trouble {
@@ -560,7 +565,12 @@ impl Store for LvmStore {
     }
 
     fn clear_away(&self) -> Result<(), StoreError> {
-        let Strays { ids, ours } = self.strays(true)?;
+        let mut strays = self.strays(true)?;
+        if strays.removal_is_due {
+            self.change_pool()?;
+            strays = self.strays(true)?;
+        }
+        let Strays { ids, ours, .. } = strays;
         if !ids.is_empty() {
             tracing::warn!(
                 ?ids,

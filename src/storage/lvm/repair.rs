@@ -29,6 +29,9 @@
 //! LVM. LVM commits a volume before it tells the pool, and holds the group's lock over both: with that lock held and
 //! no message due, what LVM does not list is no part of any command's work.
 //!
+//! After a power cut between the commit of a removal and the message, it is due until LVM changes the pool again: activating
+//! or refreshing it does not send it (2.03.16). An empty volume, made and removed, does.
+//!
 //! One that was activating a volume leaves it without device files where there is no
 //! udev. They are made when the volume is activated again (`LvmStore::activate`).
 
@@ -197,7 +200,13 @@ impl Pool {
         let kernel = self.devices.transaction_id().map_err(broken)?;
         let Some(pool) = pool.filter(|pool| pool.transaction_id.parse().ok() == kernel) else {
             tracing::debug!("LVM has messages for the pool that are due: no thin device is judged");
-            return Ok(Strays::default());
+            return Ok(Strays {
+                removal_is_due: pool.zip(kernel).is_some_and(|(pool, kernel)| {
+                    is_due(pool, kernel)
+                        && unfinished(pool, listed.document.lvs(), kernel).is_none()
+                }),
+                ..Strays::default()
+            });
         };
         let ours = pool.lv_tags.split(',').any(|tag| tag == POOL);
         let mut ids = unknown(&in_pool, listed.document.lvs(), &self.pool);
@@ -218,7 +227,11 @@ impl Pool {
             });
         }
         drop(lock);
-        Ok(Strays { ids, ours })
+        Ok(Strays {
+            ids,
+            ours,
+            removal_is_due: false,
+        })
     }
 
     /// What a killed command left of what LVM listed.
@@ -295,6 +308,9 @@ pub(super) struct Strays {
     pub(super) ids: BTreeSet<u64>,
     /// The pool is one that `init` made.
     pub(super) ours: bool,
+    /// A volume was removed, and the pool was not told of it: LVM tells it with its next change, and till then no thin device is
+    /// judged.
+    pub(super) removal_is_due: bool,
 }
 
 /// Those of `in_pool` that no volume of `pool` has. A volume whose pool is not shown counts as one of it.
@@ -323,9 +339,17 @@ fn unfinished<'a>(
     mut volumes: impl Iterator<Item = &'a LvRow>,
     kernel: u64,
 ) -> Option<&'a LvRow> {
-    let due = pool.transaction_id.parse::<u64>().ok()? == kernel + 1;
     let newest = |row: &&LvRow| row.transaction_id.parse() == Ok(kernel);
-    if due { volumes.find(newest) } else { None }
+    if is_due(pool, kernel) {
+        volumes.find(newest)
+    } else {
+        None
+    }
+}
+
+/// Whether LVM has committed a change that the pool, whose own transaction id is `kernel`, was not told of.
+fn is_due(pool: &LvRow, kernel: u64) -> bool {
+    pool.transaction_id.parse() == Ok(kernel + 1)
 }
 
 /// Whether the device-mapper device `name` is suspended; one that is not there is not.
