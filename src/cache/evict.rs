@@ -46,7 +46,7 @@ pub struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Trust {
     /// Other code than the default branch's writes it: the supervisor calls it `HOST:ID:EVENT:…`, the repository's default scope,
-    /// an event, and what it was of ([`crate::supervisor::scope`]).
+    /// an event, and what it was of, or `HOST/runner/RUNNER` where the job's run is unknown ([`crate::supervisor::scope`]).
     Lesser,
     /// All others: default scopes, those that an administrator has named, and none.
     Full,
@@ -59,6 +59,10 @@ impl Trust {
         let Some(scope) = scope else {
             return Self::Full;
         };
+        let mut of_runner = scope.as_str().split('/').skip(1);
+        if of_runner.next() == Some("runner") && of_runner.count() == 1 {
+            return Self::Lesser;
+        }
         let parts: Vec<&str> = scope.as_str().split(':').collect();
         let is_number =
             |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
@@ -928,6 +932,9 @@ mod tests {
             ("api.github.com:12:pull_request_target:run/7", Trust::Lesser),
             ("api.github.com:12:merge_group:commit/abc", Trust::Lesser),
             ("ghe.example:8443:12:push:branch/x", Trust::Lesser),
+            ("api.github.com/runner/linux-0-1", Trust::Lesser),
+            ("o/runner", Trust::Full),
+            ("o/r/runner/x", Trust::Full),
         ] {
             let named = (scope != "-").then(|| scope.parse().unwrap());
             assert_eq!(Trust::of(&named), trust, "{scope}");

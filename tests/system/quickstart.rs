@@ -196,7 +196,7 @@ fn runners() {
     );
     type_in(&story::at(&fake, &image, &commands));
     let checked = type_in(&block("evening-host"));
-    let wrong = checked.lines().any(|line| line.contains("wrong"));
+    let wrong = checked.lines().any(|line| line.contains("WRONG"));
     assert!(!wrong && checked.contains("supervisor"), "{checked}");
     let mut said = String::new();
     wait_until(|| {
