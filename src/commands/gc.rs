@@ -67,12 +67,11 @@ fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Ev
     loop {
         let listing = store.list()?;
         let mounts = mount::table().map_err(failed("the mount table"))?;
-        // Nobody began a lease in a daemon that does not run.
-        let now = bounds::wall_clock();
+        // A daemon that does not run has no leases, and knows no better how the clock went.
         let entries = bounds::entries(&listing, &mounts, &HashMap::new(), Duration::ZERO);
         let capacity = &listing.capacity;
         let policy = &settings.policy;
-        let round = bounds::plan(entries, capacity, policy, now, usage.as_ref(), None);
+        let round = bounds::plan(entries, capacity, policy, unix_now(), usage.as_ref(), None);
         let last = dry_run || round.is_empty();
         for (lv, evicted) in round {
             if !dry_run {

@@ -106,12 +106,6 @@ pub fn entries(
     found
 }
 
-/// The time for [`plan`], where no life of a daemon's says how the clock went.
-#[must_use]
-pub fn wall_clock() -> u64 {
-    unix_now()
-}
-
 /// Seconds since the machine started, also those that it slept.
 fn uptime() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/uptime").ok()?;

@@ -255,7 +255,7 @@ impl Place {
             Said::Request(request) => {
                 if needs_scope(&request) && timeout(ADMISSION, self.job.admitted()).await.is_err() {
                     let seconds = ADMISSION.as_secs();
-                    let text = format!("nobody has said within {seconds} s whose job this is");
+                    let text = format!("whose job this is was not known within {seconds} s");
                     self.say(stream, &error(&text)).await?;
                     return Ok(true);
                 }

@@ -141,7 +141,7 @@ impl Job {
     /// What requests start from.
     fn spec(&self) -> Result<Spec, EngineError> {
         let known = self.volume.for_requests();
-        known.ok_or_else(|| refused("nobody has said yet whose job this is"))
+        known.ok_or_else(|| refused("it is not known yet whose job this is"))
     }
 
     /// The device number of its directory: by it the job's own mount table tells where that is.
