@@ -158,8 +158,8 @@ impl Mounted {
             .map_err(|(source, _messages)| source)
     }
 
-    /// Shows files as whoever has `ids` would see them if he had made them: what is on the device
-    /// as a user's of that namespace. Once, before the mount is attached anywhere.
+    /// Shows files as if a process with `ids` had made them: what is on the device belongs
+    /// to users of that namespace. Once, before the mount is attached anywhere.
     ///
     /// # Errors
     /// EINVAL where the kernel cannot do it for this file system, or what else it says.
@@ -407,7 +407,7 @@ pub fn uncover(at: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes the mount at `at` out of sight, whoever still uses it (the topmost one,
+/// Takes the mount at `at` out of sight, also while it is in use (the topmost one,
 /// where several are stacked). `false`: nothing was mounted there.
 ///
 /// # Errors

@@ -242,7 +242,7 @@ impl Labels {
 }
 
 /// This process's. One for all that it does, as two mounts of one file system must not have different ones:
-/// whoever mounts (the daemon, and beside it a command) asks here.
+/// all that mounts (the daemon, and a command beside it) takes its label here.
 static LABELS: OnceLock<Labels> = OnceLock::new();
 
 /// Has everything labelled from now on as `setting` says. Once in a process's life, before anything is

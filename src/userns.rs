@@ -185,7 +185,7 @@ impl Ids {
         *self == Self::host()
     }
 
-    /// Whether whoever has these has none but ids that `other` has too.
+    /// Whether all of these ids are among those of `other`.
     #[must_use]
     pub fn are_part_of(&self, other: &Self) -> bool {
         self.users.is_part_of(&other.users) && self.groups.is_part_of(&other.groups)

@@ -412,8 +412,8 @@ impl Steady {
 ///
 /// `gives` says how many bytes of data the removal of one entry gives back, where that
 /// is known; entries share blocks, so that the removal of two gives back that much or
-/// more. What is not known is not guessed: then one entry goes for a floor, and whoever
-/// removed it looks again. `refused`: a volume could not be made for a scope of that trust, so one goes in any case,
+/// more. What is not known is not guessed: then one entry is evicted for a floor, and the caller
+/// looks again after its removal. `refused`: a volume could not be made for a scope of that trust, so one goes in any case,
 /// if one can that is of no more trust.
 #[must_use]
 pub fn plan<'a>(

@@ -78,7 +78,7 @@ impl Role {
         if !base && !snapshot {
             return Err(format!("tags of ours but not {SNAPSHOT}"));
         }
-        // Whoever dooms what the rest of the tags would make unclear means it.
+        // The mark was set on purpose, however unclear the rest of the tags is.
         if doomed {
             return Ok(Self::Doomed);
         }
@@ -162,7 +162,7 @@ impl Found {
             } else if let Some(rest) = text.strip_prefix(FROM) {
                 once(&mut found.from, FROM, rest.parse().map_err(|_| bad())?)?;
             } else if let Some(rest) = text.strip_prefix(USED) {
-                // Whoever tagged it twice by hand: the later time counts.
+                // Tagged twice, by hand: the later time counts.
                 found.used = found.used.max(time(rest).ok_or_else(bad)?);
             } else if let Some(rest) = text.strip_prefix(VOLUME) {
                 found.of_volume = true;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Entries that go: which, decided by [`crate::cache::evict`], and when.
+//! Eviction: of which entries, as [`crate::cache::evict`] decides, and when.
 //!
-//! After a publish, at the daemon's start, when somebody asks, when a lease fills the
+//! After a publish, at the daemon's start, when `gc` asks, when a lease fills the
 //! store, and before a volume is refused for want of room. All of it happens on the thread that
 //! removes: room that is about to be given back is no reason to evict.
 
@@ -28,7 +28,7 @@ use crate::storage::{Capacity, Listing, Store, StoreError, Usage, doom};
 /// How long a request waits for room to be made for it: Podman gives up after 5 s.
 pub(super) const REQUEST_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long a publish waits, which nobody waits for.
+/// How long a publish waits, for which no client waits.
 pub(super) const PUBLISH_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a store that lacks room, and has nothing to evict, is left alone, unless something is
@@ -176,7 +176,7 @@ fn entry_of(source: &Source) -> Option<&LvName> {
         .flatten()
 }
 
-/// Somebody waits for what an eviction comes to.
+/// A request that waits for what an eviction comes to.
 pub(super) struct Ask {
     /// That a volume may have room, of a scope that is trusted so far: one round is all that is waited for.
     room: Option<Trust>,

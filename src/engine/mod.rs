@@ -126,7 +126,7 @@ pub enum Happened {
     Started(Option<Container>),
     /// It has ended so.
     Ended(Verdict),
-    /// Whoever has it do its work says how that ended, whatever its exit code was.
+    /// The supervisor says how its job ended, whatever its exit code was.
     Judged(Verdict),
 }
 

@@ -485,7 +485,7 @@ fn what_is_known_stays_while_the_store_cannot_be_read() {
 fn a_full_store_refuses_a_volume_and_keeps_nothing_of_it() {
     let bench = Bench::new();
     bench.store.fill();
-    // Nobody evicts here, and who asks sees that.
+    // No eviction runs here, and the caller is told.
     bench.engine.upkeep.stop();
     let refused = bench.create("v", RESTORES);
     assert!(

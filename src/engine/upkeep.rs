@@ -158,7 +158,7 @@ impl Upkeep {
 
     pub fn ask(&self, ask: Ask) {
         let mut removals = lock(&self.removals);
-        // Once it has stopped, nobody answers: who asks sees that his question is gone.
+        // Once it has stopped, no answer comes: the caller sees that its question was dropped.
         if !removals.stop {
             removals.asks.push(ask);
             self.more_removals.notify_one();
@@ -592,7 +592,7 @@ impl Engine {
 
     /// Forgets a volume whose LV somebody removed.
     fn drop_if_lost(&self, volume: &Arc<Volume>, there: impl Fn(&LvName) -> bool) {
-        // Whoever holds it knows better.
+        // The operation that holds it knows better.
         let Ok(_op) = volume.op.try_lock() else {
             return;
         };

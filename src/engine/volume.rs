@@ -37,7 +37,7 @@ pub(super) struct Volume {
     pub created: u64,
     /// The job volume that this is mounted in, and where.
     pub late: Option<(Weak<Volume>, LatePath)>,
-    /// Held by whoever changes the volume, over all the I/O that it takes.
+    /// Held while the volume is changed, over all the I/O that this takes.
     pub op: Mutex<()>,
     /// Held for moments only: Get and List read it.
     pub now: Mutex<Now>,

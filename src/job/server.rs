@@ -127,7 +127,7 @@ impl Place {
                     let text = format!("error a job has at most {most} connections at once\n");
                     let _ =
                         timeout(Duration::from_millis(10), stream.write_all(text.as_bytes())).await;
-                    // Whoever makes them as fast as he can waits, and nobody else.
+                    // A client that connects as fast as it can waits, and no other.
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             }
@@ -385,7 +385,7 @@ struct Client {
     unplaced: bool,
 }
 
-/// Whoever is at the other end, as the kernel tells.
+/// The client, as the kernel tells.
 #[derive(Debug)]
 struct Peer {
     ids: Ids,

@@ -122,7 +122,7 @@ fn permissions(facts: &Facts) -> Vec<Judged> {
     } in &facts.files
     {
         let name = path.display();
-        // Of a directory for all (/tmp) whoever owns a file in it cannot be replaced.
+        // In a directory for all (/tmp), a file can be replaced by its owner alone.
         let shared_dir = *kind == FileKind::Dir && mode & 0o1000 != 0;
         if *uid != 0 {
             found.push(wrong(

@@ -37,7 +37,7 @@ const ATTACHING: Duration = Duration::from_millis(100);
 
 impl Engine {
     /// Mounts the best entry for a job, or what its job volume says that stands in. `peer`: the ids of
-    /// whoever asks.
+    /// the client.
     ///
     /// # Errors
     /// See [`EngineError`].

@@ -31,7 +31,7 @@ const LABEL: &[u8] = b"lvm-cache-friend: a physical volume of LVM's, for a loop 
 /// the default of 1 MiB is full with about 1,100 volumes, this with 18,000.
 const METADATA_AREA: Bytes = Bytes::mib(16);
 
-/// Told to whoever waits.
+/// Prints what is being done.
 pub type Say<'a> = &'a mut dyn FnMut(String);
 
 /// Makes the thin pool `pool` of `size` in the existing group `vg`, and in it the
@@ -175,8 +175,8 @@ fn make_pool(vg: &LvName, pool: &LvName, room: Room, say: Say<'_>) -> Result<(),
                 .ok_or_else(|| StoreError::Failed(format!("{vg}/{pool} is not there")))?
         }
     };
-    // A full pool gives errors at once instead of after a minute in which whoever
-    // writes hangs. `lvcreate` of LVM 2.03.16 refuses this for pools.
+    // A full pool gives errors at once instead of after a minute in which
+    // writes hang. `lvcreate` of LVM 2.03.16 refuses this for pools.
     let ours = tags.lv_tags.split(',').any(|tag| tag == POOL);
     if ours && tags.lv_when_full != "error" {
         lvm(&[

@@ -7,7 +7,7 @@
 //! `set_transaction_id`; the origin resumed; a commit without the message. In
 //! LVM 2.03.16, killed at each step of it:
 //!
-//! - With the origin suspended, whoever uses that waits for ever; and the next
+//! - With the origin suspended, all I/O on it waits for ever; and the next
 //!   `lvcreate` takes the message for sent, so that LVM's transaction id and
 //!   the pool's differ from then on and LVM refuses to make anything. Resuming it
 //!   before any other command avoids both.
