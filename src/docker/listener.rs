@@ -22,6 +22,10 @@ const DRIVER: &str = "lvm-cache-friend";
 /// How long after the end of a lease Docker is asked, where its events have not told by then.
 const ASK_AFTER: Duration = Duration::from_secs(1);
 
+/// How often it is asked, until it says how the containers ended. While dockerd unmounts the volumes of a container, one after
+/// the other, it answers nothing about that; and no event tells of one whose start has failed (moby, daemon/start.go, monitor.go).
+const ASKS: usize = 8;
+
 /// How often a Docker that went away is looked for, at first and at last; a question has it looked for at once.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
@@ -40,6 +44,27 @@ struct Seen {
     oom_killed: bool,
     /// Its exit code is not to be had of events, where a label of its own is in place of it.
     lies: bool,
+}
+
+impl Seen {
+    /// A volume was mounted for it `at`, in nanoseconds since 1970; `false` where that is told again after a connection
+    /// that broke, or after Docker has answered that the container runs.
+    fn mounts(&mut self, volume: &VolumeName, at: u64) -> bool {
+        // An answer names one volume: the container's end is that of its others, too.
+        self.volumes.insert(volume.clone());
+        if self.last >= at {
+            return false;
+        }
+        if self.ended {
+            *self = Self {
+                volumes: std::mem::take(&mut self.volumes),
+                lies: self.lies,
+                ..Self::default()
+            };
+        }
+        self.last = at;
+        true
+    }
 }
 
 /// Follows what Docker says, for as long as `asks` is open.
@@ -132,21 +157,28 @@ impl Listener {
         }
     }
 
-    /// Asks about a lease that has ended, if events do not tell first.
+    /// Asks about a lease that has ended, as long as events have not told.
     fn ask_about(self: &Arc<Self>, volume: VolumeName) {
         let listener = Arc::clone(self);
         tokio::spawn(async move {
-            sleep(ASK_AFTER).await;
-            if !listener.engine.awaits_docker(&volume) {
-                return;
-            }
-            let asked_at = now_ns();
-            let any = listener.look_at(&volume).await;
-            listener.engine.docker_named_all(&volume, asked_at);
-            if !any {
-                // Of one that is gone, the last event may not have come through yet.
+            for _ in 0..ASKS {
                 sleep(ASK_AFTER).await;
-                listener.engine.docker_tells_no_more(Some(&volume));
+                if !listener.engine.awaits_docker(&volume) {
+                    return;
+                }
+                let asked_at = now_ns();
+                match listener.look_at(&volume).await {
+                    Ok(any) => {
+                        listener.engine.docker_named_all(&volume, asked_at);
+                        if !any {
+                            // Of one that is gone, the last event may not have come through yet.
+                            sleep(ASK_AFTER).await;
+                            let of = Some((&volume, asked_at));
+                            return listener.engine.docker_tells_no_more(of);
+                        }
+                    }
+                    Err(error) => debug!(%volume, %error, "Docker was asked in vain"),
+                }
             }
         });
     }
@@ -161,7 +193,9 @@ impl Listener {
         for volume in self.engine.volumes_in_use() {
             let listener = Arc::clone(self);
             tokio::spawn(async move {
-                listener.look_at(&volume).await;
+                if let Err(error) = listener.look_at(&volume).await {
+                    debug!(%volume, %error, "Docker was asked in vain");
+                }
             });
         }
         loop {
@@ -224,19 +258,9 @@ impl Listener {
                 }
             }
             let seen = all.entry(container.to_owned()).or_default();
-            // Told again, after a connection that broke.
-            if seen.last >= at {
+            if !seen.mounts(volume, at) {
                 return;
             }
-            if seen.ended {
-                *seen = Seen {
-                    volumes: std::mem::take(&mut seen.volumes),
-                    lies: seen.lies,
-                    ..Seen::default()
-                };
-            }
-            seen.last = at;
-            seen.volumes.insert(volume.clone());
         }
         let started = Happened::Started(None);
         self.engine
@@ -333,19 +357,19 @@ impl Listener {
         self.ended(volumes, container, verdict, at);
     }
 
-    /// Asks for the containers of a volume and how they ended; `false` where there is none.
-    async fn look_at(&self, volume: &VolumeName) -> bool {
-        let ids = match self.docker.containers_of(volume).await {
-            Ok(ids) => ids,
-            Err(error) => {
-                debug!(%volume, %error, "Docker was asked in vain");
-                return true;
-            }
-        };
-        let mut any = false;
+    /// Asks for the containers of a volume and how they ended; `false` where there is none. An error: not all of
+    /// them are known.
+    async fn look_at(&self, volume: &VolumeName) -> Result<bool, DockerError> {
+        let ids = self.docker.containers_of(volume).await?;
+        let (mut any, mut failed) = (false, None);
         for id in ids {
-            let Ok(Some(found)) = self.docker.inspect(&id).await else {
-                continue;
+            let found = match self.docker.inspect(&id).await {
+                Ok(Some(found)) => found,
+                Ok(None) => continue,
+                Err(error) => {
+                    failed = Some(error);
+                    continue;
+                }
             };
             let ours = |m: &MountPoint| {
                 m.r#type == "volume" && m.driver == DRIVER && m.name == volume.as_str()
@@ -379,6 +403,28 @@ impl Listener {
                     .docker_container_is_done(volume, &id, times, verdict);
             }
         }
-        any
+        failed.map_or(Ok(any), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_told_again_adds_its_volume_and_changes_nothing_else() {
+        let [one, two] = ["one", "two"].map(|name| name.parse().expect("a name"));
+        let mut seen = Seen::default();
+        assert!(seen.mounts(&one, 1));
+        // Docker answers, of that volume, that the container has been running since 3.
+        (seen.last, seen.started) = (3, true);
+        assert!(!seen.mounts(&two, 2));
+        assert!(seen.started && seen.last == 3);
+        assert_eq!(seen.volumes, [one.clone(), two.clone()].into());
+        // Started again, nothing is known of how it ends.
+        (seen.ended, seen.oom_killed, seen.lies) = (true, true, true);
+        assert!(seen.mounts(&one, 4));
+        assert!(seen.lies && !(seen.started || seen.ended || seen.oom_killed));
+        assert_eq!(seen.volumes, [one, two].into());
     }
 }

@@ -93,9 +93,10 @@ impl Engine {
         self.telling.all_named(name, at);
     }
 
-    /// Docker will tell no more of leases that have ended: of this volume, or of any.
-    pub fn docker_tells_no_more(&self, name: Option<&VolumeName>) {
-        self.telling.give_up(name);
+    /// Docker will tell no more of leases that have ended: of those of this volume that had by then, in nanoseconds since
+    /// 1970; or of any.
+    pub fn docker_tells_no_more(&self, of: Option<(&VolumeName, u64)>) {
+        self.telling.give_up(of);
     }
 
     /// The volumes whose leases are not settled: of those Docker may have something to tell.

@@ -336,22 +336,20 @@ impl Telling {
         }
     }
 
-    /// Docker tells no more of leases that have ended: of one volume, or of all.
-    pub fn give_up(&self, volume: Option<&VolumeName>) {
-        let all: Vec<Arc<Told>> = match volume {
-            Some(volume) => self.of(volume),
+    /// Docker tells no more of leases that have ended: of those of one volume that had by a moment, in nanoseconds since
+    /// 1970; or of all. It may still be about to tell of one that ended after it was asked.
+    pub fn give_up(&self, of: Option<(&VolumeName, u64)>) {
+        let (all, by): (Vec<Arc<Told>>, u64) = match of {
+            Some((volume, by)) => (self.of(volume), by),
             None => {
                 let leases = lock(&self.leases);
-                leases
-                    .values()
-                    .flatten()
-                    .filter_map(Weak::upgrade)
-                    .collect()
+                let all = leases.values().flatten().filter_map(Weak::upgrade);
+                (all.collect(), u64::MAX)
             }
         };
         for told in all {
             let mut now = lock(&told.now);
-            if now.ended.is_some() {
+            if now.ended.is_some_and(|ended| ended <= by) {
                 now.given_up = true;
                 told.changed.notify_all();
             }
@@ -504,6 +502,27 @@ mod tests {
         assert_eq!((ended.verdict(), goes_on.verdict()), (Unknown, Failure));
         telling.does_not_run(&volume(), "b", (15, 16), Failure);
         assert_eq!(ended.verdict(), Failure);
+    }
+
+    #[test]
+    fn a_lease_that_ended_after_docker_was_asked_is_not_given_up() {
+        let telling = Telling::new(None);
+        let [before, after, other] = [10, 20, 10].map(|began| Arc::new(Told::since(began)));
+        let another: VolumeName = "v2".parse().expect("a name");
+        for (volume, told, ended) in [
+            (&volume(), &before, 15),
+            (&volume(), &after, 25),
+            (&another, &other, 15),
+        ] {
+            telling.add(volume, told);
+            told.docker_uses_it();
+            lock(&told.now).ended = Some(ended);
+        }
+        let is_awaited = || [&before, &after, &other].map(|told| !lock(&told.now).is_final());
+        telling.give_up(Some((&volume(), 20)));
+        assert_eq!(is_awaited(), [false, true, true]);
+        telling.give_up(None);
+        assert_eq!(is_awaited(), [false; 3]);
     }
 
     #[test]

@@ -225,6 +225,21 @@ fn verdicts() {
 /// Connections break, Docker and the daemon are started anew.
 fn late() {
     let mut host = Host::new("");
+    // While it is busy with a container it does not know yet how that ended; and no event will tell. It is asked about each volume
+    // as it is first listened to, at most, and then because the leases have ended.
+    let (container, lvs) = host.container(json!({}), false);
+    let before = host.docker.asked().len();
+    host.docker.unmount(host.daemon().plugin(), &container);
+    wait_until(|| {
+        let asked = host.docker.asked();
+        let about = asked[before..]
+            .iter()
+            .filter(|path| path.contains(&container.id));
+        about.count() >= 2 * lvs.len()
+    });
+    host.docker.has_failed_to_start(&container);
+    host.expect("asked too early", &lvs, "failure");
+    host.docker.remove(&container);
     // The connection breaks, and the container is gone before there is another.
     for (case, code, verdict) in [("exit 1", 1, "failure"), ("exit 0", 0, "success")] {
         let (container, lvs) = host.container(json!({}), true);

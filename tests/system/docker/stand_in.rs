@@ -248,13 +248,18 @@ impl Docker {
         }
     }
 
-    /// A container that cannot be started.
+    /// A container that cannot be started: dockerd has its code before it unmounts (moby, daemon/start.go).
     pub fn fail_to_start(&self, plugin: &Plugin, container: &Container) {
+        self.has_failed_to_start(container);
         self.unmount(plugin, container);
-        self.be_in(&container.id, "created", 127, false, (0, 0));
         if container.removed {
             self.remove(container);
         }
+    }
+
+    /// From now on it is answered that a container could not be started.
+    pub fn has_failed_to_start(&self, container: &Container) {
+        self.be_in(&container.id, "created", 127, false, (0, 0));
     }
 
     pub fn remove(&self, container: &Container) {
