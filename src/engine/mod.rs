@@ -148,9 +148,10 @@ pub enum Happened {
 ///
 /// A thread that holds a lock takes only locks that come after it here.
 ///
-/// 1. `Volume::op`, held over all the I/O that a change takes. No thread holds two, but for Create: its own one, of a volume
-///    that no other thread knows, while it waits for the one of the volume that has the name already.
-/// 2. `missing` and `Job::judging`, held over I/O as well: behind all answers, and by one job alone.
+/// 1. `missing`, held over I/O, behind all answers.
+/// 2. `Volume::op`, held over all the I/O that a change takes. No thread holds two, but for Create: its own one, of a volume
+///    that no other thread knows, while it waits for the one of the volume that has the name already. After it `Job::judging`, held
+///    over I/O as well, by one job alone.
 /// 3. `Volume::now`. Get and List read it, so this and all that follow are held for moments: no store is asked under
 ///    them, and what is dropped may be unmounted, so it is dropped after them.
 /// 4. `Job::now`. A mount is attached under it: either the job has ended, or its end sees the mount.

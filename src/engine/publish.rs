@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether the end of a lease is published, and how.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
 use super::catalog::Use;
@@ -69,15 +69,19 @@ impl Engine {
         found.flatten().map(|entry| entry.lv.clone())
     }
 
-    /// Publishes a lease that ended so, unless that is refused.
+    /// Of several leases that end at once and publish what is missing, the first does: the others wait, behind all answers.
+    /// Taken before the volume's `op`: a Mount that waits for that would wait for the publish of another volume.
+    pub(super) fn turn_to_publish(&self, spec: &Spec) -> Option<MutexGuard<'_, ()>> {
+        (spec.publish == Publish::IfMissing).then(|| lock(&self.missing))
+    }
+
+    /// Publishes a lease that ended so, unless that is refused. The caller has [`Engine::turn_to_publish`].
     pub(super) fn publish_unless(
         &self,
         spec: &Spec,
         refused: Option<&'static str>,
         publish: impl FnOnce() -> Result<LvName, EngineError>,
     ) -> Result<Outcome, EngineError> {
-        // Of several that end at once the first publishes what is missing: the others wait, behind all answers.
-        let _turn = (spec.publish == Publish::IfMissing).then(|| lock(&self.missing));
         let there = || self.there(spec).map(|_| "an entry has its tags already");
         match refused.or_else(there) {
             Some(why) => Ok(Err(why)),

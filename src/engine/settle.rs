@@ -252,6 +252,7 @@ impl Engine {
         reach("publish", 2);
         let spec = &volume.spec;
         let published = self.until_it_serves(&lv, || {
+            let _turn = self.turn_to_publish(spec);
             self.publish_unless(spec, refusal(spec, end), || {
                 self.publish(spec, &lv, &story.source)
             })
@@ -416,6 +417,7 @@ impl Engine {
             ..end
         };
         let published = self.until_it_serves(lv, || {
+            let _turn = self.turn_to_publish(spec);
             let _op = lock(&volume.op);
             // What another lease wrote since is that one's to publish, or not to.
             let idle = {

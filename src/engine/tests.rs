@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -391,6 +391,24 @@ fn a_publish_waits_while_the_store_is_locked() {
     bench.assert_published_once("locked");
     assert!(!bench.is_there(&lv));
     assert!(!lock(&bench.engine.state).catalog.is_in_doubt());
+}
+
+#[test]
+fn a_lease_has_its_turn_to_publish_before_its_volume_is_busy() {
+    let bench = Bench::new();
+    let keeps = [("save", "a"), ("publish", "if-missing"), ("reuse", "keep")];
+    bench.create("v", &keeps).unwrap();
+    let lease = bench.lease("v");
+    let volume = Arc::clone(&lease.0);
+    let busy = lock(&volume.op);
+    bench.end(lease);
+    let since = Instant::now();
+    while bench.engine.missing.try_lock().is_ok() {
+        assert!(since.elapsed() < Duration::from_secs(60));
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(busy);
+    bench.wait_until_quiet();
 }
 
 #[test]
