@@ -258,8 +258,11 @@ fn default_docker() -> Option<PathBuf> {
     Some(DOCKER_SOCKET.into())
 }
 
+/// The group that the packages create for the plugin's socket (sysusers.d). Where it is missing, root's stands in.
+const GROUP: &str = "lvm-cache-friend";
+
 fn default_group() -> String {
-    "root".into()
+    GROUP.into()
 }
 
 fn default_mount_dir() -> PathBuf {
@@ -457,7 +460,7 @@ impl Settings {
         })
     }
 
-    /// The id of [`Settings::socket_group`].
+    /// The id of [`Settings::socket_group`]; root's, where that is the default and there is no such group.
     ///
     /// # Errors
     /// When there is no such group.
@@ -467,6 +470,7 @@ impl Settings {
         }
         match nix::unistd::Group::from_name(&self.socket_group) {
             Ok(Some(group)) => Ok(group.gid.as_raw()),
+            Ok(None) if self.socket_group == GROUP => Ok(0),
             Ok(None) => Err(format!(
                 "socket-group: there is no group {:?}",
                 self.socket_group
@@ -543,7 +547,8 @@ fn text(store: &StoreConfig) -> String {
          # the default. Restart the daemon after a change.\n\
          \n\
          # The plugin's socket (systemd's socket unit overrides this), and the group whose members\n\
-         # may use it: they can mount and remove every cache, and are as powerful as root.\n\
+         # may use it: they can mount and remove every cache, and are as powerful as root. The packages\n\
+         # create the default group; root's stands in where it is missing.\n\
          #socket = {socket}\n\
          #socket-group = {group}\n\
          \n\
@@ -863,6 +868,25 @@ mod tests {
             })
             .map(|line| format!("{line}\n"))
             .collect()
+    }
+
+    #[test]
+    fn who_may_use_the_socket() {
+        let gid = |text: &str| {
+            let settings = Settings::parse(&format!("{text}\n[reflink]\ndir='/a'"));
+            settings.expect("valid").socket_gid()
+        };
+        // Where a package is installed, as on the socket that systemd makes.
+        let group = nix::unistd::Group::from_name(GROUP).expect("readable");
+        assert_eq!(gid(""), Ok(group.map_or(0, |group| group.gid.as_raw())));
+        assert_eq!(gid("socket-group='root'"), Ok(0));
+        assert_eq!(gid("socket-group='2000'"), Ok(2000));
+        let missing = gid("socket-group='no-such-group'").expect_err("none");
+        assert!(missing.contains("no-such-group"), "{missing}");
+        let socket = include_str!("../plugin/usr/lib/systemd/system/lvm-cache-friend.socket");
+        assert!(socket.contains(&format!("\nSocketGroup={GROUP}\n")));
+        let users = include_str!("../plugin/usr/lib/sysusers.d/lvm-cache-friend.conf");
+        assert!(users.contains(&format!("\ng {GROUP} -\n")));
     }
 
     #[test]

@@ -283,11 +283,11 @@ fn before_the_reboot() {
     assert!(again.contains("nothing to do"), "init again: {again}");
     let said = type_in(&block("start"));
     assert!(said.contains("KIND"), "the table at its end: {said}");
-    let socket = run(
-        "stat",
-        ["--format", "%U %G %a", "/run/lvm-cache-friend/plugin.sock"],
+    let whose = sh("cd /run/lvm-cache-friend; stat --format '%U %G %a' plugin.sock mnt");
+    assert_eq!(
+        whose,
+        "root lvm-cache-friend 660\nroot lvm-cache-friend 750\n"
     );
-    assert_eq!(socket, "root lvm-cache-friend 660\n");
     entries(1);
 
     // An upgrade under a container: the daemon is another, the socket is not, and the lease ends as any.
