@@ -19,6 +19,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -57,6 +59,7 @@ const REFLINK_BODIES: &[Body] = &[
     ("only_what_may_be_published_is", verdicts),
     ("other_users_of_the_host_are_refused", other_users),
     ("published_if_missing", if_missing),
+    ("mounted_very_often_it_gets_no_more", multiplied),
 ];
 
 pub fn tests() -> Vec<Test> {
@@ -366,6 +369,80 @@ fn other_users(kind: Kind) {
     container.wait().unwrap();
     assert_ok(&ask(&at, "status\n"));
     jobs.end("job", 1);
+}
+
+/// A namespace that has the job volume very often, as a job can have it in namespaces of its own: each mount in the volume
+/// is copied to each place. Gone when dropped.
+struct Multiplied(mpsc::Sender<()>, Option<thread::JoinHandle<()>>);
+
+impl Multiplied {
+    fn new(at: &Path, times: usize) -> Self {
+        let (end, ended) = mpsc::channel();
+        let (ready, is_ready) = mpsc::channel();
+        let at = at.to_owned();
+        let thread = thread::spawn(move || {
+            let none = None::<&str>;
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).unwrap();
+            let places = tempfile::tempdir_in("/run").unwrap();
+            mount(
+                Some("places"),
+                places.path(),
+                Some("tmpfs"),
+                MsFlags::empty(),
+                none,
+            )
+            .unwrap();
+            for n in 0..times {
+                let place = places.path().join(n.to_string());
+                fs::create_dir(&place).unwrap();
+                mount(Some(&at), &place, none, MsFlags::MS_BIND, none).unwrap();
+            }
+            ready.send(()).unwrap();
+            let _ = ended.recv();
+            let _ = umount2(places.path(), MntFlags::MNT_DETACH);
+        });
+        is_ready.recv().unwrap();
+        Self(end, Some(thread))
+    }
+}
+
+impl Drop for Multiplied {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+        let _ = self.1.take().unwrap().join();
+    }
+}
+
+/// A job that makes each mount cost the kernel much more than others' gets no more of them, and others go on.
+fn multiplied(kind: Kind) {
+    // The kernel's own limit for a namespace, copies of mounts included, is 100,000 (fs.mount-max).
+    const TIMES: usize = 10_000;
+    const MOST: usize = 8;
+    let jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({}));
+    let other = jobs.job("other", &json!({}));
+    assert_ok(&ask_here(&at, "mount first\n"));
+    let mut namespaces = Vec::new();
+    let refused = loop {
+        let answer = ask_here(&at, &format!("mount x{}\n", namespaces.len()));
+        if answer.starts_with("error ") {
+            break answer;
+        }
+        assert_ok(&answer);
+        assert!(namespaces.len() < MOST, "it got all that it asked for");
+        namespaces.push(Multiplied::new(&at, TIMES));
+    };
+    assert_refused(&refused, "in so many places");
+    let log = jobs.daemon().log();
+    assert_eq!(log.matches("mounted in very many places").count(), 1);
+    // What it has it keeps, and its end is that of any job.
+    fs::write(at.join("first/x"), "x").unwrap();
+    assert_ok(&ask_here(&other, "mount x\n"));
+    let count = 1 + namespaces.len();
+    drop(namespaces);
+    jobs.end("job", count);
+    jobs.end("other", 1);
 }
 
 /// `publish=if-missing`: an entry that has the save tags, where the volume reads, is enough.
