@@ -46,6 +46,7 @@ pub fn tests() -> Vec<Test> {
         ),
         lvm("out_of_service", out_of_service),
         lvm("zeroing", zeroing),
+        lvm("what_was_deleted_is_not_read", what_was_deleted_is_not_read),
         lvm("tags_outlast_a_power_cut", tags_outlast_a_power_cut),
         lvm(
             "changes_by_hand_show_in_the_watch",
@@ -580,6 +581,46 @@ fn zeroing() {
         said[0].contains("lvchange --zero y") && off().trim() != "zero",
         "{said:?}"
     );
+}
+
+/// Of a block that a deleted volume had, the next one reads nothing.
+fn what_was_deleted_is_not_read() {
+    const SECRET: &[u8] = b"what a job has deleted\n";
+    // A large part of the pool, so that both have the same blocks.
+    const SIZE: usize = 40 << 20;
+    const BLOCK: usize = 64 << 10;
+    let fixture = Fixture::with_pool("--size 64M --poolmetadatasize 4M --chunksize 64K");
+    let store = fixture.open();
+    let volume = |volume: &str| {
+        let device = store.create(&new(volume, &[], true), Bytes(SIZE as u64));
+        let device = device.unwrap().unwrap();
+        File::options().read(true).write(true).open(device).unwrap()
+    };
+    let found = |zero: &str| {
+        sh(&format!("lvchange -q --zero {zero} testvg/{POOL}"));
+        let before = volume("before");
+        let text: Vec<u8> = SECRET.iter().copied().cycle().take(1 << 20).collect();
+        for at in (0..SIZE).step_by(text.len()) {
+            before.write_all_at(&text, at as u64).unwrap();
+        }
+        before.sync_all().unwrap();
+        drop(before);
+        store.remove(&name("before")).unwrap();
+        // The beginning of each block alone is written: the rest of it is the pool's to fill.
+        let after = volume("after");
+        for at in (0..SIZE).step_by(BLOCK) {
+            after.write_all_at(&[1; 4096], at as u64).unwrap();
+        }
+        after.sync_all().unwrap();
+        let mut raw = vec![0; SIZE];
+        after.read_exact_at(&mut raw, 0).unwrap();
+        drop(after);
+        store.remove(&name("after")).unwrap();
+        raw.windows(SECRET.len()).any(|part| part == SECRET)
+    };
+    assert!(!found("y"));
+    // It is the pool that does that.
+    assert!(found("n"));
 }
 
 /// A change of tags alone is followed by a flush of the group's disk.
