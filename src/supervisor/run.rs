@@ -246,3 +246,18 @@ fn notify(state: &[NotifyState]) {
         warn!(%error, "cannot notify systemd");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::resource::getrlimit;
+
+    use super::*;
+
+    #[test]
+    fn no_core_dump_is_written_to_a_file_or_a_program() {
+        keep_out_of_dumps().expect("allowed");
+        let limits = getrlimit(Resource::RLIMIT_CORE).expect("readable");
+        assert_eq!(limits, (0, 0));
+        assert!(!prctl::get_dumpable().expect("readable"));
+    }
+}

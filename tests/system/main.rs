@@ -26,6 +26,7 @@ mod powercut;
 mod quickstart;
 mod raw;
 mod reflink;
+mod security;
 mod stop;
 mod store;
 mod support;
@@ -56,6 +57,7 @@ fn main() {
             quickstart::tests(),
             raw::tests(),
             reflink::tests(),
+            security::tests(),
             stop::tests(),
             #[cfg(feature = "failpoints")]
             store::tests_in_memory(),

@@ -7,6 +7,7 @@ mod action;
 mod caches;
 mod churn;
 mod client;
+mod devices;
 mod docs;
 pub mod doctor;
 mod hooks;
@@ -59,6 +60,7 @@ pub fn tests() -> Vec<Test> {
             nested::BODIES,
             churn::BODIES,
             users::BODIES,
+            devices::BODIES,
             job_client::BODIES,
             action::BODIES,
         ]

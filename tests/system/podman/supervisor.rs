@@ -332,6 +332,12 @@ pub fn given(series: &str) -> Option<f64> {
 
 fn jobs(kind: Kind) {
     let mut place = Place::new(kind, "app", FIXED, CACHE);
+    // Secrets are in its memory.
+    let limits = format!("/proc/{}/limits", place.supervisor().child.id());
+    let limits = fs::read_to_string(limits).unwrap();
+    let core = limits.lines().find(|line| line.contains("core file size"));
+    let core: Vec<_> = core.unwrap().split_whitespace().skip(4).collect();
+    assert_eq!(core, ["0", "0", "bytes"]);
     // From the second on a job has what the one before it left.
     assert_eq!(
         place.job("[ ! -e /cache/n ]; echo 1 > /cache/n"),
