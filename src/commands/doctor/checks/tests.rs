@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::super::facts::{
-    Clock, Hook, HookFile, Kernel, Podman, PodmanInfo, Selinux, Store, Supervisor, Tool,
+    Clock, DRIVER, Daemon, FileFact, FileKind, Hook, HookFile, Kernel, Podman, PodmanInfo, SERVICE,
+    SOCKET, Selinux, Store, Supervisor, TIMER, Tool,
 };
+use super::containers::STAGES;
 use super::*;
 use crate::cache::units::Bytes;
 use crate::mount::MountPoint;
 use crate::podman::Engine;
-use crate::selinux::{Label, Labels};
+use crate::selinux::{Label, LabelError, Labels};
 use crate::storage::{Capacity, Trouble};
 
 fn file(path: &str, mode: u32, kind: FileKind) -> FileFact {
