@@ -5,7 +5,7 @@
 //! runs in one long-lived `lvm` shell (`runner`, `process`) with a configuration
 //! directory of our own (`config`). What LVM says to people is passed on, never
 //! read: success is a return code, and what a failure was is told by a fresh
-//! listing (`report`).
+//! listing (`report`). Making a volume takes more than that (`make`).
 //!
 //! What never happens: a command that names no group; one that acts on a volume
 //! outside the pool; an entry that comes up at boot (every volume keeps LVM's
@@ -38,6 +38,7 @@ mod command;
 mod config;
 mod dm;
 mod init;
+mod make;
 mod owner;
 mod persist;
 mod process;
@@ -62,22 +63,15 @@ use self::config::{HostConfig, SystemDir};
 use self::dm::{Health, Illness, PoolDevices};
 use self::owner::{Owner, Urgency};
 use self::persist::Disks;
-use self::repair::Pool;
-use self::repair::Strays;
+use self::repair::{Pool, Strays};
 use self::report::{LV_COLUMNS, PoolUse};
 use self::runner::{Answer, Failure, Look, Runner};
-use super::freeze::{self, Frozen};
+use super::freeze;
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::tags::{DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::exec::{self, ExecError};
 use crate::mount::{self, Mounted};
-use crate::text::unix_now;
-
-/// What LVM adds to a group's description for a thin volume, beside its name and
-/// tags, in bytes; measured (about 450), and some to spare.
-const LV_TEXT: usize = 700;
 
 /// A thin pool, opened.
 #[derive(Debug)]
@@ -264,49 +258,6 @@ impl LvmStore {
         }
     }
 
-    /// Makes `new` a snapshot of a volume that is mounted, without LVM's part in it: see above.
-    fn snapshot_of_mounted(
-        &self,
-        origin: &LvName,
-        mounted: &Mounted,
-        new: &NewLv,
-    ) -> Result<Option<PathBuf>, StoreError> {
-        // Little is written while it is frozen.
-        mounted
-            .sync()
-            .map_err(|e| io_error(format!("writing to {origin}"), e))?;
-        let of = |state: &State, lv: &LvName| {
-            let found = state.find(lv).map(|lv| (lv.seq, lv.size));
-            found.ok_or_else(|| StoreError::NotFound(lv.clone()))
-        };
-        let (origin_id, size) = of(&self.state()?, origin)?;
-        let making = MAKING.parse::<Tag>().expect("is a tag");
-        let only_now = !new.tags.contains(&making);
-        let mut unfinished = NewLv {
-            active: false,
-            ..new.clone()
-        };
-        unfinished.tags.extend(only_now.then(|| making.clone()));
-        self.create(&unfinished, size)?;
-        let made = (|| {
-            let (id, _) = of(&self.state()?, &new.name)?;
-            let devices = PoolDevices::new(&self.vg, &self.pool);
-            let frozen = Frozen::new(mounted, origin, Some(&devices.of(origin.as_str())))?;
-            devices.snapshot(id, origin_id)?;
-            drop(frozen);
-            if only_now {
-                self.change_tags(&new.name, &[], &[making])?;
-            }
-            new.active.then(|| self.activate(&new.name)).transpose()
-        })();
-        if made.is_err()
-            && let Err(error) = self.remove(&new.name)
-        {
-            tracing::debug!(lv = %new.name, %error, "not removed yet");
-        }
-        made
-    }
-
     fn known(&self) -> MutexGuard<'_, HashSet<LvName>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -344,149 +295,11 @@ impl LvmStore {
         }
     }
 
-    /// Why no volume with tags of `text` bytes is made, where that is for want of room.
-    fn no_room(&self, now: &PoolUse, health: Option<Health>, text: usize) -> Option<StoreError> {
-        let detail = now.exhausted(&self.vg, &self.pool, text).or_else(|| {
-            // Enlarged since, say, and not noticed yet.
-            let illness = health?.illness?;
-            let Trouble { finding, fix } = illness.told(&self.vg, &self.pool);
-            Some(format!("{finding}; remove entries, or {fix}"))
-        })?;
-        Some(StoreError::Full {
-            store: self.vg.to_string(),
-            detail,
-        })
-    }
-
-    /// The thin devices that LVM does not know, as far as that can be told now; `delete`: those that are left once ours
-    /// are deleted.
-    fn strays(&self, delete: bool) -> Result<Strays, StoreError> {
-        let _looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-        let look = || self.look.lock().unwrap_or_else(PoisonError::into_inner);
-        *look() = Look::Wanted { delete };
-        // It is looked before any command.
-        let query = Command::query("vgs", "vg_name").vg(&self.vg);
-        let asked = self.run(query, Urgency::Request);
-        let found = std::mem::take(&mut *look());
-        asked?;
-        Ok(match found {
-            Look::Found(strays) => strays,
-            Look::Idle | Look::Wanted { .. } => Strays::default(),
-        })
-    }
-
     fn unusable(&self, reason: &str) -> StoreError {
         let (vg, pool) = (&self.vg, &self.pool);
         StoreError::Unusable(format!(
             "thin pool {vg}/{pool} cannot be used: {reason}. `lvm-cache-friend init --vg {vg} --pool {pool} --size SIZE` prepares it; `lvs {vg}` shows what is there"
         ))
-    }
-
-    /// Makes a volume by `command`, and says what was wrong where that failed.
-    fn make(
-        &self,
-        command: Command,
-        new: &NewLv,
-        origin: Option<&LvName>,
-    ) -> Result<Option<PathBuf>, StoreError> {
-        let command = command
-            .name("--name", &new.name)
-            .tags("--addtag", &new.tags)
-            // The flag keeps it from coming up at boot; to activate it once it
-            // has to be ignored.
-            .word("--setactivationskip=y");
-        let command = if new.active {
-            command.word("--ignoreactivationskip").word("--activate=y")
-        } else {
-            command.word("--activate=n")
-        };
-        let command = match origin {
-            Some(origin) => command.word("--snapshot").lv(&self.vg, origin),
-            None => command.name("--thinpool", &self.pool).vg(&self.vg),
-        };
-        let mut answer = self.run(command.clone(), Urgency::Request)?;
-        let mut made = self.outcome(new, origin, &answer);
-        if matches!(made, Err(StoreError::Failed(_))) {
-            // A thin device that LVM does not know may have been in the way (`repair`).
-            self.try_to_delete_strays();
-            answer = self.run(command.clone(), Urgency::Request)?;
-            made = self.outcome(new, origin, &answer);
-            if matches!(made, Err(StoreError::Failed(_))) && origin.is_some() && self.displace()? {
-                answer = self.run(command, Urgency::Request)?;
-                made = self.outcome(new, origin, &answer);
-            }
-            self.try_to_delete_strays();
-        }
-        made?;
-        if new.active && !answer.success {
-            return self.activate(&new.name).map(Some);
-        }
-        self.known().insert(new.name.clone());
-        Ok(new.active.then(|| self.device(&new.name)))
-    }
-
-    fn try_to_delete_strays(&self) {
-        if let Err(error) = self.strays(true) {
-            tracing::debug!(%error, "thin devices that LVM does not know are not looked for");
-        }
-    }
-
-    /// Has LVM take away a thin device that it does not know from where the next volume is to be: for a volume that is
-    /// empty it does, for a snapshot of one that is active it does not. `false`: there is none.
-    fn displace(&self) -> Result<bool, StoreError> {
-        if self.strays(false)?.ids.is_empty() {
-            return Ok(false);
-        }
-        self.change_pool()?;
-        Ok(true)
-    }
-
-    /// Makes an empty volume and removes it: changes of the pool, to which LVM adds whatever it has to tell it.
-    fn change_pool(&self) -> Result<(), StoreError> {
-        let mut random = [0; 4];
-        getrandom::fill(&mut random).map_err(|error| StoreError::Failed(error.to_string()))?;
-        let empty = NewLv {
-            name: LvName::fresh(unix_now(), random),
-            tags: [SNAPSHOT, DOOMED]
-                .map(|tag| tag.parse().expect("is a tag"))
-                .into(),
-            active: false,
-        };
-        self.create(&empty, Bytes::mib(4))?;
-        self.remove(&empty.name)
-    }
-
-    /// Whether a volume was made, and why it was not.
-    fn outcome(
-        &self,
-        new: &NewLv,
-        origin: Option<&LvName>,
-        answer: &Answer,
-    ) -> Result<(), StoreError> {
-        if answer.success {
-            return Ok(());
-        }
-        let state = self.state()?;
-        match state.find(&new.name) {
-            // The first of two attempts made it: names are never used twice.
-            Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => Ok(()),
-            Some(_) => Err(StoreError::Exists(new.name.clone())),
-            None => match origin.filter(|origin| state.find(origin).is_none()) {
-                Some(origin) => Err(StoreError::NotFound(origin.clone())),
-                None => Err(self.refused(&state, &new.tags, answer)),
-            },
-        }
-    }
-
-    /// Why LVM refused to make or grow something whose tags are `tags`.
-    fn refused(&self, state: &State, tags: &[Tag], answer: &Answer) -> StoreError {
-        let text = LV_TEXT + tags.iter().map(|tag| tag.as_str().len() + 4).sum::<usize>();
-        match self.in_service() {
-            Err(error) => error,
-            Ok(health) => self
-                .no_room(&state.pool, health, text)
-                .unwrap_or_else(|| StoreError::Failed(answer.reason())),
-        }
     }
 
     /// What went wrong with a command on a volume that ought to be there.
@@ -611,7 +424,7 @@ impl Store for LvmStore {
             now.capacity.data_percent = data;
             now.capacity.metadata_percent = metadata;
         }
-        match self.no_room(&now, health, LV_TEXT) {
+        match self.no_room(&now, health, &[]) {
             Some(full) => Err(full),
             None => Ok(now.capacity),
         }
@@ -757,16 +570,6 @@ impl State {
     fn find(&self, name: &LvName) -> Option<&Lv> {
         self.lvs.iter().find(|lv| lv.name == *name)
     }
-}
-
-fn same_tags(one: &[Tag], other: &[Tag]) -> bool {
-    let sorted = |tags: &[Tag]| {
-        let mut tags = tags.to_vec();
-        tags.sort();
-        tags.dedup();
-        tags
-    };
-    sorted(one) == sorted(other)
 }
 
 fn parse_name(what: &str, text: &str) -> Result<LvName, StoreError> {
