@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether the end of a lease is published, and how.
 
+use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 
 use super::bounds::{PUBLISH_PATIENCE, REQUEST_PATIENCE};
@@ -136,24 +137,9 @@ impl Engine {
         let device = self.with_room(spec, REQUEST_PATIENCE, || {
             Ok(self.make_lv(Of::Lv(lv), &making)?)
         })?;
-        let recovered = (|| {
+        let made = (|| {
             written()?;
-            let device = device.map_or_else(|| self.store.activate(&making.name), Ok)?;
-            let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
-            let Content::Fs(fs) = held else {
-                return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
-            };
-            drop(
-                Mounted::device(&device, fs)
-                    .map_err(|e| io_error("mounting", &device, e.into()))?,
-            );
-            self.wait_unmounted(&making.name, &device)?;
-            if !crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e))? {
-                return Err(EngineError::Damaged(format!(
-                    "{lv}: its file system is damaged"
-                )));
-            }
-            self.store.deactivate(&making.name)?;
+            self.recover_log(lv, &making.name, device)?;
             // Others may have been published since it was made.
             let mut tags = tags.to_vec();
             tags.extend(self.store.list()?.published_after(&making.name));
@@ -161,7 +147,7 @@ impl Engine {
             self.persist();
             Ok(())
         })();
-        match recovered {
+        match made {
             Ok(()) => {
                 self.born(making.name.clone(), spec);
                 Ok(making.name)
@@ -171,6 +157,28 @@ impl Engine {
                 Err(error)
             }
         }
+    }
+
+    /// Has the file system on `snapshot`, one of the mounted `lv`, recover its log, and sees that it is whole.
+    fn recover_log(
+        &self,
+        lv: &LvName,
+        snapshot: &LvName,
+        device: Option<PathBuf>,
+    ) -> Result<(), EngineError> {
+        let device = device.map_or_else(|| self.store.activate(snapshot), Ok)?;
+        let held = crate::fs::probe(&device).map_err(|e| io_error("reading", &device, e))?;
+        let Content::Fs(fs) = held else {
+            return Err(EngineError::Damaged(format!("{lv}: no file system on it")));
+        };
+        drop(Mounted::device(&device, fs).map_err(|e| io_error("mounting", &device, e.into()))?);
+        self.wait_unmounted(snapshot, &device)?;
+        if !crate::fs::is_clean(&device, fs).map_err(|e| io_error("checking", &device, e))? {
+            return Err(EngineError::Damaged(format!(
+                "{lv}: its file system is damaged"
+            )));
+        }
+        Ok(self.store.deactivate(snapshot)?)
     }
 }
 

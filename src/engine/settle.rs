@@ -164,14 +164,11 @@ impl Engine {
                 return Phase::Stale(lv);
             }
             Backing::Scratch(_) => {
-                let story =
-                    json!({"restored": "scratch", "published": null, "why": "scratch space"});
-                info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
-                volume.tell_last(story);
-                self.upkeep.recheck();
+                self.end_scratch(volume, lasted);
                 return Phase::Stale(None);
             }
         };
+        let fs = open.fs;
         let ended = Ended {
             lv: copy.lv.clone(),
             device: copy.device.clone(),
@@ -195,19 +192,20 @@ impl Engine {
             self.settle_behind(Arc::clone(volume), ended);
             return Phase::Stale(None);
         }
-        let fs = ended.open.as_ref().expect("set above").fs;
         self.settle_behind(Arc::clone(volume), ended);
-        Phase::Ready(Prepared {
-            source: Source {
-                how: Restored::Kept,
-                ..copy.source
-            },
-            premounted: held.map(|(slot, mounted)| Premounted {
-                fs: OpenFs { mounted, fs },
-                _slot: slot,
-            }),
-            ..copy
-        })
+        let premounted = held.map(|(slot, mounted)| Premounted {
+            fs: OpenFs { mounted, fs },
+            _slot: slot,
+        });
+        Phase::Ready(kept(copy, premounted))
+    }
+
+    /// Ends a lease that used memory in place of a cache: there is nothing to settle.
+    fn end_scratch(&self, volume: &Volume, lasted: Duration) {
+        let story = json!({"restored": "scratch", "published": null, "why": "scratch space"});
+        info!(volume = %volume.name, restored = "scratch", lasted_ms = millis(lasted), "lease ended: the store did not serve, nothing is published");
+        volume.tell_last(story);
+        self.upkeep.recheck();
     }
 
     pub(super) fn settle_behind(self: &Arc<Self>, volume: Arc<Volume>, mut ended: Ended) {
@@ -457,6 +455,18 @@ impl Engine {
     }
 }
 
+/// What the next use of a volume that keeps its content starts from: the same LV.
+fn kept(copy: Prepared, premounted: Option<Premounted>) -> Prepared {
+    Prepared {
+        source: Source {
+            how: Restored::Kept,
+            ..copy.source
+        },
+        premounted,
+        ..copy
+    }
+}
+
 pub(super) enum Close {
     Stopping,
     Failed(EngineError),
@@ -498,6 +508,29 @@ const fn passes(error: &StoreError) -> bool {
     }
 }
 
+/// Counts how a lease ended, and gives the entry that it became, or why it became none.
+fn count(
+    volume: &Volume,
+    published: Result<Outcome, EngineError>,
+    tally: &Tally,
+) -> (Option<LvName>, Option<String>) {
+    match published {
+        Ok(Ok(lv)) => {
+            tally.published();
+            (Some(lv), None)
+        }
+        Ok(Err(why)) => {
+            tally.not_published(why);
+            (None, Some(why.to_owned()))
+        }
+        Err(error) => {
+            let why = error.to_string();
+            tally.publish_failed(format!("{}: {why}", volume.name));
+            (None, Some(why))
+        }
+    }
+}
+
 /// What the one log line of a lease says, apart from its end.
 struct Story {
     lv: LvName,
@@ -526,21 +559,7 @@ impl Story {
         tally: &Tally,
     ) {
         tally.settled(self.lasted, bytes);
-        let (published, why) = match published {
-            Ok(Ok(lv)) => {
-                tally.published();
-                (Some(lv), None)
-            }
-            Ok(Err(why)) => {
-                tally.not_published(why);
-                (None, Some(why.to_owned()))
-            }
-            Err(error) => {
-                let why = error.to_string();
-                tally.publish_failed(format!("{}: {why}", volume.name));
-                (None, Some(why))
-            }
-        };
+        let (published, why) = count(volume, published, tally);
         let source = &self.source;
         let age = source.created.map(|t| unix_now().saturating_sub(t));
         let save: Vec<_> = volume.spec.save.iter().map(|tag| tag.as_str()).collect();
