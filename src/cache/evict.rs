@@ -429,20 +429,47 @@ pub fn plan<'a>(
         .iter()
         .map(|entry| policy.outlived(entry, now))
         .collect();
+    over_counts(entries, &order, &mut going, policy);
+    for (bound, space, floor) in fill.bounds(policy) {
+        let gives = |entry: &Entry| match bound {
+            Bound::Data => gives(&entry.lv),
+            Bound::Metadata | Bound::Group => None,
+        };
+        let reason = Reason::Floor(bound, space);
+        below_floor(&order, &mut going, &reason, space.missing(floor), gives);
+    }
+    if let (Some(trust), Some(entry), true) =
+        (refused, order.first(), going.iter().all(Option::is_none))
+        && Trust::of(&entry.scope) <= trust
+    {
+        going[0] = Some(Reason::Refused);
+    }
+    let victims = order.into_iter().zip(going);
+    victims
+        .filter_map(|(entry, reason)| {
+            Some(Victim {
+                entry,
+                reason: reason?,
+            })
+        })
+        .collect()
+}
 
+/// Gives a reason to those of `order` that are more than there may be, of a scope and of all.
+fn over_counts(entries: &[Entry], order: &[&Entry], going: &mut [Option<Reason>], policy: &Policy) {
     let mut scopes: HashMap<&Scope, usize> = HashMap::new();
     let counted = |entry: &&Entry| !entry.pinned;
     for entry in entries.iter().filter(counted) {
         *scopes.entry(&entry.scope).or_default() += 1;
     }
     let mut all: usize = scopes.values().sum();
-    for (entry, reason) in order.iter().zip(&going) {
+    for (entry, reason) in order.iter().zip(going.iter()) {
         if reason.is_some() {
             all -= 1;
             *scopes.get_mut(&entry.scope).expect("counted") -= 1;
         }
     }
-    for (entry, reason) in order.iter().zip(&mut going) {
+    for (entry, reason) in order.iter().zip(going.iter_mut()) {
         let left = scopes.get_mut(&entry.scope).expect("counted");
         let most = policy.of(&entry.scope).max_entries;
         if reason.is_none()
@@ -462,45 +489,33 @@ pub fn plan<'a>(
             all -= 1;
         }
     }
+}
 
-    for (bound, space, floor) in fill.bounds(policy) {
-        let gives = |entry: &Entry| match bound {
-            Bound::Data => gives(&entry.lv),
-            Bound::Metadata | Bound::Group => None,
-        };
-        let some = |missing: &u64| *missing > 0;
-        let gone = |missing: Option<u64>, entry: &Entry| {
-            Some(missing?.saturating_sub(gives(entry)?.0)).filter(some)
-        };
-        let mut missing = Some(space.missing(floor)).filter(some);
-        // What goes anyhow first.
-        for (entry, reason) in order.iter().zip(&going) {
-            if reason.is_some() {
-                missing = gone(missing, entry);
-            }
-        }
-        for (entry, reason) in order.iter().zip(&mut going) {
-            if missing.is_some() && reason.is_none() {
-                *reason = Some(Reason::Floor(bound, space));
-                missing = gone(missing, entry);
-            }
+/// Gives `reason` to the first of `order` that have none, until `missing` bytes are given back.
+fn below_floor(
+    order: &[&Entry],
+    going: &mut [Option<Reason>],
+    reason: &Reason,
+    missing: u64,
+    gives: impl Fn(&Entry) -> Option<Bytes>,
+) {
+    let some = |missing: &u64| *missing > 0;
+    let gone = |missing: Option<u64>, entry: &Entry| {
+        Some(missing?.saturating_sub(gives(entry)?.0)).filter(some)
+    };
+    let mut missing = Some(missing).filter(some);
+    // What goes anyhow first.
+    for (entry, given) in order.iter().zip(going.iter()) {
+        if given.is_some() {
+            missing = gone(missing, entry);
         }
     }
-    if let (Some(trust), Some(entry), true) =
-        (refused, order.first(), going.iter().all(Option::is_none))
-        && Trust::of(&entry.scope) <= trust
-    {
-        going[0] = Some(Reason::Refused);
+    for (entry, given) in order.iter().zip(going) {
+        if missing.is_some() && given.is_none() {
+            *given = Some(reason.clone());
+            missing = gone(missing, entry);
+        }
     }
-    let victims = order.into_iter().zip(going);
-    victims
-        .filter_map(|(entry, reason)| {
-            Some(Victim {
-                entry,
-                reason: reason?,
-            })
-        })
-        .collect()
 }
 
 /// What may go, in the order in which it does.
