@@ -7,7 +7,7 @@ use std::path::Path;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
 
-use super::config::{Pool, Userns};
+use super::config::{ContainerText, Pool, Userns};
 
 /// An image's label that says at which path its first process reads the runner's configuration, a line.
 pub(super) const HANDED_AT: &str = "lvm-cache-friend.jit-config";
@@ -47,30 +47,8 @@ pub(super) fn spec(
     for (name, value) in VARIABLES {
         env.entry(name.into()).or_insert_with(|| value.into());
     }
-    let tmpfs = text.tmpfs.iter();
-    let mut mounts: Vec<_> = tmpfs
-        .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}))
-        .collect();
-    // Of a root that is read-only Podman 5 makes /dev/shm a part; before, it was writable as in any container. Podman's own options.
-    if text.read_only && !text.tmpfs.iter().any(|at| at == "/dev/shm") {
-        mounts.push(json!({
-            "destination": "/dev/shm",
-            "type": "tmpfs",
-            "source": "shm",
-            "options": ["nosuid", "nodev", "noexec", "mode=1777", "size=65536k"],
-        }));
-    }
-    match given {
-        // Z: where the host has SELinux, the container may read it.
-        Given::Fifo(source, target) => mounts.push(json!({
-            "destination": target,
-            "type": "bind",
-            "source": source,
-            "options": ["rbind", "ro", "Z"],
-        })),
-        Given::Environment(jit) => {
-            env.insert(JIT.into(), jit.expose_secret().into());
-        }
+    if let Given::Environment(jit) = given {
+        env.insert(JIT.into(), jit.expose_secret().into());
     }
     let volumes: Vec<_> = pool
         .volumes
@@ -91,7 +69,7 @@ pub(super) fn spec(
         "image": text.image,
         "labels": labels,
         "env": env,
-        "mounts": mounts,
+        "mounts": mounts(text, given),
         "volumes": volumes,
         "annotations": {"lvm-cache-friend.volume": guard.join(" ")},
         "restart_policy": "no",
@@ -146,6 +124,41 @@ pub(super) fn spec(
             );
         }
     }
+    let limits = limits(text);
+    if limits.as_object().is_some_and(|limits| !limits.is_empty()) {
+        set("resource_limits", limits);
+    }
+    spec
+}
+
+/// What is mounted in the container beside its volumes.
+fn mounts(text: &ContainerText, given: &Given<'_>) -> Vec<Value> {
+    let tmpfs = text.tmpfs.iter();
+    let mut mounts: Vec<_> = tmpfs
+        .map(|at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"}))
+        .collect();
+    // Of a root that is read-only Podman 5 makes /dev/shm a part; before, it was writable as in any container. Podman's own options.
+    if text.read_only && !text.tmpfs.iter().any(|at| at == "/dev/shm") {
+        mounts.push(json!({
+            "destination": "/dev/shm",
+            "type": "tmpfs",
+            "source": "shm",
+            "options": ["nosuid", "nodev", "noexec", "mode=1777", "size=65536k"],
+        }));
+    }
+    if let Given::Fifo(source, target) = given {
+        // Z: where the host has SELinux, the container may read it.
+        mounts.push(json!({
+            "destination": target,
+            "type": "bind",
+            "source": source,
+            "options": ["rbind", "ro", "Z"],
+        }));
+    }
+    mounts
+}
+
+fn limits(text: &ContainerText) -> Value {
     let mut limits = json!({});
     if let Some(memory) = text.memory {
         limits["memory"] = json!({"limit": memory.0, "swap": memory.0});
@@ -157,8 +170,5 @@ pub(super) fn spec(
     if let Some(pids) = text.pids {
         limits["pids"] = json!({"limit": pids});
     }
-    if limits.as_object().is_some_and(|limits| !limits.is_empty()) {
-        spec["resource_limits"] = limits;
-    }
-    spec
+    limits
 }

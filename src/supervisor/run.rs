@@ -10,8 +10,9 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
@@ -134,33 +135,11 @@ async fn live(
     most: usize,
 ) -> Result<(), SuperviseError> {
     let doing = |what: &'static str| move |source| SuperviseError::Io { what, source };
-    let mut terminate = signal(SignalKind::terminate()).map_err(doing("listening for signals"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(doing("listening for signals"))?;
+    let terminate = signal(SignalKind::terminate()).map_err(doing("listening for signals"))?;
+    let interrupt = signal(SignalKind::interrupt()).map_err(doing("listening for signals"))?;
     let listener = UnixListener::from_std(listener).map_err(doing("listening"))?;
     let workers = workers(settings, supervise)?;
-    for worker in &workers {
-        tokio::spawn(Arc::clone(worker).find());
-        tokio::spawn(Arc::clone(worker).watch_image());
-        tokio::spawn(Arc::clone(worker).admit_jobs());
-        for slot in 0..worker.pool.slots() {
-            let worker = Arc::clone(worker);
-            tokio::spawn(async move { worker.work(slot).await });
-        }
-    }
-    let listeners: Vec<_> = workers
-        .iter()
-        .filter_map(|worker| match &worker.pool.size {
-            Size::ScaleSet(set) => {
-                let (worker, set) = (Arc::clone(worker), set.clone());
-                let kept = supervise.control_socket.with_extension("sessions");
-                let kept = kept.join(&worker.pool.name);
-                Some(tokio::spawn(
-                    async move { listen(&worker, &set, kept).await },
-                ))
-            }
-            Size::Fixed(_) => None,
-        })
-        .collect();
+    let listeners = start(supervise, &workers);
     // What the end was asked for with, on the socket.
     let asked = watch::Sender::new(Orders::Run);
     let router = control::router(workers.clone(), asked.clone());
@@ -180,13 +159,54 @@ async fn live(
         NotifyState::Status(&format!("{slots} slots")),
     ]);
     info!(pools = workers.len(), slots, "supervising");
+    until_done(supervise, &workers, terminate, interrupt, &asked).await;
+    for listener in listeners {
+        let _ = tokio::time::timeout(Duration::from_secs(5), listener).await;
+    }
+    served.abort();
+    Ok(())
+}
 
+/// Has each pool work: its slots, its images and its jobs, and what asks scale sets for jobs, which ends when the pool
+/// is let go.
+fn start(supervise: &Supervise, workers: &[Arc<Worker>]) -> Vec<JoinHandle<()>> {
+    for worker in workers {
+        tokio::spawn(Arc::clone(worker).find());
+        tokio::spawn(Arc::clone(worker).watch_image());
+        tokio::spawn(Arc::clone(worker).admit_jobs());
+        for slot in 0..worker.pool.slots() {
+            let worker = Arc::clone(worker);
+            tokio::spawn(async move { worker.work(slot).await });
+        }
+    }
+    let listeners = workers.iter().filter_map(|worker| match &worker.pool.size {
+        Size::ScaleSet(set) => {
+            let (worker, set) = (Arc::clone(worker), set.clone());
+            let kept = supervise.control_socket.with_extension("sessions");
+            let kept = kept.join(&worker.pool.name);
+            Some(tokio::spawn(
+                async move { listen(&worker, &set, kept).await },
+            ))
+        }
+        Size::Fixed(_) => None,
+    });
+    listeners.collect()
+}
+
+/// Passes on to the pools what signals and the socket ask for, until nothing is left to do or that takes too long.
+async fn until_done(
+    supervise: &Supervise,
+    workers: &[Arc<Worker>],
+    mut terminate: Signal,
+    mut interrupt: Signal,
+    asked: &watch::Sender<Orders>,
+) {
     let mut told = asked.subscribe();
     let mut orders = Orders::Run;
     let mut bound = None;
     loop {
         let emptied = async {
-            for worker in &workers {
+            for worker in workers {
                 worker.emptied().await;
             }
         };
@@ -202,43 +222,30 @@ async fn live(
             _ = told.changed() => *told.borrow_and_update(),
             () = emptied, if orders >= Orders::Drain => {
                 info!("nothing left to do");
-                break;
+                return;
             }
             () = late => {
                 warn!("stopped with work left, which the next start takes up");
-                break;
+                return;
             }
         };
         if next <= orders {
             continue;
         }
         orders = next;
-        let time = if orders == Orders::Stop {
-            STOP
+        let (time, what) = if orders == Orders::Stop {
+            (STOP, "ending all runners")
         } else {
-            supervise.drain_timeout
+            (supervise.drain_timeout, "draining: no new jobs")
         };
         bound = Some(Instant::now() + time);
-        info!(
-            seconds = time.as_secs(),
-            "{}",
-            if orders == Orders::Stop {
-                "ending all runners"
-            } else {
-                "draining: no new jobs"
-            }
-        );
+        info!(seconds = time.as_secs(), "{what}");
         notify(&[NotifyState::Stopping]);
-        for worker in &workers {
+        for worker in workers {
             worker.orders.send_replace(orders);
             worker.poke();
         }
     }
-    for listener in listeners {
-        let _ = tokio::time::timeout(Duration::from_secs(5), listener).await;
-    }
-    served.abort();
-    Ok(())
 }
 
 fn notify(state: &[NotifyState]) {

@@ -217,86 +217,102 @@ impl Task<'_> {
             Action::Prepare => self.prepare().await?,
             Action::Create => self.create().await?,
             Action::Start(id) => self.start(&find(&id)).await?,
-            Action::Interrupt(id) => {
-                let container = find(&id);
-                warn!(
-                    slot = self.name,
-                    runner = container.runner,
-                    "interrupted, with its job"
-                );
-                self.worker.podman.signal(&id, "INT").await?;
-                if let Some(runner) = self.slot.runner_mut(&container.runner) {
-                    runner.interrupted = Some(unix_now());
-                }
-            }
-            Action::Kill(id) => {
-                let container = find(&id);
-                // Before it is: what ends it otherwise meanwhile is no success either.
-                if let Some(runner) = self.slot.runner_mut(&container.runner) {
-                    runner.killed = true;
-                }
-                warn!(slot = self.name, runner = container.runner, "killed");
-                self.worker.podman.signal(&id, "KILL").await?;
-            }
+            Action::Interrupt(id) => self.interrupt(&find(&id)).await?,
+            Action::Kill(id) => self.kill(&find(&id)).await?,
             Action::Judge(id, verdict) => self.judge(&find(&id), verdict).await?,
             Action::Remove(id) => {
                 let container = find(&id);
                 self.worker.podman.remove(&id).await?;
                 self.slot.removed(&container, now);
             }
-            Action::Clear(runner) => {
-                let volumes = self.volumes.get(&runner).cloned().unwrap_or_default();
-                for volume in volumes {
-                    // One that is still used would not be removed.
-                    self.release(&volume).await?;
-                    self.worker.podman.remove_volume(&volume).await?;
-                    reach("clear", 3);
-                    // Where Podman died before it knew of it.
-                    match self
-                        .worker
-                        .friend("VolumeDriver.Remove", json!({"Name": volume}))
-                        .await
-                    {
-                        Ok(_) | Err(ClientError::Refused { status: 404, .. }) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-            }
-            Action::Look(runner) => {
-                let presence = self.worker.github.presence(&runner).await?;
-                let now = unix_now();
-                let was = self.slot.runner.as_ref().map(|runner| runner.job);
-                self.slot.looked(&runner, presence, now);
-                let is = self.slot.runner.as_ref().map(|runner| runner.job);
-                if let (Some(Job::Done(verdict, _)), Some(Job::Running(_))) = (was, is) {
-                    warn!(slot = self.name, runner, %verdict, "was reported to have ended its job, but still runs it: report ignored");
-                    let told = self.worker.board().jobs.tell(&runner, |job| {
-                        job.ended = None;
-                        job.began.get_or_insert(now);
-                    });
-                    told.map_err(StepError::Written)?;
-                }
-            }
-            Action::Deregister(runner, id) => match self.worker.github.remove(id).await? {
-                Removed::Gone => {
-                    debug!(slot = self.name, runner, "deregistered");
-                    self.slot.deregistered(&runner);
-                }
-                Removed::Busy => {
-                    let busy = Presence::There {
-                        id,
-                        online: true,
-                        busy: true,
-                    };
-                    self.slot.looked(&runner, busy, unix_now());
-                }
-            },
+            Action::Clear(runner) => self.clear(&runner).await?,
+            Action::Look(runner) => self.ask_for(&runner).await?,
+            Action::Deregister(runner, id) => self.deregister(&runner, id).await?,
             Action::Forget => self.slot.forget(now),
         }
         // Both are a runner's: without one, nobody is to be told anything.
         if self.slot.runner.is_none() {
             self.jit = None;
             self.handover = None;
+        }
+        Ok(())
+    }
+
+    async fn interrupt(&mut self, container: &Container) -> Result<(), StepError> {
+        warn!(
+            slot = self.name,
+            runner = container.runner,
+            "interrupted, with its job"
+        );
+        self.worker.podman.signal(&container.id, "INT").await?;
+        if let Some(runner) = self.slot.runner_mut(&container.runner) {
+            runner.interrupted = Some(unix_now());
+        }
+        Ok(())
+    }
+
+    async fn kill(&mut self, container: &Container) -> Result<(), StepError> {
+        // Before it is: what ends it otherwise meanwhile is no success either.
+        if let Some(runner) = self.slot.runner_mut(&container.runner) {
+            runner.killed = true;
+        }
+        warn!(slot = self.name, runner = container.runner, "killed");
+        Ok(self.worker.podman.signal(&container.id, "KILL").await?)
+    }
+
+    /// Removes a runner's volumes.
+    async fn clear(&mut self, runner: &str) -> Result<(), StepError> {
+        let volumes = self.volumes.get(runner).cloned().unwrap_or_default();
+        for volume in volumes {
+            // One that is still used would not be removed.
+            self.release(&volume).await?;
+            self.worker.podman.remove_volume(&volume).await?;
+            reach("clear", 3);
+            // Where Podman died before it knew of it.
+            match self
+                .worker
+                .friend("VolumeDriver.Remove", json!({"Name": volume}))
+                .await
+            {
+                Ok(_) | Err(ClientError::Refused { status: 404, .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks GitHub for a runner. Whether it has a job, GitHub knows better than a message said.
+    async fn ask_for(&mut self, runner: &str) -> Result<(), StepError> {
+        let presence = self.worker.github.presence(runner).await?;
+        let now = unix_now();
+        let was = self.slot.runner.as_ref().map(|runner| runner.job);
+        self.slot.looked(runner, presence, now);
+        let is = self.slot.runner.as_ref().map(|runner| runner.job);
+        if let (Some(Job::Done(verdict, _)), Some(Job::Running(_))) = (was, is) {
+            warn!(slot = self.name, runner, %verdict, "was reported to have ended its job, but still runs it: report ignored");
+            let told = self.worker.board().jobs.tell(runner, |job| {
+                job.ended = None;
+                job.began.get_or_insert(now);
+            });
+            told.map_err(StepError::Written)?;
+        }
+        Ok(())
+    }
+
+    async fn deregister(&mut self, runner: &str, id: u64) -> Result<(), StepError> {
+        match self.worker.github.remove(id).await? {
+            Removed::Gone => {
+                debug!(slot = self.name, runner, "deregistered");
+                self.slot.deregistered(runner);
+            }
+            Removed::Busy => {
+                let busy = Presence::There {
+                    id,
+                    online: true,
+                    busy: true,
+                };
+                self.slot.looked(runner, busy, unix_now());
+            }
         }
         Ok(())
     }
