@@ -101,6 +101,15 @@ impl Work {
     }
 }
 
+/// Ends a connection: see [`DRAIN`].
+async fn drain(mut stream: UnixStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let (most, patience) = DRAIN;
+    let mut rest = stream.take(most);
+    let _ = timeout(patience, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+    Ok(())
+}
+
 impl Place {
     async fn serve(self, listener: UnixListener) {
         let mut closed = self.job.closed();
@@ -171,24 +180,14 @@ impl Place {
             if buffer.is_empty() && !parser.is_pending() {
                 deadline = None;
             }
-            let read = match deadline {
-                None => stream.read_buf(&mut buffer).await?,
-                Some(deadline) => match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
-                    Ok(read) => read?,
-                    Err(_) => {
-                        let seconds = self.limits.request_time.as_secs_f32();
-                        let text = format!("the request was not finished within {seconds} s");
-                        self.say(&mut stream, &error(&text)).await?;
-                        break;
-                    }
-                },
+            let Some(read) = self.read(&mut stream, &mut buffer, deadline).await? else {
+                break;
             };
             if read == 0 {
-                let last = std::mem::take(&mut buffer);
-                let mut all = if last.is_empty() {
+                let mut all = if buffer.is_empty() {
                     Vec::new()
                 } else {
-                    parser.line(&last)
+                    parser.line(&buffer)
                 };
                 all.extend(parser.end());
                 for said in all {
@@ -200,11 +199,28 @@ impl Place {
             }
             deadline = deadline.or_else(|| Some(Instant::now() + self.limits.request_time));
         }
-        stream.shutdown().await?;
-        let (most, patience) = DRAIN;
-        let mut rest = stream.take(most);
-        let _ = timeout(patience, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
-        Ok(())
+        drain(stream).await
+    }
+
+    /// Reads more of a request, and gives how many bytes; `None`: it has not arrived in time, and the client was told.
+    async fn read(
+        &self,
+        stream: &mut UnixStream,
+        buffer: &mut Vec<u8>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Option<usize>> {
+        let Some(deadline) = deadline else {
+            return stream.read_buf(buffer).await.map(Some);
+        };
+        match timeout_at(deadline, stream.read_buf(buffer)).await {
+            Ok(read) => read.map(Some),
+            Err(_) => {
+                let seconds = self.limits.request_time.as_secs_f32();
+                let text = format!("the request was not finished within {seconds} s");
+                self.say(stream, &error(&text)).await?;
+                Ok(None)
+            }
+        }
     }
 
     /// The process at the other end, where it may speak here: one in a container that has the job volume, or root, who may do all
