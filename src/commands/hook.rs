@@ -17,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Spec, State};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getppid, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
 use tracing::warn;
 
@@ -108,13 +109,27 @@ fn input() -> io::Result<String> {
 /// hook: it throws away what the hook says on its own, and tells its user the exit
 /// status alone (containers/common, pkg/hooks/exec/runtimeconfigfilter.go).
 fn tell_caller(why: &Failure) {
-    let parent = std::os::unix::process::parent_id();
-    let stderr = File::options()
-        .append(true)
-        .open(format!("/proc/{parent}/fd/2"));
-    if let Ok(mut stderr) = stderr {
+    if let Some(mut stderr) = callers_stderr() {
         let why = printable(&why.to_string());
         let _ = writeln!(stderr, "lvm-cache-friend: {why}");
+    }
+}
+
+/// The standard error of the process that runs this one.
+///
+/// The caller's own descriptor where that can be had: a file that is opened once more has a position of its own, so
+/// what the caller writes next would be written over this; and the journal's socket cannot be opened at all.
+fn callers_stderr() -> Option<File> {
+    let parent = getppid()?;
+    let shared = pidfd_open(parent, PidfdFlags::empty())
+        .and_then(|caller| pidfd_getfd(caller, 2, PidfdGetfdFlags::empty()));
+    match shared {
+        Ok(stderr) => Some(stderr.into()),
+        // Where the caller may not be traced, as with Yama (ptrace(2), "Ptrace access mode checking").
+        Err(_) => {
+            let path = format!("/proc/{}/fd/2", parent.as_raw_nonzero());
+            File::options().append(true).open(path).ok()
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 //! The hooks of hooks.d/, run by Podman: how containers ended, and the guard.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -369,6 +371,34 @@ fn guard(kind: Kind) {
         assert_ne!(refused.status, 0, "{annotation} {volume}");
         assert!(refused.stderr.contains(words), "{refused:?}");
         assert!(!refused.stdout.contains("started"), "{refused:?}");
+    }
+    // Podman's standard error may be a file, where Podman writes on behind the reason, or a socket, as the journal's.
+    let told = |stderr: Stdio| {
+        let options = [
+            "--annotation",
+            "lvm-cache-friend.volume=silent:/cache",
+            "-v",
+            "silent:/cache",
+        ];
+        let arguments = podman.run_sh(&options, "echo started");
+        let status = Command::new("podman")
+            .args(arguments)
+            .stderr(stderr)
+            .status();
+        assert!(!status.unwrap().success());
+    };
+    let dir = crate::support::temp_dir();
+    let file = dir.path().join("stderr");
+    told(fs::File::create(&file).unwrap().into());
+    let mut socket = String::new();
+    let (mut ours, podmans) = UnixStream::pair().unwrap();
+    told(OwnedFd::from(podmans).into());
+    ours.read_to_string(&mut socket).unwrap();
+    for text in [fs::read_to_string(&file).unwrap(), socket] {
+        let reason = text.lines().any(|line| {
+            line.starts_with("lvm-cache-friend: ") && line.contains("not the cache volume silent")
+        });
+        assert!(reason, "{text}");
     }
     // What Podman made of it is an ordinary volume.
     podman.done(&["volume", "rm", "--force", "silent"]);
