@@ -155,9 +155,6 @@ impl Runner {
     /// When `lvm` dies over it, it is run once more: a query harms nobody, what
     /// sets a state sets it twice, and of what makes something [`Answer::again`] tells.
     pub(super) fn run(&mut self, command: &Command, bound: Duration) -> Result<Answer, Failure> {
-        let start = Instant::now();
-        let deadline = start + bound;
-        let mut again = false;
         match self.system_dir.refresh() {
             Ok(false) => {}
             Ok(true) => {
@@ -168,6 +165,13 @@ impl Runner {
                 tracing::warn!(%error, "LVM's configuration cannot be brought up to date");
             }
         }
+        if self.stuck.is_none() {
+            // What it takes to find that there is no shell is not taken from the command's time.
+            self.shell_works(Instant::now() + GREETING_PATIENCE)?;
+        }
+        let start = Instant::now();
+        let deadline = start + bound;
+        let mut again = false;
         loop {
             let answer = self
                 .repair(deadline)
@@ -322,26 +326,25 @@ impl Runner {
                 }
             }
             _ => {
-                let complaints = String::from_utf8_lossy(&shell.complaints).into_owned();
+                let said = parse(&shell, Some(false)).map_or_else(
+                    |_| String::from_utf8_lossy(&shell.complaints).into_owned(),
+                    |answer| answer.reason(),
+                );
                 self.stuck = shell.end(Instant::now() + GRACE);
-                self.give_up_shell(&format!(
-                    "it does not answer as documented: {}",
-                    complaints.trim()
-                ));
+                self.give_up_shell(&format!("it does not answer as documented: {said}"));
             }
         }
         Ok(false)
     }
 
     fn give_up_shell(&mut self, reason: &str) {
+        let reason = reason.trim_end_matches([':', ' ', '\n']);
         tracing::warn!(
             reason,
             "LVM's shell cannot be used: each command is a process of its own, which takes longer"
         );
         self.talk = Talk::Useless;
-        let _ = self
-            .useless
-            .set(reason.trim_end_matches([':', ' ']).to_owned());
+        let _ = self.useless.set(reason.to_owned());
         self.close();
     }
 
