@@ -17,7 +17,7 @@ use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::FsType;
 use crate::cache::tags::{DEFAULT, MAKING};
 use crate::cache::units::Bytes;
-use crate::exec;
+use crate::exec::{self, ExecError};
 use crate::storage::{NewLv, Store, StoreError};
 
 /// The base's name. It is found by its tag, so another may be in its place.
@@ -401,12 +401,27 @@ fn lvm_with(args: &[String], more: &str) -> Result<Document, StoreError> {
     let host = config::host_system_dir();
     let plain = config::plain_report_and(more);
     let all = args.iter().chain([&plain]);
-    let output = exec::run_with_env("lvm", all, &process::environment(&host))?;
-    if !args.iter().any(|arg| arg == "--reportformat=json") {
+    let query = args.iter().any(|arg| arg == "--reportformat=json");
+    // Neither the settings nor the columns say anything of what went wrong.
+    let command = || match query {
+        true => args[0].clone(),
+        false => args.join(" "),
+    };
+    let output =
+        exec::run_with_env("lvm", all, &process::environment(&host)).map_err(
+            |error| match error {
+                ExecError::Failed { stderr, .. } => {
+                    let lines: Vec<_> = stderr.trim().lines().map(str::trim).collect();
+                    StoreError::Failed(format!("`lvm {}`: {}", command(), lines.join("; ")))
+                }
+                _ => error.into(),
+            },
+        )?;
+    if !query {
         return Ok(Document::default());
     }
     Document::parse(&output)
-        .map_err(|error| StoreError::Failed(format!("`lvm {}`: {error}", args.join(" "))))
+        .map_err(|error| StoreError::Failed(format!("`lvm {}`: {error}", command())))
 }
 
 /// A name or tag of our own, which is known to be one.
