@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use super::remove::volume_named;
 use super::show::absent;
 use super::{Failure, open, print};
 use crate::cache::names::Tag;
@@ -18,6 +19,11 @@ pub fn run(config: &Path, args: &cli::Pin, pinned: bool) -> Result<(), Failure> 
     let (_, store) = open(config)?;
     let listing = store.list()?;
     let name = &args.name;
+    if let Some(volume) = volume_named(&listing, name) {
+        return Err(Failure::Failed(format!(
+            "{name}: the volume {volume}, and only entries can be pinned: `lvm-cache-friend list` shows their logical volumes"
+        )));
+    }
     let found = listing.lvs.iter().find(|lv| lv.name.as_str() == name);
     let (lv, role) = match found.map(|lv| (lv, Role::from_tags(&lv.tags))) {
         Some((lv, role @ (Role::Entry { .. } | Role::Base | Role::Volume { .. }))) => (lv, role),

@@ -54,7 +54,7 @@ pub fn run(config: &Path, args: &cli::Remove) -> Result<(), Failure> {
 }
 
 /// The volume that is called `name`, or whose LV is.
-fn volume_named(listing: &Listing, name: &str) -> Option<VolumeName> {
+pub(super) fn volume_named(listing: &Listing, name: &str) -> Option<VolumeName> {
     listing
         .lvs
         .iter()
@@ -112,15 +112,23 @@ fn through_daemon(settings: &Settings, volume: &VolumeName, force: bool) -> Resu
 /// Takes an LV out of every choice.
 fn mark(store: &dyn Store, lv: &Lv) -> Result<(), Failure> {
     let name = &lv.name;
-    if Role::from_tags(&lv.tags) == Role::Base {
+    let role = Role::from_tags(&lv.tags);
+    if role == Role::Base {
         return Err(Failure::Failed(format!(
             "{name}: the base image, which volumes start from on a miss, cannot be removed"
         )));
     }
     if lv.open {
-        return Err(Failure::Failed(format!(
-            "{name}: in use: mounted, or its device is held open"
-        )));
+        let why = "in use: mounted, or its device is held open";
+        return Err(Failure::Failed(match role {
+            Role::Volume {
+                volume: Some(volume),
+                ..
+            } => format!(
+                "volume {volume} ({name}): {why}, and no daemon serves it: stop its containers first; or start the daemon, and have it taken away by `lvm-cache-friend remove --force {volume}`"
+            ),
+            _ => format!("{name}: {why}"),
+        }));
     }
     // A store too full to take that mark still removes.
     doom(store, name)?;

@@ -10,7 +10,7 @@ use crate::cache::units::Bytes;
 use crate::cli;
 use crate::config::Settings;
 use crate::engine::Hits;
-use crate::http::client;
+use crate::http::client::{self, ClientError};
 use crate::logging::{self, LogLevel};
 use crate::plugin::wire::Stats;
 use crate::text::{age, printable, rfc3339, unix_now};
@@ -26,8 +26,15 @@ pub fn run(config: &Path, args: &cli::Stats) -> Result<(), Failure> {
     watched(&args.watch, || {
         let socket = &settings.socket;
         let said = client::call(socket, "Friend.Stats", &value!({}), ANSWER_TIMEOUT);
-        let said =
-            said.map_err(|error| Failure::Failed(format!("{}: {error}", socket.display())))?;
+        let said = said.map_err(|error| {
+            let help = match error {
+                ClientError::NotRunning => {
+                    ", and what is counted is in its memory; `lvm-cache-friend doctor` says why none runs"
+                }
+                _ => "",
+            };
+            Failure::Failed(format!("{}: {error}{help}", socket.display()))
+        })?;
         let stats: Stats = serde_json::from_value(said)
             .map_err(|error| Failure::Failed(format!("the daemon's answer: {error}")))?;
         Ok(if args.json {

@@ -765,6 +765,7 @@ fn remove(kind: Kind) {
     let daemon = site.serve();
     daemon.plugin().create("v1", &json!({}));
     site.done(&["remove", &entry]);
+    assert_fails(&site.outcome(&["pin", "v1"]), 1, &["only entries"]);
     let at = daemon.plugin().mount("v1", "x");
     assert_fails(
         &site.outcome(&["remove", "v1"]),
@@ -782,7 +783,11 @@ fn remove(kind: Kind) {
     daemon.plugin().create("v2", &json!({}));
     let at = daemon.plugin().mount("v2", "x");
     daemon.kill();
-    assert_fails(&site.outcome(&["remove", "v2"]), 1, &["in use"]);
+    for arguments in [&["remove", "v2"][..], &["remove", "--force", "v2"]] {
+        let helps =
+            "start the daemon, and have it taken away by `lvm-cache-friend remove --force v2`";
+        assert_fails(&site.outcome(arguments), 1, &["volume v2", "in use", helps]);
+    }
     run("umount", [at.to_str().unwrap()]);
     let lv = site.list()[1]["name"].as_str().unwrap().to_owned();
     site.done(&["remove", &lv]);
@@ -811,6 +816,11 @@ fn exit_codes(kind: Kind) {
         let output = site.outcome(arguments);
         assert_eq!(output.status, code, "{arguments:?}: {output:?}");
     }
+    assert_fails(
+        &site.outcome(&["stats"]),
+        1,
+        &["no daemon answers", "doctor"],
+    );
     let help = site.done(&["--help"]);
     for word in [
         "Exit codes",
@@ -869,6 +879,10 @@ fn foreign(kind: Kind) {
             &vg,
         ],
     );
+    let typo = site.outcome(&["init", "--vg", "no-such-group", "--size", "1G"]);
+    let why = "volume group no-such-group cannot be used: `lvm lvs`: Volume group \"no-such-group\" not found;";
+    assert_fails(&typo, 1, &[why, "`vgs` shows which there are"]);
+    assert_eq!(typo.stderr.lines().count(), 1, "{}", typo.stderr);
     site.init();
     let in_pool = |name: &str, tags: &[&str]| {
         let pool = format!("{vg}/friend-pool");
