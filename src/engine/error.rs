@@ -35,7 +35,7 @@ pub enum EngineError {
     #[error(transparent)]
     Option(#[from] BadOption),
     /// No criterion matches and the volume says `on-miss=fail`.
-    #[error("no entry matches the criteria of volume {0}, and its on-miss is fail")]
+    #[error("no entry matches the restore keys of volume {0}, and its on-miss is fail")]
     Miss(VolumeName),
     /// What a volume starts from has more than the size that it asks for.
     #[error("{0}")]

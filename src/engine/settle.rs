@@ -159,7 +159,7 @@ impl Engine {
                 baseline,
             } => (copy, open, baseline),
             Backing::Job { lv, .. } => {
-                info!(volume = %volume.name, lasted_ms = millis(lasted), verdict = ?heard.verdict(), "job ended");
+                info!(volume = %volume.name, lasted_ms = millis(lasted), verdict = %heard.verdict(), "job ended");
                 self.upkeep.recheck();
                 return Phase::Stale(lv);
             }
@@ -574,7 +574,7 @@ impl Story {
             mount_ms = millis(self.mount),
             lasted_ms = millis(self.lasted),
             bytes_written = bytes,
-            verdict = ?self.verdict,
+            verdict = %self.verdict,
             published = published.as_ref().map(tracing::field::display),
             tags = published.as_ref().map(|_| tracing::field::display(save.join(" "))),
             not_published = why,

@@ -291,7 +291,7 @@ fn misses(kind: Kind) {
     podman.fails(
         &podman.run_sh(&["-v", "fail:/c"], "echo never"),
         126,
-        &["no entry matches the criteria of volume fail"],
+        &["no entry matches the restore keys of volume fail"],
     );
     assert!(!mountpoint("fail").exists());
     host.entry("late", "linux", "");
