@@ -7,12 +7,16 @@
 //! [`engine`] make a volume: its options become a [`cache::spec::Spec`],
 //! [`cache::select`] chooses an entry, the [`storage`] makes a snapshot of it that
 //! carries the volume's tags from its first moment, and [`mount`] mounts that
-//! where nobody sees it. When a container starts, Podman asks for a Mount: the
+//! out of sight. When a container starts, Podman asks for a Mount: the
 //! choice is made again in memory, and where it holds the mount is moved into
 //! place. After the last Unmount the engine flushes, waits for the last close,
 //! looks whether the file system is whole, publishes (one more snapshot, with cache
 //! tags), makes the volume's next copy, and has the old one removed. Entries over the
 //! policy's limits are then evicted: [`cache::evict`].
+//!
+//! How the work in it ended is told meanwhile: by Podman's hooks ([`commands::hook`], which reads Podman's record:
+//! [`podman`]), by `docker`, by the [`supervisor`], by the job itself ([`job`]). `engine::told` makes a verdict of the first
+//! three, `engine::volume::Heard` adds the job's, and `engine::publish` decides by it.
 //!
 //! # The rooms
 //!
@@ -23,8 +27,8 @@
 //! - [`failpoint`]: where tests have the daemon die.
 //! - [`logging`]: to the journal, or to standard error.
 //! - `exec`: runs the system's tools.
-//! - [`cache`] decides, without I/O and clock: names, tags, criteria, options,
-//!   what an LV's tags make of it, which entry is restored and which are evicted.
+//! - [`cache`] decides, without I/O and clock: names, tags, criteria, a volume's options ([`cache::spec::options`]),
+//!   what an LV's tags make of it, which entry is restored ([`cache::select`]) and which are evicted ([`cache::evict`]).
 //! - `userns`: user-namespace ID mapping.
 //! - `container`: which processes are in a container.
 //! - `acl`: who gets to the mounts at all.
@@ -32,17 +36,19 @@
 //! - [`fs`](mod@fs): what is on a block device: made, checked, grown.
 //! - [`mount`]: where it shows, and the kernel's mount table.
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, or image
-//!   files with reflinks.
+//!   files with reflinks. What LVM reports is read in `storage::lvm::report`; a file system in use is frozen for its
+//!   copy in `storage::freeze`.
 //! - [`http`]: server, sockets, locks, and the other end of the connection.
 //! - `api`: what the daemon, the supervisor and the commands send to each other.
 //! - [`config`]: the settings.
-//! - [`engine`]: the life of a lease, and recovery.
+//! - [`engine`]: the life of a lease, and recovery; verdicts (`engine::told`); when entries are evicted (`engine::bounds`).
 //! - [`plugin`]: the volume plugin's endpoints, served by the engine.
 //! - [`job`]: both ends of a job volume's socket. [`job::client`]: the
 //!   program that asks, which each job volume has in it.
-//! - [`podman`]: how its containers ended, and what it is configured to do.
+//! - [`podman`]: how its containers ended, and what it is configured to do. Not its API: that is the supervisor's.
 //! - `docker`: how its containers ended.
-//! - [`supervisor`]: GitHub runners, beside the daemon, whose socket it uses.
+//! - [`supervisor`]: GitHub runners, beside the daemon, whose socket it uses. What GitHub says is read in
+//!   [`supervisor::github`].
 //! - `views`: the store's contents as rows and tables, for commands and the status page.
 //! - [`cli`]: the arguments.
 //! - [`commands`]: what each of them does.

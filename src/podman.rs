@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Podman's record of how a container ended.
+//! Podman's record of how a container ended, and what its configuration files say of plugins and hooks. Its API is used by the
+//! supervisor alone (`supervisor::podman`).
 //!
 //! A poststop hook is not told the exit code, the file that conmon wrote it to is
 //! gone by then, and `podman inspect` waits for the lock that the hook's caller

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which entries go, in which order, and why.
+//! Which entries are evicted, in which order, and why. When that is asked, and what is in use then: `engine::bounds`.
 //!
-//! Least recently used first. What is pinned, or in use, never goes; the newest of
-//! the entries that were published into one scope under the same tags goes after all
+//! Least recently used first. What is pinned, or in use, is never evicted; the newest of
+//! the entries that were published into one scope under the same tags is evicted after all
 //! others, since it is what the next job would take. For want of room, and by number, those of scopes of lesser trust
-//! go before all of those ([`Trust`]): a stranger's pull request, which makes scopes at will, does not have the default
+//! are evicted before all of those ([`Trust`]): a stranger's pull request, which makes scopes at will, does not have the default
 //! branch's caches evicted.
 
 use std::cmp::Reverse;

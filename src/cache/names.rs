@@ -4,7 +4,7 @@
 //! LVM's rules for names and tags are those of lvm2's `validate_name` and
 //! `validate_tag` (lib/misc/lvm-string.c). A [`Tag`] or [`LvName`] is whatever
 //! LVM may hold, others' included, so that any listing can be read; what we take
-//! from users is bounded where it is parsed ([`super::select`], [`super::spec`]).
+//! from users is bounded where it is parsed ([`super::criteria`], [`super::spec`]).
 
 use std::borrow::Borrow;
 use std::fmt;

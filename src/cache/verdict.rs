@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How the work that uses a cache ended.
+//! How the work that uses a cache ended: the values. What makes one verdict of all that is told: `engine::told`.
 
 use std::fmt;
 

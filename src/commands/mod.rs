@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the commands do. Each reads the store itself: none but `remove` of a
-//! volume, `gc` and `hook` needs the daemon, or cares whether one runs.
+//! What the commands do. Those that show or change entries read the store itself, whether or not a daemon runs. Through the
+//! daemon alone: `stats` and `hook`; through it where one runs, for it knows what is in use: `gc` and `remove` of a volume.
+//! `runners` asks the supervisor.
 
 pub mod doctor;
 pub mod gc;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The configuration file, parsed and validated once: past here nothing is.
+//! The configuration file: parsed and validated once, here, but for `[supervise]` (`supervisor::config`).
 //!
 //! Here are the settings, and how the file becomes them; the tables with which store there is in `store`, those of
 //! limits in `limits`. `values` reads what stands behind a `=`, and `template` writes a file with every setting.

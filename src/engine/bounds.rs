@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Eviction: of which entries, as [`crate::cache::evict`] decides, and when.
+//! Eviction: when, with what is in use then. Which entries, [`crate::cache::evict`] decides.
 //!
-//! After a publish, at the daemon's start, when `gc` asks, when a lease fills the
+//! After a publish, at the daemon's start, by `gc`, when a lease fills the
 //! store, and before a volume is refused for want of room. All of it happens on the thread that
 //! removes: room that is about to be given back is no reason to evict.
 

@@ -24,6 +24,7 @@
 //! - `settle`: the end of a lease; `publish`: whether it becomes an entry, and how
 //! - `bounds`: which entries are evicted, and when
 //! - `budget`: what one job may cost the store; `cutoff`: a lease that fills the store
+//! - `error`: how a request fails
 //! - `survey`: what the store and the mount table say; `recovery`: what a restart makes of it
 //! - `upkeep`: removals, refreshes, and changes made by others
 //!

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How the work in a lease ended, as far as that was told: by hooks, by Docker, by a supervisor.
+//! How the work in a lease ended, as far as that was told: by hooks, by Docker, by a supervisor; and the verdict that
+//! comes of it. What a job says itself on its job volume's socket is added by [`Heard`](super::volume::Heard).
 //!
 //! Taken down in memory at once, whatever the volume is busy with. Docker may tell of a container's end only after
 //! the lease's: what settles the lease waits for that, bounded, behind Unmount's answer.

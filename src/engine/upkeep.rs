@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What happens behind everybody's back: removals, refreshes of waiting copies,
+//! What no request waits for: removals, refreshes of waiting copies,
 //! and changes that others made. Two threads, and one that listens to inotify;
 //! none of them wakes up while there is nothing to do.
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! HTTP over unix sockets, as the plugin, the supervisor and the status page have it: `server` has the
+//! HTTP over unix sockets, as the plugin and the supervisor have it, and on a loopback port for the status page: `server` has the
 //! connections, `socket` the socket's making and the locks, `body` and `answer` the two halves of a
 //! request; [`client`] is the other end.
 

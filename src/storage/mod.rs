@@ -5,6 +5,8 @@
 //! [`lvm`], a thin pool in a volume group, and [`reflink`], image files on XFS
 //! or btrfs with loop devices, for hosts without device-mapper. A third one, in memory, is held to
 //! the same and there for tests alone.
+//!
+//! A file system in use stands still while it is copied: `freeze`, for both.
 
 mod freeze;
 pub mod lvm;

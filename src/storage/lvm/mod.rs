@@ -3,9 +3,11 @@
 //!
 //! [`LvmStore`] turns each call into one LVM command, which one thread (`owner`)
 //! runs in one long-lived `lvm` shell (`runner`, `process`) with a configuration
-//! directory of our own (`config`). What LVM says to people is passed on, never
+//! directory of our own (`config`); `command` writes its lines. What LVM says to people is passed on, never
 //! read: success is a return code, and what a failure was is told by a fresh
 //! listing (`report`). Making a volume takes more than that (`make`).
+//!
+//! `init` prepares a pool; `dm` asks device-mapper what LVM has no command for; `persist` has the disk keep what LVM wrote.
 //!
 //! What never happens: a command that names no group; one that acts on a volume
 //! outside the pool; an entry that comes up at boot (every volume keeps LVM's
