@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, io, mem};
+use std::{fs, mem};
 
 use tracing::{info, warn};
 
@@ -97,10 +97,13 @@ impl Engine {
             Some(GoesOn::Scratch(m)) => self.go_on_scratch(&m),
             Some(GoesOn::Job { at, inside }) => self
                 .go_on_job(&volume, &at, &inside, lates)
-                .and_then(|job| {
-                    self.serve_job(&job).map_err(io::Error::other)?;
+                .map(|job| {
+                    // The job may have spoilt its directory. What is mounted in it is settled at its end all the same.
+                    if let Err(error) = self.serve_job(&job) {
+                        warn!(volume = %volume.name, %error, "its lease goes on, but its job can ask for nothing more");
+                    }
                     let lv = current.map(|current| current.lv.clone());
-                    Ok(Lease::new(Backing::Job { lv, job }))
+                    Lease::new(Backing::Job { lv, job })
                 })
                 .inspect_err(|error| {
                     warn!(volume = %volume.name, %error, "its directory cannot be taken hold of");

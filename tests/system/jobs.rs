@@ -46,6 +46,7 @@ const BODIES: &[Body] = &[
     ("changes_and_tags_are_budgeted", budgets),
     ("none_gets_in_before_it_is_known", unknown),
     ("a_mount_out_of_reach_is_settled", out_of_reach),
+    ("one_that_spoils_its_socket_loses_nothing", spoilt),
     ("places_that_are_refused", places),
     ("a_directory_swapped_for_a_link_leads_nowhere", swapped),
     ("volume_options_bound_requests", bounds),
@@ -60,6 +61,10 @@ const REFLINK_BODIES: &[Body] = &[
     ("other_users_of_the_host_are_refused", other_users),
     ("published_if_missing", if_missing),
     ("mounted_very_often_it_gets_no_more", multiplied),
+    (
+        "a_discard_that_failed_is_asked_for_again",
+        discarded_at_last,
+    ),
 ];
 
 pub fn tests() -> Vec<Test> {
@@ -1058,6 +1063,36 @@ fn out_of_reach(kind: Kind) {
     assert!(last["z"]["published"].is_string(), "{last}");
     let census = jobs.site.settled(&[Known::idle("job")]);
     assert_eq!(census.entries().len(), 1);
+}
+
+/// The daemon starts again, and finds no place for the socket: the job has taken it, or has used up its directory.
+fn spoilt(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let taken = jobs.job("taken", &json!({"save": "a"}));
+    let full = jobs.job("full", &json!({"save": "b"}));
+    for at in [&taken, &full] {
+        assert_ok(&ask(at, "mount x\n"));
+        fs::write(at.join("x/file"), "").unwrap();
+    }
+    let leased = |row: &&Value| row["tags"].to_string().contains("friend:lease");
+    wait_until(|| jobs.site.list().iter().filter(leased).count() == 2);
+    jobs.daemon.take().unwrap().kill();
+    fs::remove_file(taken.join("socket")).unwrap();
+    fs::create_dir(taken.join("socket")).unwrap();
+    let filled = (0..)
+        .map(|n| fs::write(full.join(format!("{n}")), ""))
+        .find_map(Result::err);
+    assert_eq!(filled.unwrap().kind(), io::ErrorKind::StorageFull);
+    jobs.daemon = Some(jobs.site.serve());
+    for (name, at) in [("taken", &taken), ("full", &full)] {
+        // As the supervisor does again and again.
+        jobs.daemon().plugin().mount(name, "supervisor");
+        fs::write(at.join("x/later"), "").unwrap();
+        jobs.daemon().plugin().unmount(name, "supervisor");
+        let last = jobs.end(name, 1);
+        assert!(last["x"]["published"].is_string(), "{name}: {last}");
+    }
+    assert!(mounts().is_empty(), "{:?}", mounts());
 }
 
 fn places(kind: Kind) {
