@@ -435,6 +435,8 @@ pub(super) struct Lease {
     pub mark: Option<JoinHandle<()>>,
     /// Its end is not published: the job said so.
     pub discarded: bool,
+    /// The store has it that its end is not published.
+    pub withheld: bool,
     /// Something that was written in it could not be stored. The kernel tells of that once.
     pub lost: bool,
     /// A freeze of its file system was left behind, which ends when the write in it does that it waits for: until then
@@ -515,6 +517,7 @@ impl Lease {
             told: Arc::new(Told::since(told::now())),
             mark: None,
             discarded: false,
+            withheld: false,
             lost: false,
             stuck: false,
             cut_off: false,

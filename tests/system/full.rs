@@ -28,15 +28,19 @@ pub fn tests() -> Vec<Test> {
             ("by_a_job_volume", by_a_job_volume),
         ],
     );
-    let lost = || writes_are_lost(Kind::Reflink);
+    let lost = || writes_are_lost(Kind::Reflink, false);
     tests.push(test(Tier::Reflink, "full::writes_are_lost", lost));
+    let forgotten = || writes_are_lost(Kind::Reflink, true);
+    let name = "full::writes_that_are_lost_are_not_forgotten";
+    tests.push(test(Tier::Reflink, name, forgotten));
     tests
 }
 
-/// What a job wrote could not be stored, and the kernel says so once: no checkpoint holds that, nor does the end.
-fn writes_are_lost(kind: Kind) {
+/// What a job wrote could not be stored, and the kernel says so once: no checkpoint holds that, nor does the end, in whichever
+/// life of the daemon.
+fn writes_are_lost(kind: Kind, restarts: bool) {
     let site = small(kind);
-    let daemon = site.serve();
+    let mut daemon = site.serve();
     let plugin = daemon.plugin();
     plugin.create("job", &json!({"type": "job", "save": "linux"}));
     let job = plugin.mount("job", "x");
@@ -56,8 +60,17 @@ fn writes_are_lost(kind: Kind) {
         let answer = ask_here(&job, "save x more\n");
         assert!(answer.starts_with("error "), "{answer}");
     }
+    let mut why = "it did not end cleanly";
+    if restarts {
+        daemon.kill();
+        daemon = site.serve();
+        why = "no save tags";
+    }
+    let plugin = daemon.plugin();
     plugin.unmount("job", "x");
-    wait_until(|| plugin.status("job")["last_lease"]["x"]["why"] == "it did not end cleanly");
+    let last = || plugin.status("job")["last_lease"]["x"].clone();
+    wait_until(|| last().is_object());
+    assert_eq!(last()["why"], why, "{}", last());
     daemon.stop();
 }
 

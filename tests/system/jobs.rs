@@ -1065,6 +1065,35 @@ fn out_of_reach(kind: Kind) {
     assert_eq!(census.entries().len(), 1);
 }
 
+/// The store does not take a discard at first: it is refused until it does, and then holds for another life of the daemon.
+fn discarded_at_last(kind: Kind) {
+    let mut jobs = Jobs::new(kind);
+    let at = jobs.job("job", &json!({"save": "a"}));
+    assert_ok(&ask(&at, "mount x\n"));
+    fs::write(at.join("x/file"), "").unwrap();
+    let leased = |row: &Value| row["tags"].to_string().contains("friend:lease");
+    let mut lv = None;
+    wait_until(|| {
+        let rows = jobs.site.list();
+        lv = rows
+            .iter()
+            .find(|row| leased(row))
+            .map(|row| row["name"].clone());
+        lv.is_some()
+    });
+    let dir = Path::new(&jobs.site.store()).join(lv.unwrap().as_str().unwrap());
+    run("chattr", ["+i".as_ref(), dir.as_os_str()]);
+    for _ in 0..2 {
+        assert_refused(&ask(&at, "discard x\n"), "not permitted");
+    }
+    run("chattr", ["-i".as_ref(), dir.as_os_str()]);
+    assert_ok(&ask(&at, "discard x\n"));
+    jobs.daemon.take().unwrap().kill();
+    jobs.daemon = Some(jobs.site.serve());
+    let last = jobs.end("job", 1);
+    assert!(last["x"]["published"].is_null(), "{last}");
+}
+
 /// The daemon starts again, and finds no place for the socket: the job has taken it, or has used up its directory.
 fn spoilt(kind: Kind) {
     let mut jobs = Jobs::new(kind);

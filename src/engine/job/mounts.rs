@@ -180,7 +180,7 @@ impl Engine {
         limits: &JobLimits,
     ) -> Result<LvName, EngineError> {
         // Before the store is asked for anything: it waits for whatever is not written yet.
-        job.write_out(path, &held.root)?;
+        self.write_out(job, path, &held.root)?;
         let written = held
             .device
             .and_then(|device| crate::fs::sectors_written(device).ok());
@@ -188,7 +188,7 @@ impl Engine {
         of_entry.push(tag(CHECKPOINT));
         let entry = job.count_save(limits.saves, || {
             job.charge(OF_SAVE, tags, limits)?;
-            let write_out = || job.write_out(path, &held.root);
+            let write_out = || self.write_out(job, path, &held.root);
             self.publish_mounted(spec, &held.lv, &of_entry, write_out)
                 .inspect_err(|error| {
                     if let EngineError::Store(StoreError::Unfreezable { .. }) = error {
@@ -211,23 +211,45 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`].
     pub fn discard_late(&self, job: &Job, path: &LatePath) -> Result<(), EngineError> {
-        let (lv, save, already) = job.with_mount(path, |late| {
-            let already = std::mem::replace(&mut late.lease.discarded, true);
-            let lv = late.copy().expect("it has an LV").lv.clone();
-            Ok((lv, late.volume.spec.save.clone(), already))
+        job.with_mount(path, |late| {
+            late.lease.discarded = true;
+            Ok(())
         })?;
-        if already {
+        self.withhold(job, path)
+    }
+
+    /// Has no other life of ours publish the end of a late mount either, unless the store has that already.
+    fn withhold(&self, job: &Job, path: &LatePath) -> Result<(), EngineError> {
+        let (lv, save, withheld) = job.with_mount(path, |late| {
+            let lv = late.copy().expect("it has an LV").lv.clone();
+            Ok((lv, late.volume.spec.save.clone(), late.lease.withheld))
+        })?;
+        if withheld || save.is_empty() {
             return Ok(());
         }
-        // So that no other life of ours publishes it either.
         let save: Vec<_> = save
             .iter()
             .map(|saved| tag(&format!("{SAVE}{saved}")))
             .collect();
-        if !save.is_empty() {
-            self.store.change_tags(&lv, &[], &save)?;
-        }
+        self.store.change_tags(&lv, &[], &save)?;
+        // Nor does it matter any more where the lease has ended meanwhile.
+        let _ = job.with_mount(path, |late| {
+            late.lease.withheld = true;
+            Ok(())
+        });
         Ok(())
+    }
+
+    /// [`Job::write_out`]. The kernel says once that something could not be stored: another life of ours would not be told.
+    fn write_out(&self, job: &Job, path: &LatePath, root: &OwnedFd) -> Result<(), EngineError> {
+        job.write_out(path, root).inspect_err(|_| {
+            let lost = job.with_mount(path, |late| Ok(late.lease.lost));
+            if let Ok(true) = lost
+                && let Err(error) = self.withhold(job, path)
+            {
+                warn!(volume = job.name(), %path, %error, "that not all of it could be stored is not known if the daemon dies now");
+            }
+        })
     }
 
     /// Takes what a job says of how it ended: that goes before how its containers end.
