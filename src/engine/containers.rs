@@ -6,7 +6,7 @@ use std::thread;
 
 use tracing::warn;
 
-use super::told::{self, Told};
+use super::told::Told;
 use super::volume::{Backing, Phase, Volume, may_publish};
 use super::{Engine, Happened, Verdict, lock};
 use crate::cache::names::VolumeName;
@@ -27,13 +27,13 @@ impl Engine {
                 }
                 let failed = || lease.heard().verdict() == Verdict::Failure;
                 let before = failed();
-                lease.told.take(container, happened, told::now());
+                lease.told.hear(container, happened);
                 before != failed()
             }
             // Its end is under way, and its settlement looks at this.
             Phase::Changing => {
                 if let Some(told) = self.telling.newest(name) {
-                    told.take(container, happened, told::now());
+                    told.hear(container, happened);
                 }
                 false
             }

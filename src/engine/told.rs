@@ -141,6 +141,12 @@ impl Told {
         self.changed.notify_all();
     }
 
+    /// [`Told::take`] of what is said as it happens: it is newer than all that is known, also where the clock was set back.
+    pub fn hear(&self, container: &str, happened: &Happened) {
+        let last = lock(&self.now).ends.get(container).map(|(at, _)| *at);
+        self.take(container, happened, now().max(last.unwrap_or(0)));
+    }
+
     /// How its work ended, as the supervisor says.
     pub fn judged(&self) -> Option<Verdict> {
         lock(&self.now).judged
@@ -455,6 +461,25 @@ mod tests {
             }
             assert_eq!(told.verdict(), want, "{said:?} {by_docker} {named}");
         }
+    }
+
+    #[test]
+    fn an_end_is_heard_after_the_clock_was_set_back() {
+        let told = Told::since(0);
+        let tomorrow = now() + 86_400_000_000_000;
+        told.take("a", &Happened::Started(None), tomorrow);
+        // By the clock alone, it would be older than the start.
+        told.take("a", &Happened::Ended(Failure), now());
+        assert_eq!(told.verdict(), Unknown);
+        told.hear("a", &Happened::Ended(Failure));
+        assert_eq!(told.verdict(), Failure);
+        told.hear("a", &Happened::Started(None));
+        assert_eq!(
+            (told.verdict(), told.running()),
+            (Unknown, vec!["a".to_owned()])
+        );
+        told.hear("a", &Happened::Ended(Success));
+        assert_eq!(told.verdict(), Success);
     }
 
     #[test]
