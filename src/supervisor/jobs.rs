@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
 
+use super::github::scaleset as message;
 use super::slot;
 use crate::cache::verdict::Verdict;
 use crate::text::printable;
@@ -58,6 +59,27 @@ pub enum Admission {
 }
 
 impl Job {
+    /// A scale set says that the runner has begun a job, at `now` in seconds since 1970. One whose job was gone before it had
+    /// begun waits for another, and what was decided for the first one's caches is not that one's: it is decided anew, and
+    /// where that is something else the daemon refuses it.
+    pub fn begin(&mut self, of: &message::Job, now: u64) {
+        // Of one that has not begun, only the end was told so far.
+        if self.began.is_some() && self.run != of.workflow_run_id {
+            (self.began, self.ended) = (None, None);
+            // One that was refused is about to be ended.
+            if self.admission != Admission::Refused {
+                self.admission = Admission::Unknown;
+            }
+        }
+        self.owner.clone_from(&of.owner_name);
+        self.repository.clone_from(&of.repository_name);
+        self.name.clone_from(&of.job_display_name);
+        self.run = of.workflow_run_id;
+        self.workflow_ref.clone_from(&of.job_workflow_ref);
+        // Told again, it has begun when it had.
+        self.began.get_or_insert(now);
+    }
+
     /// Its state, as far as it was told.
     #[must_use]
     pub const fn state(&self) -> slot::Job {
@@ -159,6 +181,19 @@ impl Jobs {
         Ok(())
     }
 
+    /// Notes how far the caches of a runner's job are, which is of the run `run`, once that is written down. `false`: the runner
+    /// has no such job any more.
+    ///
+    /// # Errors
+    /// What the operating system says: then nothing is changed.
+    pub fn admit(&mut self, runner: &str, run: u64, admission: Admission) -> io::Result<bool> {
+        if self.get(runner).is_none_or(|job| job.run != run) {
+            return Ok(false);
+        }
+        self.tell(runner, |job| job.admission = admission)?;
+        Ok(true)
+    }
+
     /// Forgets those of runners that are not to be kept.
     pub fn keep(&mut self, is_kept: impl Fn(&str) -> bool) {
         let dir = &self.dir;
@@ -223,6 +258,42 @@ mod tests {
         assert_eq!(left, ["linux-0-2", "windows-0-1"]);
         fs::write(dir.join("linux-0-2"), "{").unwrap();
         assert_eq!(Jobs::left(dir, ours).all.len(), 0);
+    }
+
+    #[test]
+    fn what_was_decided_for_a_job_is_not_for_the_next_one_of_its_runner() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut jobs = Jobs::left(dir.path().to_owned(), |_| true);
+        let of = |run| message::Job {
+            workflow_run_id: run,
+            ..message::Job::default()
+        };
+        jobs.tell("a", |job| job.begin(&of(7), 1)).unwrap();
+        assert!(jobs.admit("a", 7, Admission::Done).unwrap());
+        // Told again.
+        jobs.tell("a", |job| job.begin(&of(7), 2)).unwrap();
+        assert_eq!(jobs.get("a").unwrap().admission, Admission::Done);
+        jobs.tell("a", |job| job.ended = Some((Verdict::Failure, 3)))
+            .unwrap();
+        jobs.tell("a", |job| job.begin(&of(8), 4)).unwrap();
+        assert_eq!(jobs.get("a").unwrap().admission, Admission::Unknown);
+        assert_eq!(jobs.next(&BTreeSet::new()).unwrap(), "a");
+        assert_eq!(jobs.get("a").unwrap().state(), slot::Job::Running(4));
+        // What was being decided for the first one comes too late.
+        let decided = Admission::Decided(Vec::new());
+        assert!(!jobs.admit("a", 7, decided.clone()).unwrap());
+        assert!(!jobs.admit("b", 7, decided).unwrap());
+        assert_eq!(jobs.get("a").unwrap().admission, Admission::Unknown);
+        // An end that is told before the beginning is of the same job.
+        jobs.tell("c", |job| job.ended = Some((Verdict::Success, 5)))
+            .unwrap();
+        jobs.tell("c", |job| job.begin(&of(7), 6)).unwrap();
+        let state = jobs.get("c").unwrap().state();
+        assert_eq!(state, slot::Job::Done(Verdict::Success, 5));
+        // What is refused stays so.
+        assert!(jobs.admit("a", 8, Admission::Refused).unwrap());
+        jobs.tell("a", |job| job.begin(&of(9), 5)).unwrap();
+        assert_eq!(jobs.get("a").unwrap().admission, Admission::Refused);
     }
 
     #[test]

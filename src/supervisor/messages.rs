@@ -91,15 +91,7 @@ fn began(worker: &Worker, board: &mut Board, job: &Job, now: u64) -> Result<(), 
         .jobs
         .get(runner)
         .is_some_and(|job| job.began.is_some());
-    board.jobs.tell(runner, |known| {
-        known.owner.clone_from(&job.owner_name);
-        known.repository.clone_from(&job.repository_name);
-        known.name.clone_from(&job.job_display_name);
-        known.run = job.workflow_run_id;
-        known.workflow_ref.clone_from(&job.job_workflow_ref);
-        // Told again, it has begun when it had.
-        known.began.get_or_insert(now);
-    })?;
+    board.jobs.tell(runner, |known| known.begin(job, now))?;
     if !is_known {
         let seconds = |time: &Option<String>| -> Option<f64> {
             let time: jiff::Timestamp = time.as_deref()?.parse().ok()?;
@@ -162,15 +154,14 @@ impl Worker {
             let job = self.board().jobs.get(runner).cloned();
             let Some(job) = job else { return };
             reach("admit", 1);
-            let bodies = match job.admission {
-                Admission::Decided(bodies) => bodies,
+            let run = job.run;
+            let bodies = match &job.admission {
+                Admission::Decided(bodies) => bodies.clone(),
                 Admission::Unknown => {
                     let bodies = self.decide(runner, &job).await;
                     reach("admit", 2);
-                    if !self
-                        .note(runner, Admission::Decided(bodies.clone()), &mut trouble)
-                        .await
-                    {
+                    let decided = Admission::Decided(bodies.clone());
+                    if !self.note(runner, run, decided, &mut trouble).await {
                         continue;
                     }
                     reach("admit", 3);
@@ -181,7 +172,7 @@ impl Worker {
             match self.admit(&bodies).await {
                 Ok(admission) => {
                     reach("admit", 4);
-                    self.note(runner, admission, &mut trouble).await;
+                    self.note(runner, run, admission, &mut trouble).await;
                     self.poke();
                     reach("admit", 5);
                 }
@@ -190,20 +181,23 @@ impl Worker {
         }
     }
 
-    /// Writes down how far a job is; `false` where that failed, after a while, or there is no such job any more.
-    async fn note(&self, runner: &str, admission: Admission, trouble: &mut Trouble) -> bool {
-        let written = {
-            let jobs = &mut self.board().jobs;
-            if jobs.get(runner).is_none() {
-                return false;
+    /// Writes down how far a job of the run `run` is; `false` where that failed, after a while, or the runner has no such job
+    /// any more.
+    async fn note(
+        &self,
+        runner: &str,
+        run: u64,
+        admission: Admission,
+        trouble: &mut Trouble,
+    ) -> bool {
+        let written = self.board().jobs.admit(runner, run, admission);
+        match written {
+            Ok(written) => written,
+            Err(error) => {
+                tokio::time::sleep(trouble.with(&StepError::Written(error))).await;
+                false
             }
-            jobs.tell(runner, |job| job.admission = admission)
-        };
-        if let Err(error) = written {
-            tokio::time::sleep(trouble.with(&StepError::Written(error))).await;
-            return false;
         }
-        true
     }
 
     /// Reads whose a runner's job is, and gives what the daemon is to be told of each of its volumes.
