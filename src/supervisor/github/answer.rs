@@ -156,7 +156,7 @@ fn keep_still(
     let seconds = number("retry-after").or_else(|| {
         let exhausted = number("x-ratelimit-remaining") == Some(0);
         let reset = number("x-ratelimit-reset").filter(|_| exhausted)?;
-        Some(reset.saturating_sub(date(headers, now)) + 1)
+        Some(reset.saturating_sub(date(headers, now)).saturating_add(1))
     });
     let limited = status == StatusCode::TOO_MANY_REQUESTS
         || status == StatusCode::FORBIDDEN && message.to_lowercase().contains("rate limit");
@@ -229,6 +229,16 @@ mod tests {
                 ],
                 "",
                 Some(31),
+            ),
+            (
+                403,
+                &[
+                    ("x-ratelimit-remaining", "0"),
+                    ("x-ratelimit-reset", "18446744073709551615"),
+                    ("date", "Thu, 01 Jan 1970 00:00:00 GMT"),
+                ],
+                "",
+                Some(3600),
             ),
             (503, &[("retry-after", "3")], "", Some(3)),
             (503, &[], "", None),
