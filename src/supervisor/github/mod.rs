@@ -187,19 +187,16 @@ impl GitHub {
         if !matches!(answer.status.as_u16(), 301 | 307 | 308) {
             return None;
         }
-        let to = answer.headers.get(header::LOCATION)?.to_str().ok()?;
-        let to: Uri = to.parse().ok()?;
-        let api: Uri = self.api.parse().ok()?;
-        let same = to.scheme() == api.scheme() && to.authority() == api.authority();
-        if to.authority().is_some() && !same {
-            return None;
-        }
+        let to = moved(
+            &self.api,
+            answer.headers.get(header::LOCATION)?.to_str().ok()?,
+        )?;
         if answer.status == StatusCode::MOVED_PERMANENTLY
             && !self.moved.swap(true, Ordering::Relaxed)
         {
             warn!(url = %self.url, "it was renamed: set the new name in the configuration, as only reading works with the old one");
         }
-        Some(to.path_and_query()?.to_string())
+        Some(to)
     }
 
     /// Asks another host, or with another token.
@@ -303,6 +300,51 @@ impl GitHub {
             let at = at.and_then(|at| jiff::Timestamp::from_second(at).ok());
             let until = at.map_or(String::new(), |at| at.to_string());
             warn!(url = %self.url, left, limit, until, "few requests to GitHub's REST API are left");
+        }
+    }
+}
+
+/// The path below an API's address that a redirect leads to; `None` where that is another host's. An Enterprise Server's
+/// address has a path of its own.
+fn moved(api: &str, location: &str) -> Option<String> {
+    let (api, to): (Uri, Uri) = (api.parse().ok()?, location.parse().ok()?);
+    let same = to.scheme() == api.scheme() && to.authority() == api.authority();
+    if to.authority().is_some() && !same {
+        return None;
+    }
+    let path = to.path_and_query()?.as_str();
+    let own = api.path().trim_end_matches('/');
+    let below = path.strip_prefix(own).filter(|rest| rest.starts_with('/'));
+    Some(below.unwrap_or(path).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_redirects_lead() {
+        let (github, server) = ("https://api.github.com", "https://ghes.example:8443/api/v3");
+        for (api, location, want) in [
+            (
+                github,
+                "https://api.github.com/repositories/7?page=2",
+                Some("/repositories/7?page=2"),
+            ),
+            (github, "/repositories/7", Some("/repositories/7")),
+            (github, "https://elsewhere.example/repositories/7", None),
+            (github, "http://api.github.com/repositories/7", None),
+            (
+                server,
+                "https://ghes.example:8443/api/v3/repositories/7",
+                Some("/repositories/7"),
+            ),
+            (server, "/api/v3/repositories/7", Some("/repositories/7")),
+            (server, "/repositories/7", Some("/repositories/7")),
+            (server, "https://ghes.example/api/v3/repositories/7", None),
+            (github, "@elsewhere.example", None),
+        ] {
+            assert_eq!(moved(api, location).as_deref(), want, "{api} {location}");
         }
     }
 }
