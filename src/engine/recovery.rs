@@ -230,7 +230,7 @@ impl Engine {
             self.replace_behind(volume, lease.lv, lease.mark);
             return;
         }
-        if !volume.keeps() {
+        if !volume.keeps() || may_publish(&volume.spec) {
             lock(&volume.now).settling.push(lease.lv.clone());
         }
         let heard = self.heard_before(&volume, &lease);

@@ -187,8 +187,11 @@ impl Engine {
             lasted,
             nth: lock(&volume.now).leases,
         };
-        if !volume.keeps() {
+        // Of a volume that keeps its content, only what is still to be published outlives a Remove.
+        if !volume.keeps() || may_publish(&volume.spec) {
             lock(&volume.now).settling.push(ended.lv.clone());
+        }
+        if !volume.keeps() {
             self.settle_behind(Arc::clone(volume), ended);
             return Phase::Stale(None);
         }
@@ -217,7 +220,7 @@ impl Engine {
             }
             ended.heard.wait();
             if volume.keeps() {
-                work.0.settle_kept(&volume, &ended);
+                work.0.settle_kept(&volume, ended);
             } else {
                 work.0.settle(&volume, ended);
             }
@@ -403,25 +406,28 @@ impl Engine {
     }
 
     /// Settles a lease of a volume that keeps its content: it may be in use again
-    /// already, so what is published is a snapshot of a mounted file system.
-    fn settle_kept(&self, volume: &Arc<Volume>, ended: &Ended) {
+    /// already, so what is published is a snapshot of a mounted file system. Of one that was removed meanwhile, it is settled
+    /// as of any other.
+    fn settle_kept(&self, volume: &Arc<Volume>, mut ended: Ended) {
+        // What it holds is not what it was made from any more.
+        ended.source.saved = false;
         let spec = &volume.spec;
-        let story = Story::of(ended);
+        let story = Story::of(&ended);
         let lv = &ended.lv;
         let (end, bytes) = ended.flush(spec);
-        // What it holds is not what it was made from any more.
-        let end = End {
-            saved: false,
-            ..end
-        };
         let published = self.until_it_serves(lv, || {
             let _turn = self.turn_to_publish(spec);
             let _op = lock(&volume.op);
             // What another lease wrote since is that one's to publish, or not to.
-            let idle = {
+            let (idle, removed) = {
                 let now = lock(&volume.now);
-                matches!(now.phase(), Phase::Ready(_)) && now.leases == ended.nth
+                let last = now.leases == ended.nth;
+                let idle = last && matches!(now.phase(), Phase::Ready(_));
+                (idle, last && may_publish(spec) && now.is_removed())
             };
+            if removed {
+                return Ok(None);
+            }
             let refused = refusal(spec, end)
                 .or_else(|| (!idle).then_some("the volume is in use again, or removed"));
             let published = self.publish_unless(spec, refused, || {
@@ -435,7 +441,7 @@ impl Engine {
             if matches!(&published, Err(EngineError::Store(error)) if passes(error))
                 || matches!(&published, Err(EngineError::Stopping))
             {
-                return published;
+                return published.map(Some);
             }
             // In use again, the mark is the next lease's.
             if may_publish(spec) && idle {
@@ -445,10 +451,18 @@ impl Engine {
                     warn!(%lv, %error, "a settled lease could not be unmarked");
                 }
             }
-            published
+            let settling = &mut lock(&volume.now).settling;
+            // Of this lease alone: another one of the same LV may have ended, too.
+            if let Some(at) = settling.iter().position(|settling| settling == lv) {
+                settling.swap_remove(at);
+            }
+            published.map(Some)
         });
         let Some(published) = published else {
             return;
+        };
+        let Some(published) = published.transpose() else {
+            return self.settle(volume, ended);
         };
         story.tell(volume, published, bytes, &self.tally);
         self.upkeep.recheck();

@@ -23,7 +23,7 @@ use crate::cache::evict::Policy;
 use crate::cache::names::LvName;
 use crate::cache::record::Role;
 use crate::cache::spec::FsType;
-use crate::cache::tags::DOOMED;
+use crate::cache::tags::{DOOMED, MAKING};
 use crate::cache::units::Bytes;
 use crate::fs::{Content, is_clean, probe};
 use crate::storage::memory::Fate::{self, Done, Late, Refused, Unanswered};
@@ -448,6 +448,39 @@ fn a_lease_of_a_removed_volume_is_published_whatever_its_lv_is_called() {
         assert_eq!(next.stored(), ["entry"], "{name}");
         assert!(!next.is_there(&new.name), "{name}");
     }
+}
+
+#[test]
+fn a_lease_of_a_kept_volume_is_published_though_the_volume_is_removed() {
+    let bench = Bench::new();
+    bench
+        .create("v", &[("reuse", "keep"), ("save", "a")])
+        .unwrap();
+    let (volume, copy) = bench.lease("v");
+    let making = [MAKING.parse().unwrap()];
+    bench.store.change_tags(&copy.lv, &[], &making).unwrap();
+    let lease = Prepared {
+        lv: copy.lv.clone(),
+        device: copy.device.clone(),
+        premounted: None,
+        making: false,
+        source: copy.source.clone(),
+        generation: 0.into(),
+        took: Duration::ZERO,
+    };
+    {
+        let mut now = lock(&volume.now);
+        now.leases = 1;
+        now.begin(&MOUNT).unwrap();
+        now.set(&WAIT, Phase::Ready(copy));
+    }
+    // Before the lease's end has its turn.
+    bench.engine.remove(&volume.name).unwrap();
+    let lv = bench.end((volume, lease));
+    bench.wait_until_quiet();
+    bench.settle();
+    assert_eq!(bench.stored(), ["entry"]);
+    assert!(!bench.is_there(&lv) && !bench.has_volume("v"));
 }
 
 #[test]
