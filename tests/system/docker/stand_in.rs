@@ -391,6 +391,8 @@ fn answer(mut stream: UnixStream, state: &Mutex<State>) {
             }
         }
     };
+    // What is long takes a while: others are answered, and told of events, meanwhile.
+    drop(state);
     let body = body.to_string();
     let _ = write!(
         stream,
