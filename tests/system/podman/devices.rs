@@ -25,8 +25,9 @@ fn raw_devices(kind: Kind) {
             &mount,
         ],
     );
-    let device = source.trim();
-    let number = run("stat", ["--dereference", "--format", "%Hr %Lr", device]);
+    let device = run("realpath", [source.trim()]);
+    let device = device.trim();
+    let number = run("stat", ["--format", "%Hr %Lr", device]);
     let node = |place: &str| format!("mknod {place} b {}", number.trim());
     let reads = |place: &str| format!("dd if={place} of=/dev/null bs=512 count=1");
 
@@ -54,7 +55,7 @@ fn raw_devices(kind: Kind) {
         refused(&makes, &made, "not permitted");
     }
     // It takes an option that is set on the host.
-    let given = ["--device", device];
-    podman.sh_with(&given, &reads(device));
+    let given = format!("{device}:/dev/raw");
+    podman.sh_with(&["--device", &given], &reads("/dev/raw"));
     podman.end(&["user"]);
 }

@@ -332,7 +332,10 @@ pub fn given(series: &str) -> Option<f64> {
 
 fn jobs(kind: Kind) {
     let mut place = Place::new(kind, "app", FIXED, CACHE);
-    // Secrets are in its memory.
+    // Secrets are in its memory. That is so before it asks GitHub for anything.
+    place.until("a runner is registered", |place| {
+        !place.fake.state().runners.is_empty()
+    });
     let limits = format!("/proc/{}/limits", place.supervisor().child.id());
     let limits = fs::read_to_string(limits).unwrap();
     let core = limits.lines().find(|line| line.contains("core file size"));
