@@ -146,15 +146,6 @@ impl Fixture {
         LvmStore::open(TestVg::NAME, POOL, self.runtime.path()).unwrap()
     }
 
-    /// Gives a command less time than the shell has for its first answer.
-    fn open_hasty(&self) -> LvmStore {
-        let bounds = Bounds {
-            run: Duration::from_secs(9),
-            ..Bounds::default()
-        };
-        LvmStore::open_with(TestVg::NAME, POOL, self.runtime.path(), bounds).unwrap()
-    }
-
     /// Gives up after some seconds where it would after half a minute.
     fn open_impatient(&self) -> LvmStore {
         let short = Duration::from_secs(5);
@@ -898,7 +889,7 @@ fn shell_is_useless(shell: &str) {
         stand_in.display(),
         lvm.display()
     ));
-    let store = fixture.open_hasty();
+    let store = fixture.open();
     store
         .create(&new("one", &["a"], true), Bytes::mib(16))
         .unwrap();

@@ -495,3 +495,35 @@ fn parse(process: &Process, success: Option<bool>) -> Result<Answer, Failure> {
         again: false,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// A command has all of its time once it is clear that the shell does not answer.
+    #[test]
+    fn a_shell_that_says_nothing_takes_no_commands_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("stand-in");
+        let stand_in = "#!/bin/bash\n[ $# = 0 ] || { echo '{}' >&\"$LVM_REPORT_FD\"; exit; }\nwhile read -r line; do :; done\n";
+        fs::write(&program, stand_in).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let [vg, pool] = ["vg", "pool"].map(|name| name.parse().unwrap());
+        let host = dir.path().join("host");
+        fs::create_dir(&host).unwrap();
+        let system_dir = SystemDir::new(host, dir.path().to_owned(), &vg).unwrap();
+        let mut runner = Runner::new(program, system_dir, Pool::new(vg, pool, dir.path()));
+        runner.doubtful = false;
+        let answer = runner.run(&Command::new("lvs"), GREETING_PATIENCE).unwrap();
+        assert!(answer.success, "{answer:?}");
+        assert_eq!(runner.talk, Talk::Useless);
+        let why = runner.useless().get().cloned();
+        assert_eq!(
+            why.as_deref(),
+            Some("it does not answer as documented: no reason given")
+        );
+    }
+}
