@@ -127,6 +127,12 @@ pub async fn listen(engine: Arc<Engine>, socket: PathBuf, mut asks: UnboundedRec
     }
 }
 
+/// When an event happened, as far as it matters: after the one that came before it, whatever became of the clock since.
+fn in_order(latest: &mut u64, at: u64) -> u64 {
+    *latest = if at < *latest { *latest + 1 } else { at };
+    *latest
+}
+
 /// What is wanted of Docker.
 struct Wanted {
     /// What happened from then on, in nanoseconds since 1970.
@@ -198,11 +204,13 @@ impl Listener {
                 }
             });
         }
+        let mut latest = wanted.since;
         loop {
             tokio::select! {
                 event = events.next() => match event {
-                    Some(event) => {
+                    Some(mut event) => {
                         wanted.since = wanted.since.max(event.at);
+                        event.at = in_order(&mut latest, event.at);
                         self.take(event);
                     }
                     None => return,

@@ -6,6 +6,7 @@ mod stand_in;
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -220,6 +221,12 @@ fn verdicts() {
     host.expect("beside others", &lvs, "success");
     let log = host.daemon().log();
     assert!(!log.contains('\u{1b}'), "{log:?}");
+    // The clock is set back while it runs.
+    let (container, lvs) = host.container(json!({}), true);
+    docker.run(&container);
+    docker.set_back(Duration::from_secs(3600));
+    docker.end(plugin, &container, 1);
+    host.expect("the clock was set back", &lvs, "failure");
 }
 
 /// Connections break, Docker and the daemon are started anew.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -39,6 +39,8 @@ struct State {
     held: Vec<UnixStream>,
     asked: Vec<String>,
     closed: bool,
+    /// How far its clock was set back, in nanoseconds.
+    behind: u64,
 }
 
 pub struct Docker {
@@ -53,11 +55,6 @@ pub struct Container {
     mounts: Vec<(String, String)>,
     labels: Value,
     removed: bool,
-}
-
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    u64::try_from(now.as_nanos()).unwrap()
 }
 
 fn time(at: u64) -> String {
@@ -115,6 +112,16 @@ impl Docker {
         state.held.clear();
     }
 
+    /// Sets its clock back.
+    pub fn set_back(&self, by: Duration) {
+        self.state().behind = u64::try_from(by.as_nanos()).unwrap();
+    }
+
+    fn now(&self) -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        u64::try_from(now.as_nanos()).unwrap() - self.state().behind
+    }
+
     /// Whether somebody follows its events.
     pub fn is_followed(&self) -> bool {
         !self.state().listeners.is_empty()
@@ -139,7 +146,7 @@ impl Docker {
 
     pub fn volume_event(&self, action: &str, volume: &str, container: &str, driver: &str) {
         self.say(json!({
-            "Type": "volume", "Action": action, "scope": "local", "timeNano": now(),
+            "Type": "volume", "Action": action, "scope": "local", "timeNano": self.now(),
             "Actor": {"ID": volume, "Attributes": {
                 "container": container, "destination": "/c", "driver": driver, "propagation": "", "read/write": "true",
             }},
@@ -156,7 +163,7 @@ impl Docker {
         }
         self.say(json!({
             "Type": "container", "Action": action, "status": action, "id": container, "from": "busybox",
-            "scope": "local", "timeNano": now(), "Actor": {"ID": container, "Attributes": attributes},
+            "scope": "local", "timeNano": self.now(), "Actor": {"ID": container, "Attributes": attributes},
         }));
     }
 
@@ -227,7 +234,7 @@ impl Docker {
 
     /// A container's first process runs.
     pub fn run(&self, container: &Container) {
-        self.be_in(&container.id, "running", 0, false, (now(), 0));
+        self.be_in(&container.id, "running", 0, false, (self.now(), 0));
         self.container_event("start", &container.id, &container.labels, &json!({}));
     }
 
@@ -238,7 +245,7 @@ impl Docker {
         if killed {
             self.container_event("oom", &container.id, &container.labels, &json!({}));
         }
-        let times = (self.started_at(&container.id), now());
+        let times = (self.started_at(&container.id), self.now());
         self.be_in(&container.id, "exited", code, killed, times);
         self.unmount(plugin, container);
         let own = json!({"execDuration": "0", "exitCode": code.to_string()});
