@@ -9,12 +9,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Rooms with files that need each other, and which those are.
-const CIRCLES: [(&str, &[&str]); 1] = [
-    // A pool that broke is repaired in the shell that found it so.
-    ("storage::lvm", &["repair", "runner"]),
-];
-
 /// Where nothing is looked for: what is compiled for tests alone.
 const TESTS: [&str; 2] = ["rooms", "documents"];
 
@@ -226,15 +220,9 @@ fn no_files_of_a_room_need_each_other() {
             }
         }
         let circle: Vec<_> = left.keys().map(String::as_str).collect();
-        let known = CIRCLES.iter().find(|(name, _)| *name == room);
-        let fits = known.is_some_and(|(_, files)| *files == circle);
         assert!(
-            circle.is_empty() || fits,
+            circle.is_empty(),
             "{room}: {circle:?} need each other: {files:#?}"
-        );
-        assert!(
-            known.is_none() || !circle.is_empty(),
-            "{room} has no circle any more: take it off the list"
         );
     }
 }

@@ -8,44 +8,61 @@
 //!
 //! What is left behind thaws as soon as it has frozen; and so does one whose daemon was killed: both read the end of the
 //! same socket.
+//!
+//! It is a fork of the daemon and not a program: starting fsfreeze and dmsetup, each twice, took most of a checkpoint's time.
 
-use std::io::{self, Read as _};
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork, setpgid};
 use tracing::warn;
 
 use super::StoreError;
+use super::devmapper::{self, Request};
 use crate::cache::names::LvName;
-use crate::exec;
 use crate::mount::Mounted;
 
 /// How long a file system may take to be frozen. What was written before is on the device by then.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long device-mapper may take for the copy.
+const COPYING: Duration = Duration::from_secs(15);
+
 /// How long it may take to be thawed before it is left to itself, too.
 const THAWING: Duration = Duration::from_secs(5);
 
-/// Standard input is a directory of the file system, `$1` fsfreeze of util-linux. Where there is a `$3`, it is a
-/// device-mapper device, and `$2` dmsetup: the device is suspended meanwhile, without freezing what is frozen already.
-const HELPER: &str = r#"
-trap '' HUP INT TERM PIPE
-"$1" --freeze /proc/self/fd/0 || exit
-if [ -z "$3" ] || "$2" suspend --nolockfs "$3"; then
-    echo frozen
-    read -r end <&1
-    [ -z "$3" ] || "$2" resume --noudevsync "$3"
-fi
-"$1" --unfreeze /proc/self/fd/0
-"#;
+/// What is copied by device-mapper while a file system is frozen. The device below that is suspended meanwhile: messages that
+/// copy it are sent to the pool that it is in.
+#[derive(Debug)]
+pub(super) struct Below {
+    control: File,
+    suspend: Request,
+    messages: Vec<Request>,
+    resume: Request,
+}
 
-const FROZEN: &str = "frozen\n";
+impl Below {
+    /// # Errors
+    /// When device-mapper is not there, or a name too long for it.
+    pub(super) fn new(device: &str, pool: &str, messages: &[String]) -> io::Result<Self> {
+        let message = |text: &String| Request::message(pool, text);
+        Ok(Self {
+            control: devmapper::control()?,
+            suspend: Request::suspend(device)?,
+            messages: messages.iter().map(message).collect::<Result<_, _>>()?,
+            resume: Request::resume(device)?,
+        })
+    }
+}
 
 /// A frozen file system, thawed when dropped.
 #[derive(Debug)]
@@ -56,31 +73,23 @@ pub(super) struct Frozen {
 }
 
 impl Frozen {
-    /// Freezes the file system of `mounted`, and suspends the device-mapper device `device` below it, where there is one. `lv`
-    /// is for the message.
+    /// Freezes the file system of `mounted`, and what is `below` it. `lv` is for the message.
     ///
     /// # Errors
     /// [`StoreError::Unfreezable`] where it takes too long, or what else keeps it from being frozen.
     pub(super) fn new(
         mounted: &Mounted,
         lv: &LvName,
-        device: Option<&str>,
+        below: Option<Below>,
     ) -> Result<Self, StoreError> {
-        let fsfreeze = exec::find_tool("fsfreeze")?;
-        let dmsetup = device.map(|_| exec::find_tool("dmsetup")).transpose()?;
-        let mut command = Command::new(exec::find_tool("sh")?);
-        command
-            .args(["-c", HELPER, "freeze"])
-            .args([fsfreeze, dmsetup.unwrap_or_default()])
-            .arg(device.unwrap_or_default());
         let refused = |why: String| StoreError::Unfreezable {
             lv: lv.clone(),
             why,
         };
-        let (helper, ended) = start(command, mounted).map_err(|e| refused(e.to_string()))?;
-        let why = match hear(&helper) {
-            Ok(said) if said == FROZEN => return Ok(Self { helper, ended }),
-            Ok(said) => said.trim().to_owned(),
+        let (helper, ended) =
+            start(mounted.root(), below).map_err(|error| refused(error.to_string()))?;
+        let why = match hear(&helper, PATIENCE) {
+            Ok(()) => return Ok(Self { helper, ended }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => format!(
                 "a process was in the middle of a write to it for {} s, such as splice(2) from an empty pipe",
                 PATIENCE.as_secs()
@@ -90,6 +99,15 @@ impl Frozen {
         // Left behind where it waits still.
         let _ = helper.shutdown(Shutdown::Both);
         Err(refused(why))
+    }
+
+    /// Has what is [`Below`] copied, and all go on.
+    ///
+    /// # Errors
+    /// What device-mapper says.
+    pub(super) fn copy(self) -> io::Result<()> {
+        (&self.helper).write_all(&[0])?;
+        hear(&self.helper, COPYING)
     }
 }
 
@@ -103,41 +121,110 @@ impl Drop for Frozen {
 }
 
 /// Starts a helper, and a thread that waits for its end.
-fn start(mut command: Command, mounted: &Mounted) -> io::Result<(UnixStream, Receiver<()>)> {
+fn start(fs: BorrowedFd<'_>, mut below: Option<Below>) -> io::Result<(UnixStream, Receiver<()>)> {
     let (ours, its) = UnixStream::pair()?;
-    let its = OwnedFd::from(its);
-    let mut child = command
-        .env_clear()
-        .env("LC_ALL", "C")
-        .stdin(mounted.root().try_clone_to_owned()?)
-        .stdout(its.try_clone()?)
-        .stderr(its)
-        // What a terminal sends to the daemon is not for it.
-        .process_group(0)
-        .spawn()?;
-    drop(command);
+    // It ends by itself, and no signal but SIGKILL cuts that short.
+    let signals = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: the child does nothing but system calls, on memory that is there: of what other threads were at, it needs
+    // nothing.
+    let child = match unsafe { fork() } {
+        Ok(ForkResult::Child) => help(fs.as_raw_fd(), its.as_raw_fd(), below.as_mut()),
+        Ok(ForkResult::Parent { child }) => Ok(child),
+        Err(error) => Err(error),
+    };
+    signals.thread_set_mask()?;
+    let child = child?;
     let (sender, ended) = mpsc::channel();
     thread::spawn(move || {
-        let _ = child.wait();
+        let _ = waitpid(child, None);
         drop(sender);
     });
     Ok((ours, ended))
 }
 
-/// The helper's first line, or what it said before it ended.
-fn hear(mut helper: &UnixStream) -> io::Result<String> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut said = Vec::new();
-    let mut buffer = [0; 512];
-    while !said.ends_with(b"\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        helper.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        match helper.read(&mut buffer)? {
-            0 => break,
-            length => said.extend_from_slice(&buffer[..length]),
+/// All that the helper does. Its answers are error numbers, 0 for success.
+fn help(fs: RawFd, socket: RawFd, below: Option<&mut Below>) -> ! {
+    const FS: RawFd = 0;
+    const SOCKET: RawFd = 1;
+    const CONTROL: RawFd = 2;
+    let control = below.as_ref().map_or(socket, |b| b.control.as_raw_fd());
+    // SAFETY: system calls without memory. Of the daemon's descriptors, which would outlive it with a helper that hangs, three
+    // are kept; none of them is one of the first three, which Rust's runtime opens where they are not.
+    let control = unsafe {
+        libc::dup2(fs, FS);
+        libc::dup2(socket, SOCKET);
+        libc::dup2(control, CONTROL);
+        libc::close_range(3, libc::c_uint::MAX, 0);
+        libc::prctl(libc::PR_SET_NAME, c"friend-freeze".as_ptr());
+        BorrowedFd::borrow_raw(CONTROL)
+    };
+    let _ = setpgid(Pid::this(), Pid::this());
+    let tell = |done: Result<(), Errno>| {
+        let number = done.err().map_or(0, |errno| errno as i32).to_ne_bytes();
+        // SAFETY: the buffer lives over the call.
+        unsafe { libc::send(SOCKET, number.as_ptr().cast(), 4, libc::MSG_NOSIGNAL) };
+    };
+    let mut unused = 0;
+    // SAFETY: FIFREEZE looks at no argument.
+    let mut done = unsafe { ioctl::freeze(FS, &raw mut unused) }.map(drop);
+    let frozen = done.is_ok();
+    if let Some(below) = below {
+        done = done.and_then(|()| below.suspend.make(control));
+        tell(done);
+        if done.is_ok() {
+            if is_told_to_go_on(SOCKET) {
+                let mut messages = below.messages.iter_mut();
+                tell(messages.try_for_each(|message| message.make(control)));
+            }
+            let _ = below.resume.make(control);
+        }
+    } else {
+        tell(done);
+        if done.is_ok() {
+            is_told_to_go_on(SOCKET);
         }
     }
-    Ok(String::from_utf8_lossy(&said).into_owned())
+    // SAFETY: FITHAW looks at no argument; and _exit(2) runs nothing of the daemon's.
+    unsafe {
+        if frozen {
+            let _ = ioctl::thaw(FS, &raw mut unused);
+        }
+        libc::_exit(0)
+    }
+}
+
+/// Waits for a byte; `false`: there comes none any more.
+fn is_told_to_go_on(socket: RawFd) -> bool {
+    let mut byte = 0_u8;
+    loop {
+        // SAFETY: the buffer lives over the call.
+        let read = unsafe { libc::read(socket, (&raw mut byte).cast(), 1) };
+        match Errno::result(read) {
+            Err(Errno::EINTR) => {}
+            read => return read == Ok(1),
+        }
+    }
+}
+
+/// The helper's next answer.
+fn hear(mut helper: &UnixStream, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    let mut number = [0; 4];
+    let mut heard = 0;
+    while heard < number.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        helper.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        match helper.read(&mut number[heard..]) {
+            Ok(0) => return Err(io::Error::other("the process that freezes it was killed")),
+            Ok(length) => heard += length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    match i32::from_ne_bytes(number) {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// Thaws what a helper left frozen that was killed itself. What is not frozen stays as it is.
@@ -152,5 +239,6 @@ pub(super) fn thaw(mounted: &Mounted) {
 }
 
 mod ioctl {
+    nix::ioctl_readwrite!(freeze, b'X', 119, libc::c_int);
     nix::ioctl_readwrite!(thaw, b'X', 120, libc::c_int);
 }

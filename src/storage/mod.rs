@@ -8,6 +8,7 @@
 //!
 //! A file system in use stands still while it is copied: `freeze`, for both.
 
+mod devmapper;
 mod freeze;
 pub mod lvm;
 #[cfg(any(test, feature = "failpoints"))]

@@ -285,8 +285,6 @@ fn tools(settings: Option<&Settings>) -> Vec<Tool> {
         ("xfs_repair", "xfsprogs", &["-V"]),
         ("mkfs.ext4", "e2fsprogs", &["-V"]),
         ("e2fsck", "e2fsprogs", &["-V"]),
-        // For checkpoints.
-        ("fsfreeze", "util-linux", &["--version"]),
     ];
     if let Some(StoreConfig::Lvm(lvm)) = settings.map(|settings| &settings.store) {
         wanted.push(("lvm", "lvm2", &["version"]));

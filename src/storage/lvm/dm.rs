@@ -11,15 +11,15 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::super::{StoreError, Trouble, Usage};
+use super::super::freeze::Below;
+use super::super::{StoreError, Trouble, Usage, devmapper};
 use super::process::{Channel, Process, Progress};
 use super::{io_error, process, tool};
 use crate::cache::names::LvName;
@@ -98,11 +98,33 @@ impl PoolDevices {
         self.message(&format!("delete {thin_id}"))
     }
 
-    /// Makes a volume, new and empty so far, a snapshot of another in the pool: both by their thin device ids. The other's
-    /// device must be suspended.
-    pub(super) fn snapshot(&self, thin_id: u64, of: u64) -> Result<(), StoreError> {
-        self.message(&format!("delete {thin_id}"))?;
-        self.message(&format!("create_snap {thin_id} {of}"))
+    /// What makes the volume of the thin device id `thin_id`, new and empty so far, a snapshot of the active volume
+    /// `origin`, whose id is `of`.
+    pub(super) fn snapshot(
+        &self,
+        thin_id: u64,
+        origin: &LvName,
+        of: u64,
+    ) -> Result<Below, StoreError> {
+        let messages = [
+            format!("delete {thin_id}"),
+            format!("create_snap {thin_id} {of}"),
+        ];
+        Below::new(&self.of(origin.as_str()), &self.active()?, &messages)
+            .map_err(|error| io_error("asking device-mapper".to_owned(), error))
+    }
+
+    /// The thin device id of an active volume, and its virtual size.
+    pub(super) fn thin(&self, lv: &LvName) -> Result<(u64, Bytes), StoreError> {
+        let name = self.of(lv.as_str());
+        let (sectors, parameters) = devmapper::table(&name)
+            .map_err(|error| io_error(format!("the table of {name}"), error))?;
+        // `POOL ID`, and what else it reads from.
+        let id = parameters.split_ascii_whitespace().nth(1);
+        let id = id
+            .and_then(|id| id.parse().ok())
+            .ok_or_else(|| StoreError::Failed(format!("the table of {name} is {parameters:?}")))?;
+        Ok((id, Bytes(sectors * 512)))
     }
 
     /// What each volume takes, by its thin device id.
@@ -191,8 +213,8 @@ impl PoolDevices {
     /// What an active volume has mapped: `SECTORS HIGHEST`.
     pub(super) fn mapped(&self, lv: &str) -> Result<Bytes, StoreError> {
         let name = self.of(lv);
-        let said =
-            status(&name).map_err(|error| io_error(format!("the status of {name}"), error))?;
+        let said = devmapper::status(&name)
+            .map_err(|error| io_error(format!("the status of {name}"), error))?;
         let sectors = said.split_ascii_whitespace().next();
         let sectors = sectors.and_then(|sectors| sectors.parse::<u64>().ok());
         sectors
@@ -204,18 +226,21 @@ impl PoolDevices {
     fn status(&self) -> Result<Option<String>, StoreError> {
         self.lowest()
             .map(|name| {
-                status(&name).map_err(|error| io_error(format!("the status of {name}"), error))
+                devmapper::status(&name)
+                    .map_err(|error| io_error(format!("the status of {name}"), error))
             })
             .transpose()
     }
 
+    /// [`PoolDevices::lowest`] of a pool that has to be active.
+    fn active(&self) -> Result<String, StoreError> {
+        let name = &self.name;
+        self.lowest()
+            .ok_or_else(|| StoreError::Failed(format!("{name}: the pool is not active")))
+    }
+
     fn message(&self, message: &str) -> Result<(), StoreError> {
-        let Some(pool) = self.lowest() else {
-            let name = &self.name;
-            return Err(StoreError::Failed(format!(
-                "{name}: the pool is not active"
-            )));
-        };
+        let pool = self.active()?;
         run("dmsetup", &["message", &pool, "0", message], MESSAGE).map(drop)
     }
 
@@ -392,49 +417,6 @@ fn percent_used(status: &str) -> Option<(f64, f64)> {
     };
     let metadata = percent()?;
     Some((percent()?, metadata))
-}
-
-/// The status of a device-mapper device's one target, its parameters only: what `dmsetup status --noflush`
-/// shows, which takes a process. struct dm_ioctl and struct dm_target_spec are those of Linux'
-/// include/uapi/linux/dm-ioctl.h.
-fn status(name: &str) -> io::Result<String> {
-    const TABLE_STATUS: u8 = 12;
-    const NO_FLUSH: u32 = 1 << 11;
-    const HEAD: usize = 312;
-    const SPEC: usize = 40;
-    /// A pool's status takes some 150 bytes.
-    const ROOM: usize = 1024;
-    let mut buffer = [0_u8; HEAD + ROOM];
-    for (at, value) in [
-        (0, 4),
-        (12, buffer.len() as u32),
-        (16, HEAD as u32),
-        (28, NO_FLUSH),
-    ] {
-        buffer[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-    }
-    // Its last byte stays 0.
-    let field = &mut buffer[48..48 + 127];
-    if name.len() > field.len() {
-        return Err(io::ErrorKind::InvalidFilename.into());
-    }
-    field[..name.len()].copy_from_slice(name.as_bytes());
-    let control = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/mapper/control")?;
-    let request = nix::request_code_readwrite!(0xfd, TABLE_STATUS, HEAD);
-    // SAFETY: the buffer is as long as its `data_size` says, and lives over the call.
-    let result = unsafe { libc::ioctl(control.as_raw_fd(), request, buffer.as_mut_ptr()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let text = &buffer[HEAD + SPEC..];
-    let end = text
-        .iter()
-        .position(|byte| *byte == 0)
-        .unwrap_or(text.len());
-    Ok(String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
 /// Whether a pool's status line names a held metadata root (`-`: none).

@@ -8,11 +8,12 @@ use std::sync::PoisonError;
 use super::super::freeze::Frozen;
 use super::super::{NewLv, Store as _, StoreError, Trouble};
 use super::command::Command;
-use super::dm::{Health, PoolDevices};
+use super::dm::Health;
 use super::owner::Urgency;
 use super::repair::Strays;
 use super::report::PoolUse;
-use super::runner::{Answer, Look};
+use super::runner::Look;
+use super::shell::Answer;
 use super::{LvmStore, State, io_error};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::tags::{DOOMED, MAKING, SNAPSHOT};
@@ -79,11 +80,8 @@ impl LvmStore {
         mounted
             .sync()
             .map_err(|e| io_error(format!("writing to {origin}"), e))?;
-        let of = |state: &State, lv: &LvName| {
-            let found = state.find(lv).map(|lv| (lv.seq, lv.size));
-            found.ok_or_else(|| StoreError::NotFound(lv.clone()))
-        };
-        let (origin_id, size) = of(&self.state()?, origin)?;
+        let devices = self.devices();
+        let (origin_id, size) = devices.thin(origin)?;
         let making = MAKING.parse::<Tag>().expect("is a tag");
         let only_now = !new.tags.contains(&making);
         let mut unfinished = NewLv {
@@ -93,11 +91,10 @@ impl LvmStore {
         unfinished.tags.extend(only_now.then(|| making.clone()));
         self.create(&unfinished, size)?;
         let made = (|| {
-            let (id, _) = of(&self.state()?, &new.name)?;
-            let devices = PoolDevices::new(&self.vg, &self.pool);
-            let frozen = Frozen::new(mounted, origin, Some(&devices.of(origin.as_str())))?;
-            devices.snapshot(id, origin_id)?;
-            drop(frozen);
+            let below = devices.snapshot(self.thin_id(&new.name)?, origin, origin_id)?;
+            Frozen::new(mounted, origin, Some(below))?
+                .copy()
+                .map_err(|e| io_error(format!("copying {origin}"), e))?;
             if only_now {
                 self.change_tags(&new.name, &[], &[making])?;
             }
@@ -109,6 +106,15 @@ impl LvmStore {
             tracing::debug!(lv = %new.name, %error, "not removed yet");
         }
         made
+    }
+
+    /// The thin device id of a volume, active or not.
+    fn thin_id(&self, lv: &LvName) -> Result<u64, StoreError> {
+        let query = Command::query("lvs", "thin_id").lv(&self.vg, lv);
+        let answer = self.run(query, Urgency::Request)?;
+        let id = answer.document.lvs().next();
+        id.and_then(|row| row.thin_id.parse().ok())
+            .ok_or_else(|| self.failed_on(lv, &answer, false))
     }
 
     /// Whether a volume was made, and why it was not.

@@ -2,7 +2,7 @@
 //! A thin pool in a volume group, spoken to through LVM's own tools.
 //!
 //! [`LvmStore`] turns each call into one LVM command, which one thread (`owner`)
-//! runs in one long-lived `lvm` shell (`runner`, `process`) with a configuration
+//! runs (`runner`) in one long-lived `lvm` shell (`shell`, `process`) with a configuration
 //! directory of our own (`config`); `command` writes its lines. What LVM says to people is passed on, never
 //! read: success is a return code, and what a failure was is told by a fresh
 //! listing (`report`). Making a volume takes more than that (`make`).
@@ -47,6 +47,7 @@ mod process;
 mod repair;
 mod report;
 mod runner;
+mod shell;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::DirBuilder;
@@ -67,7 +68,8 @@ use self::owner::{Owner, Urgency};
 use self::persist::Disks;
 use self::repair::{Pool, Strays};
 use self::report::{LV_COLUMNS, PoolUse};
-use self::runner::{Answer, Failure, Look, Runner};
+use self::runner::{Look, Runner};
+use self::shell::{Answer, Failure, Shell};
 use super::freeze;
 use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Trouble, Usage, Watch};
 use crate::cache::names::{LvName, Tag};
@@ -136,9 +138,11 @@ impl LvmStore {
         let made = SystemDir::new(host_dir, runtime_dir.to_owned(), &vg)?;
         let system_dir = made.path().to_owned();
         let on = Pool::new(vg.clone(), pool.clone(), &host.locking_dir);
-        let runner = Runner::new(lvm, made, on);
+        let shell = Shell::new(lvm, made);
+        let shell_is_useless = shell.useless();
+        let runner = Runner::new(shell, on);
         let store = Self {
-            shell_is_useless: runner.useless(),
+            shell_is_useless,
             look: runner.look(),
             looking: Mutex::default(),
             disks: Disks::default(),

@@ -13,7 +13,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::command::Command;
-use super::runner::{Answer, Failure, Runner};
+use super::runner::Runner;
+use super::shell::{Answer, Failure, Shell};
 
 /// How many calls may wait for their turn. Each is a thread of the daemon's, so
 /// it is their number that bounds it; this only keeps a fault of ours, threads
@@ -180,7 +181,7 @@ impl Owner {
         }
         // It has begun, and the runner keeps to its bound, give or take how
         // long a child takes to die.
-        match answer.recv_timeout(bound + Runner::LONGEST_END) {
+        match answer.recv_timeout(bound + Shell::LONGEST_END) {
             Ok(answer) => answer,
             Err(_) => Err(late()),
         }

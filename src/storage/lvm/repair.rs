@@ -48,7 +48,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::command::Command;
 use super::dm::PoolDevices;
 use super::report::{LV_COLUMNS, LvRow, POOL};
-use super::runner::{Answer, Failure, Runner};
+use super::shell::{Answer, Failure, Shell};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
@@ -62,7 +62,7 @@ const ID_COLUMNS: &str = "lv_name,pool_lv,thin_id,transaction_id,lv_tags";
 /// waiting is flock(2)'s.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 
-/// The pool that a [`Runner`] works on, and where LVM locks its group.
+/// The pool that a [`super::runner::Runner`] works on, and where LVM locks its group.
 #[derive(Debug)]
 pub(super) struct Pool {
     vg: LvName,
@@ -84,8 +84,8 @@ impl Pool {
 
     /// Looks for what a killed command left, and puts it right. `false`: LVM cannot list the group now, or the pool is not active, so
     /// not all is known.
-    pub(super) fn repair(&self, runner: &mut Runner, deadline: Instant) -> Result<bool, Failure> {
-        let Some(listed) = self.list(runner, false, deadline)? else {
+    pub(super) fn repair(&self, shell: &mut Shell, deadline: Instant) -> Result<bool, Failure> {
+        let Some(listed) = self.list(shell, false, deadline)? else {
             return Ok(false);
         };
         // As long as it is not active, which it need not be after a power cut, the pool does not tell how far the command came.
@@ -96,7 +96,7 @@ impl Pool {
         // It may be the work of a command that is still running: with its lock in
         // our hands there is none.
         let lock = self.lock(deadline)?;
-        let Some(listed) = self.list(runner, true, deadline)? else {
+        let Some(listed) = self.list(shell, true, deadline)? else {
             return Ok(false);
         };
         let Some(left) = self.left(&listed)? else {
@@ -133,7 +133,7 @@ impl Pool {
         drop(lock);
         if let Ok(name) = lv.parse() {
             let remove = Command::new("lvremove").lv(&self.vg, &name);
-            match runner.run_once(&remove, true, deadline) {
+            match shell.run_once(&remove, true, deadline) {
                 Ok(answer) => tracing::warn!(
                     lv,
                     success = answer.success,
@@ -149,7 +149,7 @@ impl Pool {
     /// `locked`: the group's lock is ours, so LVM must not wait for it.
     fn list(
         &self,
-        runner: &mut Runner,
+        shell: &mut Shell,
         locked: bool,
         deadline: Instant,
     ) -> Result<Option<Answer>, Failure> {
@@ -159,42 +159,41 @@ impl Pool {
         } else {
             query
         };
-        let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
+        let answer = shell.run_once(&query.vg(&self.vg), locked, deadline)?;
         Ok(answer.success.then_some(answer))
     }
 
     /// Finds the thin devices that the pool has and LVM does not know, and deletes them where `delete` says so and the
-    /// pool is one of our own; gives those that stay. `system_dir` is where it is noted that the metadata is read.
+    /// pool is one of our own; gives those that stay.
     pub(super) fn strays(
         &self,
-        runner: &mut Runner,
-        system_dir: &Path,
+        shell: &mut Shell,
         delete: bool,
         deadline: Instant,
     ) -> Result<Strays, Failure> {
-        let in_pool = self.devices.ids(system_dir).map_err(broken)?;
+        let in_pool = self.devices.ids(shell.system_dir()).map_err(broken)?;
         let query = Command::query("lvs", ID_COLUMNS).word("--all");
-        let list = |runner: &mut Runner, locked: bool| {
+        let list = |shell: &mut Shell, locked: bool| {
             let query = query.clone();
             let query = if locked {
                 query.word("--nolocking")
             } else {
                 query
             };
-            let answer = runner.run_once(&query.vg(&self.vg), locked, deadline)?;
+            let answer = shell.run_once(&query.vg(&self.vg), locked, deadline)?;
             if answer.success {
                 Ok(answer)
             } else {
                 Err(Failure::Broken(answer.reason()))
             }
         };
-        let before = list(runner, false)?;
+        let before = list(shell, false)?;
         if unknown(&in_pool, before.document.lvs(), &self.pool).is_empty() {
             return Ok(Strays::default());
         }
         // A command of others may have been at work.
         let lock = self.lock(deadline)?;
-        let listed = list(runner, true)?;
+        let listed = list(shell, true)?;
         let mut rows = listed.document.lvs();
         let pool = rows.find(|row| row.lv_name == self.pool.as_str());
         let kernel = self.devices.transaction_id().map_err(broken)?;
