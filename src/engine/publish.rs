@@ -134,15 +134,19 @@ impl Engine {
             tags: vec![tag(SNAPSHOT), tag(MAKING)],
             active: true,
         };
+        let known = || lock(&self.state).catalog.generation();
+        let before = known();
         let device = self.with_room(spec, REQUEST_PATIENCE, || {
             Ok(self.make_lv(Of::Lv(lv), &making)?)
         })?;
         let made = (|| {
             written()?;
             self.recover_log(lv, &making.name, device)?;
-            // Others may have been published since it was made.
             let mut tags = tags.to_vec();
-            tags.extend(self.store.list()?.published_after(&making.name));
+            // What was published since it was made is older all the same.
+            if known() != before {
+                tags.extend(self.store.list()?.published_after(&making.name));
+            }
             (self.store).change_tags(&making.name, &tags, &[tag(MAKING)])?;
             self.persist();
             Ok(())

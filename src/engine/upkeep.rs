@@ -46,6 +46,10 @@ const UNWATCHED: Duration = Duration::from_secs(10);
 /// And while room is short.
 const SHORT: Duration = Duration::from_secs(1);
 
+/// How long after a start the store is looked at as a whole: that takes it for a second or more, in which a job that waits
+/// for the daemon would wait for that, too.
+const SETTLED: Duration = Duration::from_secs(10);
+
 /// The first and the longest pause before a removal is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(60));
 
@@ -82,6 +86,8 @@ impl Todo {
 #[derive(Default)]
 struct Removals {
     waiting: Vec<Removal>,
+    /// When the store is to be looked at as a whole.
+    look: Option<Instant>,
     /// Entries may have to go.
     tidy: bool,
     /// Somebody waits for that.
@@ -95,6 +101,7 @@ struct Removals {
 enum Work {
     Remove(Removal),
     Evict(Vec<Ask>),
+    Look,
 }
 
 struct Removal {
@@ -230,17 +237,20 @@ impl Upkeep {
             }
             let now = Instant::now();
             let soonest = (0..removals.waiting.len()).min_by_key(|&i| removals.waiting[i].due);
-            removals = match soonest {
-                Some(i) if removals.waiting[i].due <= now => {
-                    return Some(Work::Remove(removals.waiting.swap_remove(i)));
-                }
-                _ if removals.tidy || !removals.asks.is_empty() => {
-                    removals.tidy = false;
-                    return Some(Work::Evict(mem::take(&mut removals.asks)));
-                }
-                Some(i) => {
-                    let pause = removals.waiting[i].due - now;
-                    let waited = self.more_removals.wait_timeout(removals, pause);
+            let due = soonest.map(|i| removals.waiting[i].due);
+            if let Some(i) = soonest.filter(|_| due <= Some(now)) {
+                return Some(Work::Remove(removals.waiting.swap_remove(i)));
+            }
+            if removals.tidy || !removals.asks.is_empty() {
+                removals.tidy = false;
+                return Some(Work::Evict(mem::take(&mut removals.asks)));
+            }
+            if removals.look.take_if(|look| *look <= now).is_some() {
+                return Some(Work::Look);
+            }
+            removals = match due.into_iter().chain(removals.look).min() {
+                Some(due) => {
+                    let waited = self.more_removals.wait_timeout(removals, due - now);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
                 None => {
@@ -360,18 +370,17 @@ impl Engine {
     }
 
     fn removals_thread(self: &Arc<Self>) {
-        self.look_at_store();
+        lock(&self.upkeep.removals).look = Some(Instant::now() + SETTLED);
         let mut waiting: Vec<Ask> = Vec::new();
         while let Some(work) = self.upkeep.next_removal() {
-            let removal = match work {
-                Work::Remove(removal) => removal,
+            match work {
+                Work::Remove(removal) => self.try_removal(removal),
                 Work::Evict(asks) => {
                     waiting.extend(asks);
                     waiting = self.evict_round(waiting);
-                    continue;
                 }
-            };
-            self.try_removal(removal);
+                Work::Look => self.look_at_store(),
+            }
         }
     }
 
