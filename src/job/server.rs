@@ -166,11 +166,12 @@ impl Place {
                     self.refuse_line(&mut stream).await?;
                     break 'connection;
                 }
-                for said in parser.line(&line) {
+                let said = parser.line(&line);
+                if !said.is_empty() {
                     deadline = None;
-                    if !self.answer(&mut stream, client, said).await? {
-                        break 'connection;
-                    }
+                }
+                if !self.answer_all(&mut stream, client, said).await? {
+                    break 'connection;
                 }
             }
             if buffer.len() > self.limits.line {
@@ -184,17 +185,12 @@ impl Place {
                 break;
             };
             if read == 0 {
-                let mut all = if buffer.is_empty() {
-                    Vec::new()
-                } else {
-                    parser.line(&buffer)
-                };
-                all.extend(parser.end());
-                for said in all {
-                    if !self.answer(&mut stream, client, said).await? {
-                        break;
-                    }
+                let mut said = Vec::new();
+                if !buffer.is_empty() {
+                    said = parser.line(&buffer);
                 }
+                said.extend(parser.end());
+                self.answer_all(&mut stream, client, said).await?;
                 break;
             }
             deadline = deadline.or_else(|| Some(Instant::now() + self.limits.request_time));
@@ -256,6 +252,21 @@ impl Place {
             Ok(written) => written,
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         }
+    }
+
+    /// Answers one after the other, and gives whether the connection goes on.
+    async fn answer_all(
+        &self,
+        stream: &mut UnixStream,
+        client: Client,
+        all: Vec<Said>,
+    ) -> io::Result<bool> {
+        for said in all {
+            if !self.answer(stream, client, said).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Answers, and gives whether the connection goes on.

@@ -157,31 +157,14 @@ impl Task<'_> {
         let seen = self.look().await?;
         let now = unix_now();
         if !self.adopted {
-            self.slot.adopt(&seen, now);
-            let runner = self.slot.runner.as_ref().map(|runner| &runner.name);
-            let ours = |name: &str| runner_in(&self.name, name).is_some();
-            self.handover =
-                Handover::left(&self.worker.handovers, ours, runner.map(String::as_str))?;
-            self.adopted = true;
-            if let Some(runner) = runner {
-                info!(slot = self.name, runner, "adopted");
-            }
+            self.adopt(&seen, now)?;
         }
         let again = self.share(&seen, now);
         let action = decide(&self.slot, &seen, now);
         debug!(slot = self.name, ?action, "next");
         if let Action::Rest(at) = action {
-            let running = |c: &&Container| matches!(c.state, State::Running(_));
-            let container = seen.containers.iter().find(running);
-            if let Some(container) = container {
-                self.hold(&container.runner).await?;
-            }
             let at = at.into_iter().chain(again).min();
-            let seconds = at.map_or(LOOK_AGAIN, |at| at.saturating_sub(now));
-            return Ok(Some(Rest {
-                time: Duration::from_secs(seconds.clamp(1, LOOK_AGAIN)),
-                container: container.map(|c| c.id.clone()),
-            }));
+            return self.rest(&seen, at, now).await.map(Some);
         }
         let stage = stage(&action);
         if let Some(stage) = stage {
@@ -203,6 +186,33 @@ impl Task<'_> {
             reach(stage, 2);
         }
         Ok(None)
+    }
+
+    /// Takes over what an earlier life of the supervisor left.
+    fn adopt(&mut self, seen: &Seen, now: u64) -> Result<(), StepError> {
+        self.slot.adopt(seen, now);
+        let runner = self.slot.runner.as_ref().map(|runner| &runner.name);
+        let ours = |name: &str| runner_in(&self.name, name).is_some();
+        self.handover = Handover::left(&self.worker.handovers, ours, runner.map(String::as_str))?;
+        self.adopted = true;
+        if let Some(runner) = runner {
+            info!(slot = self.name, runner, "adopted");
+        }
+        Ok(())
+    }
+
+    /// There is nothing to do until `at`, in seconds since 1970, or until the container that runs ends.
+    async fn rest(&mut self, seen: &Seen, at: Option<u64>, now: u64) -> Result<Rest, StepError> {
+        let running = |c: &&Container| matches!(c.state, State::Running(_));
+        let container = seen.containers.iter().find(running);
+        if let Some(container) = container {
+            self.hold(&container.runner).await?;
+        }
+        let seconds = at.map_or(LOOK_AGAIN, |at| at.saturating_sub(now));
+        Ok(Rest {
+            time: Duration::from_secs(seconds.clamp(1, LOOK_AGAIN)),
+            container: container.map(|c| c.id.clone()),
+        })
     }
 
     /// Does what was decided.
