@@ -13,6 +13,7 @@ mod freeze;
 pub mod lvm;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod memory;
+pub mod rbd;
 pub mod reflink;
 
 use std::collections::HashMap;
