@@ -25,6 +25,7 @@ mod podman;
 mod powercut;
 mod quickstart;
 mod raw;
+mod rbd;
 mod reflink;
 mod security;
 mod stop;
@@ -56,6 +57,7 @@ fn main() {
             powercut::tests(),
             quickstart::tests(),
             raw::tests(),
+            rbd::tests(),
             reflink::tests(),
             security::tests(),
             stop::tests(),

@@ -41,6 +41,8 @@ pub enum Group {
     Systemd,
     /// For containers under SELinux: `podman::selinux`.
     Selinux,
+    /// With a Ceph cluster in it (tests/vm/ceph); on a tree of its own alone.
+    Ceph,
 }
 
 impl Group {
@@ -51,6 +53,7 @@ impl Group {
             Self::Podman => "podman",
             Self::Systemd => "systemd",
             Self::Selinux => "selinux",
+            Self::Ceph => "ceph",
         }
     }
 
@@ -70,6 +73,7 @@ impl Group {
                 "--append",
                 "security=selinux selinux=1 enforcing=0",
             ],
+            Self::Ceph => &["--mem", "4096", "--cpus", "1"],
         }
     }
 }
@@ -113,6 +117,9 @@ pub enum System {
 
 /// Every test in a guest is there for each of them, if it does not say otherwise; which run by default, `.config/nextest.toml` says.
 const SYSTEMS: [System; 3] = [System::Own, System::Tree("trixie"), System::Tree("forky")];
+
+/// What has Ceph, and is for its tests alone.
+const WITH_CEPH: System = System::Tree("trixie-ceph");
 
 /// One row of a table. Its body panics when it fails.
 #[derive(Clone)]
@@ -161,6 +168,10 @@ impl Test {
 
     fn on_each_system(self) -> Vec<Self> {
         match self.tier {
+            Tier::Guest(Group::Ceph) => vec![Self {
+                system: WITH_CEPH,
+                ..self
+            }],
             Tier::Guest(_) => SYSTEMS
                 .into_iter()
                 .filter(|system| self.only.is_none_or(|only| only == *system))

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The store on Ceph: one monitor, one OSD and a kernel's client in a guest, with cephx and a user who may use one namespace.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Once};
+use std::thread;
+
+use lvm_cache_friend::cache::names::LvName;
+use lvm_cache_friend::cache::record::Role;
+use lvm_cache_friend::cache::units::Bytes;
+use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
+use lvm_cache_friend::storage::{NewLv, Store, StoreError};
+use serde_json::json;
+
+use crate::harness::{Group, Test, Tier, test};
+use crate::store::{self, Ground};
+use crate::support::command::run;
+use crate::support::lvm::DISK;
+
+/// All of them.
+pub fn tests() -> Vec<Test> {
+    let tier = Tier::Guest(Group::Ceph);
+    let mut tests = store::tests(tier, "rbd", || Box::new(Namespace::fresh()));
+    let own: [(&str, fn()); 6] = [
+        ("prepared_once", prepared_once),
+        ("refusals", refusals),
+        ("two_hosts", two_hosts),
+        ("nothing_is_left", nothing_is_left),
+        ("half_made", half_made),
+        ("deep", deep),
+    ];
+    tests.extend(own.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
+    tests
+}
+
+/// Where a host has its runtime files.
+const RUN: &str = "/run/lvm-cache-friend";
+const HOST: &str = "one";
+
+fn place() -> Place {
+    Place {
+        pool: "rbd".to_owned(),
+        namespace: "caches".to_owned(),
+        user: "cache".to_owned(),
+        conf: None,
+    }
+}
+
+/// The namespace that the user has, with a base and nothing else.
+struct Namespace;
+
+impl Namespace {
+    fn fresh() -> Self {
+        static UP: Once = Once::new();
+        UP.call_once(|| {
+            if !Path::new("/srv/ceph").exists() {
+                run("mkfs.ext4", ["-q", "-F", DISK]);
+                run("mkdir", ["/srv/ceph"]);
+                run("mount", [DISK, "/srv/ceph"]);
+            }
+            let up = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/ceph"))
+                .arg("/srv/ceph")
+                .status();
+            assert!(up.expect("bash").success(), "no cluster");
+            // Room for a test that fills it, and for what is written until that is noticed.
+            run(
+                "ceph",
+                ["osd", "pool", "set-quota", "rbd", "max_bytes", "2147483648"],
+            );
+        });
+        let store = rbd::init(&place(), HOST, Path::new(RUN), Bytes::mib(320)).unwrap();
+        for lv in store.list().unwrap().lvs {
+            if Role::from_tags(&lv.tags) != Role::Base {
+                store.remove(&lv.name).unwrap();
+            }
+        }
+        Self
+    }
+}
+
+impl Ground for Namespace {
+    fn open(&self) -> Arc<dyn Store> {
+        Arc::new(RbdStore::open(&place(), HOST, Path::new(RUN)).unwrap())
+    }
+
+    /// Images of the administrator's in the same namespace, one with a name like ours.
+    fn others(&self) -> Box<dyn Fn() -> String + '_> {
+        let rbd = |arguments: &[&str]| run("rbd", arguments);
+        for image in ["rbd/caches/foreign", "rbd/caches/friend-foreign~1"] {
+            if !run("rbd", ["ls", "rbd/caches"]).contains(image.rsplit('/').next().unwrap()) {
+                rbd(&["create", "--size", "16M", image]);
+                rbd(&["snap", "create", &format!("{image}@s")]);
+            }
+        }
+        Box::new(move || {
+            ["rbd/caches/foreign", "rbd/caches/friend-foreign~1"]
+                .map(|image| rbd(&["info", image]) + &rbd(&["snap", "ls", image]))
+                .concat()
+        })
+    }
+}
+
+/// Another host of the fleet: a store with an identity and runtime files of its own.
+fn another_host() -> RbdStore {
+    RbdStore::open(&place(), "two", Path::new("/run/of-another-host")).unwrap()
+}
+
+fn open() -> RbdStore {
+    RbdStore::open(&place(), HOST, Path::new(RUN)).unwrap()
+}
+
+fn lv(name: &str) -> LvName {
+    name.parse().unwrap()
+}
+
+fn new(name: &str, tags: &[&str], active: bool) -> NewLv {
+    NewLv {
+        name: lv(name),
+        tags: tags.iter().map(|tag| tag.parse().unwrap()).collect(),
+        active,
+    }
+}
+
+fn names(store: &RbdStore) -> Vec<String> {
+    let lvs = store.list().unwrap().lvs;
+    let named = lvs
+        .iter()
+        .filter(|lv| Role::from_tags(&lv.tags) != Role::Base);
+    named.map(|lv| lv.name.to_string()).collect()
+}
+
+/// The images and snapshots that are in the pool, as Ceph's tool says.
+fn in_the_pool() -> String {
+    run("rbd", ["--id", "cache", "ls", "-l", "rbd/caches"])
+}
+
+/// What one host publishes the other restores; what each has for itself the other does not see; and neither loses a tag of the other's.
+fn two_hosts() {
+    Namespace::fresh();
+    let (one, two) = (open(), another_host());
+    assert!(!one.join().unwrap());
+    assert!(!two.join().unwrap());
+    let base = one.list().unwrap().lvs[0].name.clone();
+    let lease = ["friend:snapshot", "friend:volume:v"];
+    let device = one
+        .snapshot(&base, &new("lease", &lease, true))
+        .unwrap()
+        .unwrap();
+    File::options()
+        .write(true)
+        .open(&device)
+        .unwrap()
+        .write_all_at(b"of one", 1 << 20)
+        .unwrap();
+    assert!(names(&two).is_empty());
+    for outcome in [
+        two.remove(&lv("lease")),
+        two.change_tags(&lv("lease"), &["friend:doomed".parse().unwrap()], &[]),
+    ] {
+        assert!(
+            matches!(outcome, Ok(()) | Err(StoreError::NotFound(_))),
+            "{outcome:?}"
+        );
+    }
+    assert_eq!(names(&one), ["lease"]);
+    one.snapshot(
+        &lv("lease"),
+        &new("entry", &["friend:snapshot", "friend:cache:a"], false),
+    )
+    .unwrap();
+    assert_eq!(names(&two), ["entry"]);
+    // The host that made it has its lease over, and both restore it and write apart.
+    one.remove(&lv("lease")).unwrap();
+    let read = |path: &Path| {
+        let mut text = [0; 6];
+        File::open(path)
+            .unwrap()
+            .read_exact_at(&mut text, 1 << 20)
+            .unwrap();
+        text
+    };
+    let on_two = two
+        .snapshot(&lv("entry"), &new("copy", &lease, true))
+        .unwrap()
+        .unwrap();
+    let on_one = one
+        .snapshot(&lv("entry"), &new("other", &lease, true))
+        .unwrap()
+        .unwrap();
+    File::options()
+        .write(true)
+        .open(&on_two)
+        .unwrap()
+        .write_all_at(b"of two", 1 << 20)
+        .unwrap();
+    assert_eq!((&read(&on_one), &read(&on_two)), (b"of one", b"of two"));
+    two.snapshot(
+        &lv("copy"),
+        &new("newer", &["friend:snapshot", "friend:cache:a"], false),
+    )
+    .unwrap();
+    let of = |name: &str| {
+        one.list()
+            .unwrap()
+            .lvs
+            .into_iter()
+            .find(|found| found.name.as_str() == name)
+            .unwrap()
+    };
+    assert!(of("newer").seq > of("entry").seq);
+    thread::scope(|scope| {
+        for (store, name) in [(&one, "one"), (&two, "two")] {
+            scope.spawn(move || {
+                for number in 0..10 {
+                    let tag = format!("friend:note:{name}-{number}").parse().unwrap();
+                    store.change_tags(&lv("entry"), &[tag], &[]).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(of("entry").tags.len(), 2 + 20);
+    // The host that dooms an entry removes it.
+    two.change_tags(&lv("entry"), &["friend:doomed".parse().unwrap()], &[])
+        .unwrap();
+    assert_eq!(names(&one), ["newer", "other"]);
+    two.remove(&lv("entry")).unwrap();
+    for (store, name) in [(&two, "copy"), (&one, "other"), (&one, "newer")] {
+        store.remove(&lv(name)).unwrap();
+    }
+    assert_eq!(in_the_pool().lines().count(), 2 + 1, "{}", in_the_pool());
+}
+
+/// Images that outlive their volumes go with the last that needs them.
+fn nothing_is_left() {
+    Namespace::fresh();
+    let store = open();
+    let base = store.list().unwrap().lvs[0].name.clone();
+    store
+        .snapshot(&base, &new("v0", &["friend:snapshot"], true))
+        .unwrap();
+    for number in 0..3 {
+        let (lease, entry) = (format!("v{number}"), format!("e{number}"));
+        store
+            .snapshot(
+                &lv(&lease),
+                &new(&entry, &["friend:snapshot", "friend:cache:a"], false),
+            )
+            .unwrap();
+        let next = new(&format!("v{}", number + 1), &["friend:snapshot"], true);
+        store.snapshot(&lv(&entry), &next).unwrap();
+        store.remove(&lv(&lease)).unwrap();
+    }
+    for name in ["e1", "e0", "v3"] {
+        store.remove(&lv(name)).unwrap();
+    }
+    // All that is left is one entry, on images that no volume has.
+    assert_eq!(names(&store), ["e2"]);
+    assert!(in_the_pool().contains("v0~"), "{}", in_the_pool());
+    store.remove(&lv("e2")).unwrap();
+    let left = in_the_pool();
+    assert!(!left.contains("v0~") && !left.contains("v2~"), "{left}");
+}
+
+/// What a process that was killed left half made goes once another clears away; what a living one makes stays.
+fn half_made() {
+    Namespace::fresh();
+    let store = open();
+    let maker = |process: &str| json!({"host": HOST, "process": process});
+    let dead = maker("0123456789abcdef");
+    for (name, image) in [
+        ("dead~1", json!({"maker": dead})),
+        ("never-made~2", json!({"maker": dead})),
+        (
+            "others~3",
+            json!({"maker": {"host": "two", "process": "0123456789abcdef"}}),
+        ),
+    ] {
+        if !name.starts_with("never") {
+            run(
+                "rbd",
+                [
+                    "--id",
+                    "cache",
+                    "create",
+                    "--size",
+                    "16M",
+                    &format!("rbd/caches/{name}"),
+                ],
+            );
+        }
+        let (key, value) = (format!("image/{name}"), image.to_string());
+        run(
+            "rados",
+            [
+                "--id",
+                "cache",
+                "-p",
+                "rbd",
+                "--namespace",
+                "caches",
+                "setomapval",
+                "lvm-cache-friend.index",
+                &key,
+                &value,
+            ],
+        );
+    }
+    // As any change does.
+    store
+        .create(&new("one", &["friend:snapshot"], false), Bytes::mib(16))
+        .unwrap();
+    open().clear_away().unwrap();
+    let left = in_the_pool();
+    assert!(
+        !left.contains("dead~1") && left.contains("others~3") && left.contains("one~"),
+        "{left}"
+    );
+    let keys = run(
+        "rados",
+        [
+            "--id",
+            "cache",
+            "-p",
+            "rbd",
+            "--namespace",
+            "caches",
+            "listomapkeys",
+            "lvm-cache-friend.index",
+        ],
+    );
+    assert!(
+        !keys.contains("never-made~2") && keys.contains("others~3"),
+        "{keys}"
+    );
+    run(
+        "rbd",
+        [
+            "--id",
+            "cache",
+            "rm",
+            "--no-progress",
+            "rbd/caches/others~3",
+        ],
+    );
+    run(
+        "rados",
+        [
+            "--id",
+            "cache",
+            "-p",
+            "rbd",
+            "--namespace",
+            "caches",
+            "rmomapkey",
+            "lvm-cache-friend.index",
+            "image/others~3",
+        ],
+    );
+}
+
+/// A chain of entries, each of a job that restored the one before, longer than the kernel follows.
+fn deep() {
+    Namespace::fresh();
+    let store = open();
+    let base = store.list().unwrap().lvs[0].name.clone();
+    let mut last = base;
+    for number in 0..20 {
+        let lease = format!("v{number}");
+        let device = store
+            .snapshot(&last, &new(&lease, &["friend:snapshot"], true))
+            .unwrap()
+            .unwrap();
+        File::options()
+            .write(true)
+            .open(&device)
+            .unwrap()
+            .write_all_at(&[number + 1; 512], u64::from(number) << 12)
+            .unwrap();
+        store
+            .snapshot(
+                &lv(&lease),
+                &new(
+                    &format!("e{number}"),
+                    &["friend:snapshot", "friend:cache:a"],
+                    false,
+                ),
+            )
+            .unwrap();
+        store.remove(&lv(&lease)).unwrap();
+        last = lv(&format!("e{number}"));
+    }
+    let device = store
+        .snapshot(&last, &new("copy", &["friend:snapshot"], true))
+        .unwrap()
+        .unwrap();
+    for number in 0..20 {
+        let mut found = [0; 512];
+        File::open(&device)
+            .unwrap()
+            .read_exact_at(&mut found, u64::from(number) << 12)
+            .unwrap();
+        assert_eq!(found, [number + 1; 512], "{number}");
+    }
+}
+
+fn prepared_once() {
+    Namespace::fresh();
+    let open = || rbd::init(&place(), HOST, Path::new(RUN), Bytes::mib(640)).unwrap();
+    let first = open().list().unwrap().lvs;
+    let [base] = &first[..] else {
+        panic!("{first:?}");
+    };
+    assert_eq!(
+        (Role::from_tags(&base.tags), base.size),
+        (Role::Base, Bytes::mib(320))
+    );
+    assert_eq!((base.device, base.open), (None, false));
+    assert_eq!(open().list().unwrap().lvs, first);
+}
+
+/// What is not there, or not allowed, is refused by name, with the command that helps.
+fn refusals() {
+    Namespace::fresh();
+    for (changed, want) in [
+        (
+            Place {
+                pool: "none".into(),
+                ..place()
+            },
+            "ceph osd pool create none",
+        ),
+        (
+            Place {
+                namespace: "others".into(),
+                ..place()
+            },
+            "client.cache",
+        ),
+        (
+            Place {
+                user: "nobody".into(),
+                ..place()
+            },
+            "rbd --id nobody ls rbd/caches",
+        ),
+        (
+            Place {
+                conf: Some("/none/ceph.conf".into()),
+                ..place()
+            },
+            "/none/ceph.conf",
+        ),
+    ] {
+        match RbdStore::open(&changed, HOST, Path::new(RUN)) {
+            Err(StoreError::Unusable(text)) => assert!(text.contains(want), "{text}"),
+            other => panic!("{changed:?}: {:?}", other.map(|_| "opened")),
+        }
+    }
+}
