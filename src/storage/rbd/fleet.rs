@@ -358,6 +358,8 @@ mod tests {
     struct Model {
         flaw: Flaw,
         keys: Omap,
+        /// What these hold.
+        parsed: Index,
         hosts: Vec<Host>,
         next: u64,
         /// Entries that a host was told are published.
@@ -382,6 +384,7 @@ mod tests {
             let mut this = Self {
                 flaw,
                 keys: Omap::new(),
+                parsed: Index::default(),
                 hosts: vec![Host::default(); HOSTS],
                 next: 0,
                 published: BTreeSet::new(),
@@ -412,11 +415,18 @@ mod tests {
             for key in &write.remove {
                 self.keys.remove(key);
             }
+            if write
+                .set
+                .keys()
+                .any(|key| !key.starts_with(HOST) && key != EVICTOR)
+            {
+                self.parsed = Index::parse(&self.keys).unwrap();
+            }
             true
         }
 
-        fn index(&self) -> Index {
-            Index::parse(&self.keys).unwrap()
+        fn index(&self) -> &Index {
+            &self.parsed
         }
 
         /// A change of a host's, as it leaves it.
@@ -492,7 +502,7 @@ mod tests {
             };
             assert!(self.write(&beat(&id(host), was.as_ref(), &now)));
             self.beaten(host);
-            let index = self.index();
+            let index = self.index().clone();
             let name = id(host);
             let mine = seen_by(&index, &name).filter(|(_, volume)| {
                 !is_shared(volume) && !volume.tags.iter().any(|tag| tag == DOOMED)
@@ -530,7 +540,7 @@ mod tests {
 
         /// What a host does that the cluster answers.
         fn reach(&mut self, host: usize, step: Step) -> Result<(), TestCaseError> {
-            self.hosts[host].known = self.index();
+            self.hosts[host].known = self.index().clone();
             match step {
                 Step::Beat(_) => {
                     let Some(was) = self.hosts[host].mine.clone() else {
@@ -706,7 +716,7 @@ mod tests {
                 return Ok(());
             };
             let was_lost = self.is_lost(host);
-            let before = self.index();
+            let before = self.index().clone();
             if !self.write(&write) {
                 return Ok(());
             }
