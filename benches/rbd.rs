@@ -12,6 +12,7 @@ use lvm_cache_friend::cache::names::LvName;
 use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::mount::Mounted;
+use lvm_cache_friend::storage::rbd::ceph::Cluster;
 use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
 use lvm_cache_friend::storage::{NewLv, Store as _};
 
@@ -41,18 +42,6 @@ fn main() {
     println!("memory: {}", resident());
 
     let base = store.list().expect("a listing").lvs[0].name.clone();
-    // The first takes the base's snapshot, and has the kernel connect.
-    create(&store, &base, "first");
-    let mut rows = Vec::new();
-    for round in 0..ROUNDS {
-        rows.push(create(&store, &base, &format!("by-library{round}")));
-    }
-    print_rows(
-        "by library",
-        &["snapshot: clone, tags, map", "mount"],
-        &rows,
-    );
-
     let parent = "rbd/caches/parent";
     let rbd = |arguments: &[&str]| {
         let begun = Instant::now();
@@ -61,36 +50,32 @@ fn main() {
             .args(arguments)
             .output()
             .expect("rbd");
-        assert!(
-            done.status.success(),
-            "{arguments:?}: {}",
-            String::from_utf8_lossy(&done.stderr)
-        );
-        begun.elapsed().as_secs_f64() * 1000.0
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{arguments:?}: {said}");
+        (
+            since(begun),
+            String::from_utf8_lossy(&done.stdout).into_owned(),
+        )
     };
     rbd(&["create", "--size", "512M", parent]);
-    let device = || {
-        let list = Command::new("rbd")
-            .args(["--id", "cache", "device", "list", "--format", "json"])
-            .output()
-            .expect("rbd");
-        let list: serde_json::Value = serde_json::from_slice(&list.stdout).expect("JSON");
-        let found = list.as_array().expect("a list").iter().find(|device| {
-            device["name"]
-                .as_str()
-                .is_some_and(|name| name == "parent" || name.starts_with("by-tool"))
-        });
-        found.expect("a device")["device"]
-            .as_str()
-            .expect("its path")
-            .to_owned()
-    };
-    rbd(&["device", "map", "-o", "noudev", parent]);
-    lvm_cache_friend::fs::make(device().as_ref(), FsType::Xfs).expect("mkfs");
+    let device = rbd(&["device", "map", "-o", "noudev", parent]).1;
+    lvm_cache_friend::fs::make(device.trim().as_ref(), FsType::Xfs).expect("mkfs");
     rbd(&["device", "unmap", "-o", "noudev", parent]);
     rbd(&["snap", "create", "rbd/caches/parent@s"]);
-    let mut rows = Vec::new();
+    let cluster = Cluster::connect(&place.user, None).expect("a cluster");
+    let pool = cluster.pool(&place.pool, &place.namespace).expect("a pool");
+
+    // The first takes the base's snapshot, and has the kernel connect.
+    create(&store, &base, "first");
+    let (mut by_library, mut by_tool) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
+        let mut row = create(&store, &base, &format!("by-library{round}"));
+        let begun = Instant::now();
+        let clone = format!("clone{round}");
+        pool.clone_image("parent", "s", &clone).expect("a clone");
+        row.push(since(begun));
+        by_library.push(row);
+
         let image = format!("rbd/caches/by-tool{round}");
         let clone = rbd(&[
             "clone",
@@ -102,13 +87,25 @@ fn main() {
         let tags = rbd(&["image-meta", "set", &image, "friend:tags", "a b c"]);
         let map = rbd(&["device", "map", "-o", "noudev", &image]);
         let begun = Instant::now();
-        let mounted = Mounted::device(device().as_ref(), FsType::Xfs);
-        let _ = begun;
-        drop(mounted);
-        let unmap = rbd(&["device", "unmap", "-o", "noudev", &image]);
-        rows.push(vec![clone, tags, map, unmap]);
+        drop(Mounted::device(map.1.trim().as_ref(), FsType::Xfs).expect("a mount"));
+        by_tool.push(vec![
+            clone.0 + tags.0 + map.0,
+            since(begun),
+            clone.0,
+            tags.0,
+            map.0,
+        ]);
     }
-    print_rows("by rbd", &["clone", "one tag", "map", "unmap"], &rows);
+    let names = ["clone, tags and map", "mount", "of that, clone"];
+    print_rows("by library", &names, &by_library);
+    let names = [
+        "clone, tags and map",
+        "mount",
+        "of that, clone",
+        "one tag",
+        "map",
+    ];
+    print_rows("by rbd", &names, &by_tool);
 
     // Publishing: a snapshot of what is written, whatever its size.
     let mut rows = Vec::new();
@@ -122,7 +119,7 @@ fn main() {
         store
             .snapshot(&lv("lease"), &new(&format!("entry{round}"), false))
             .expect("an entry");
-        let published = begun.elapsed().as_secs_f64() * 1000.0;
+        let published = since(begun);
         let begun = Instant::now();
         store
             .change_tags(
@@ -131,14 +128,10 @@ fn main() {
                 &[],
             )
             .expect("a tag");
-        let tagged = begun.elapsed().as_secs_f64() * 1000.0;
+        let tagged = since(begun);
         let begun = Instant::now();
         store.list().expect("a listing");
-        rows.push(vec![
-            published,
-            tagged,
-            begun.elapsed().as_secs_f64() * 1000.0,
-        ]);
+        rows.push(vec![published, tagged, since(begun)]);
     }
     drop(mounted);
     print_rows(
@@ -155,10 +148,15 @@ fn create(store: &RbdStore, base: &LvName, name: &str) -> Vec<f64> {
         .snapshot(base, &new(name, true))
         .expect("a copy")
         .expect("its device");
-    let made = begun.elapsed().as_secs_f64() * 1000.0;
+    let made = since(begun);
     let begun = Instant::now();
     drop(Mounted::device(&path, FsType::Xfs).expect("a mount"));
-    vec![made, begun.elapsed().as_secs_f64() * 1000.0]
+    vec![made, since(begun)]
+}
+
+/// Milliseconds.
+fn since(begun: Instant) -> f64 {
+    begun.elapsed().as_secs_f64() * 1000.0
 }
 
 fn lv(name: &str) -> LvName {

@@ -623,18 +623,19 @@ impl Pool {
     }
 
     /// Calls `then` with the options of an image that is made.
-    fn with_options<T>(&self, then: impl FnOnce(Handle) -> T) -> Result<T, CephError> {
+    fn with_options<T>(&self, clone: bool, then: impl FnOnce(Handle) -> T) -> Result<T, CephError> {
         let rbd = self.rbd();
         let mut options = ptr::null_mut();
         // SAFETY: made here, and destroyed below.
         let result = unsafe {
             (rbd.rbd_image_options_create)(&raw mut options);
-            (rbd.rbd_image_options_set_uint64)(options, FEATURES, IMAGE_FEATURES).min((rbd
-                .rbd_image_options_set_uint64)(
-                options,
-                CLONE_FORMAT,
-                2,
-            ))
+            let set = (rbd.rbd_image_options_set_uint64)(options, FEATURES, IMAGE_FEATURES);
+            // librbd refuses it for what is no clone.
+            if clone {
+                set.min((rbd.rbd_image_options_set_uint64)(options, CLONE_FORMAT, 2))
+            } else {
+                set
+            }
         };
         let done = check(|| "an image's options".to_owned(), result).map(|()| then(options));
         // SAFETY: not used any more.
@@ -648,7 +649,7 @@ impl Pool {
     /// EEXIST, or what else is answered.
     pub fn create_image(&self, name: &str, size: u64) -> Result<(), CephError> {
         let c_name = c_string(name);
-        let made = self.with_options(|options| {
+        let made = self.with_options(false, |options| {
             // SAFETY: a C string and options that live.
             unsafe { (self.rbd().rbd_create4)(self.io, c_name.as_ptr(), size, options) }
         })?;
@@ -661,7 +662,7 @@ impl Pool {
     /// ENOENT without the parent, EEXIST, or what else is answered.
     pub fn clone_image(&self, parent: &str, snapshot: &str, name: &str) -> Result<(), CephError> {
         let (c_parent, c_snapshot, c_name) = (c_string(parent), c_string(snapshot), c_string(name));
-        let made = self.with_options(|options| {
+        let made = self.with_options(true, |options| {
             // SAFETY: C strings and options that live.
             unsafe {
                 (self.rbd().rbd_clone3)(
