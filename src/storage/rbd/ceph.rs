@@ -494,7 +494,9 @@ impl Pool {
         if result == -libc::ENOENT {
             return Ok(Omap::new());
         }
-        check(|| format!("reading {object}"), result.min(status))?;
+        // The step's own status means something only where the operation was done.
+        let result = if result < 0 { result } else { status };
+        check(|| format!("reading {object}"), result)?;
         Ok(keys)
     }
 
