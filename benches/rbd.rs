@@ -14,7 +14,7 @@ use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::mount::Mounted;
 use lvm_cache_friend::storage::rbd::ceph::Cluster;
 use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
-use lvm_cache_friend::storage::{NewLv, Store as _};
+use lvm_cache_friend::storage::{Lv, NewLv, Store as _};
 
 const ROUNDS: usize = 7;
 
@@ -41,8 +41,13 @@ fn main() {
     println!("open once more: {} ms", opened.elapsed().as_millis());
     println!("memory: {}", resident());
 
-    let base = store.list().expect("a listing").lvs[0].name.clone();
-    let parent = "rbd/caches/parent";
+    let is_base = |lv: &Lv| lv.tags.iter().any(|tag| tag.as_str() == "friend:default");
+    let listed = store.list().expect("a listing").lvs;
+    let base = listed.into_iter().find(is_base).expect("a base").name;
+    // Of a run before, what it made may be there still.
+    let run = std::process::id();
+    let parent = format!("rbd/caches/parent{run}");
+    let parent = parent.as_str();
     let rbd = |arguments: &[&str]| {
         let begun = Instant::now();
         let done = Command::new("rbd")
@@ -61,27 +66,29 @@ fn main() {
     let device = rbd(&["device", "map", "-o", "noudev", parent]).1;
     lvm_cache_friend::fs::make(device.trim().as_ref(), FsType::Xfs).expect("mkfs");
     rbd(&["device", "unmap", "-o", "noudev", parent]);
-    rbd(&["snap", "create", "rbd/caches/parent@s"]);
+    let snapshot = format!("{parent}@s");
+    rbd(&["snap", "create", &snapshot]);
     let cluster = Cluster::connect(&place.user, None).expect("a cluster");
     let pool = cluster.pool(&place.pool, &place.namespace).expect("a pool");
 
     // The first takes the base's snapshot, and has the kernel connect.
-    create(&store, &base, "first");
+    create(&store, &base, &format!("first{run}"));
     let (mut by_library, mut by_tool) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
-        let mut row = create(&store, &base, &format!("by-library{round}"));
+        let mut row = create(&store, &base, &format!("by-library{run}-{round}"));
         let begun = Instant::now();
-        let clone = format!("clone{round}");
-        pool.clone_image("parent", "s", &clone).expect("a clone");
+        let clone = format!("clone{run}-{round}");
+        pool.clone_image(&format!("parent{run}"), "s", &clone)
+            .expect("a clone");
         row.push(since(begun));
         by_library.push(row);
 
-        let image = format!("rbd/caches/by-tool{round}");
+        let image = format!("rbd/caches/by-tool{run}-{round}");
         let clone = rbd(&[
             "clone",
             "--rbd-default-clone-format",
             "2",
-            "rbd/caches/parent@s",
+            &snapshot,
             &image,
         ]);
         let tags = rbd(&["image-meta", "set", &image, "friend:tags", "a b c"]);
@@ -107,23 +114,24 @@ fn main() {
     ];
     print_rows("by rbd", &names, &by_tool);
 
+    let lease = format!("lease{run}");
     // Publishing: a snapshot of what is written, whatever its size.
     let mut rows = Vec::new();
     let path = store
-        .snapshot(&base, &new("lease", true))
+        .snapshot(&base, &new(&lease, true))
         .expect("a copy")
         .expect("its device");
     let mounted = Mounted::device(&path, FsType::Xfs).expect("a mount");
     for round in 0..ROUNDS {
         let begun = Instant::now();
         store
-            .snapshot(&lv("lease"), &new(&format!("entry{round}"), false))
+            .snapshot(&lv(&lease), &new(&format!("entry{run}-{round}"), false))
             .expect("an entry");
         let published = since(begun);
         let begun = Instant::now();
         store
             .change_tags(
-                &lv("lease"),
+                &lv(&lease),
                 &[format!("friend:note:{round}").parse().unwrap()],
                 &[],
             )
