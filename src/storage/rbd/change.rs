@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The index as this process knows it: how it is read, and how it is changed while other hosts change it too.
+
+use std::io;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::ceph::{self, CephError, PATIENCE};
+use super::fleet;
+use super::index::{self, Change, GENERATION, Index, Volume};
+use super::{INDEX, PAGE, Shared, TURN};
+use crate::cache::names::LvName;
+use crate::storage::StoreError;
+
+impl Shared {
+    pub(super) fn generation(&self) -> Result<u64, CephError> {
+        let keys = self.pool.keys(INDEX, &[GENERATION])?;
+        let value = keys.get(GENERATION);
+        Ok(value
+            .and_then(|value| index::generation(value))
+            .unwrap_or(0))
+    }
+
+    pub(super) fn known(&self) -> MutexGuard<'_, Arc<Index>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The index as it is now.
+    pub(super) fn view(&self) -> Result<Arc<Index>, StoreError> {
+        let generation = self.generation().map_err(|error| self.failed(&error))?;
+        let known = Arc::clone(&self.known());
+        if known.generation == generation {
+            return Ok(known);
+        }
+        let read = Arc::new(self.load()?);
+        let mut known = self.known();
+        if known.generation < read.generation {
+            *known = Arc::clone(&read);
+        }
+        Ok(read)
+    }
+
+    /// Reads all of the index, as it was at one moment.
+    pub(super) fn load(&self) -> Result<Index, StoreError> {
+        let deadline = Instant::now() + TURN;
+        loop {
+            let before = self.generation().map_err(|error| self.failed(&error))?;
+            let mut keys = ceph::Omap::new();
+            loop {
+                let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
+                let (page, more) = self
+                    .pool
+                    .page(INDEX, "", after, PAGE)
+                    .map_err(|error| self.failed(&error))?;
+                keys.extend(page);
+                if !more {
+                    break;
+                }
+            }
+            let index = Index::parse(&keys).map_err(StoreError::Unusable)?;
+            // In one page it is of one moment anyway.
+            if index.generation == before
+                && self.generation().map_err(|error| self.failed(&error))? == before
+            {
+                return Ok(index);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.late(TURN));
+            }
+        }
+    }
+
+    /// Makes the change that `work` works out from the index, and gives what else it gives. It is worked out again where
+    /// another host's or thread's change came first, and where `work` refuses what is not the newest.
+    pub(super) fn change<T>(
+        &self,
+        work: impl Fn(&Index) -> Result<(Change, T), StoreError>,
+    ) -> Result<T, StoreError> {
+        let deadline = Instant::now() + TURN;
+        let mut newest = false;
+        loop {
+            let index = if newest {
+                self.view()?
+            } else {
+                Arc::clone(&self.known())
+            };
+            let (change, result) = match work(&index) {
+                Ok((change, result)) if !change.is_empty() => (change, result),
+                Ok((_, result)) if newest => return Ok(result),
+                Err(error) if newest => return Err(error),
+                _ => {
+                    newest = true;
+                    continue;
+                }
+            };
+            let mut write = change.write(&index);
+            let mut mine = self.beat().clone();
+            if mine.as_ref().is_some_and(|mine| mine.lost) {
+                mine = Some(self.is_here(&mut self.beat())?);
+            }
+            if let Some(mine) = &mine {
+                fleet::guard(&mut write, &self.me.host, mine);
+            }
+            let written = self
+                .pool
+                .write(INDEX, &write)
+                .map_err(|error| self.failed(&error))?;
+            if written {
+                let mut known = self.known();
+                if known.generation == index.generation {
+                    drop(index);
+                    Arc::make_mut(&mut known).apply(&change);
+                }
+                return Ok(result);
+            }
+            if mine.is_some() {
+                self.is_here(&mut self.beat())?;
+            }
+            newest = true;
+            if Instant::now() >= deadline {
+                return Err(self.late(TURN));
+            }
+            // Of several who met, not all try again at once.
+            let wait = getrandom::u32().unwrap_or_default() % 8;
+            thread::sleep(Duration::from_millis(wait.into()));
+        }
+    }
+
+    pub(super) fn late(&self, waited: Duration) -> StoreError {
+        StoreError::Timeout {
+            store: self.name.clone(),
+            seconds: waited.as_secs(),
+        }
+    }
+
+    /// What a failure of Ceph's is to the engine.
+    pub(super) fn failed(&self, error: &CephError) -> StoreError {
+        match error.errno {
+            Errno::ETIMEDOUT => self.late(PATIENCE),
+            Errno::ENOSPC | Errno::EDQUOT => StoreError::Full {
+                store: self.name.clone(),
+                detail: format!("{error}: `ceph df` and `ceph health detail` say more"),
+            },
+            // EBLOCKLISTED (include/rados.h).
+            Errno::ESHUTDOWN => StoreError::OutOfService {
+                store: self.name.clone(),
+                detail: format!(
+                    "{error}: the cluster has shut this host out (`ceph osd blocklist ls`), mostly since it was taken for lost; restart the daemon"
+                ),
+            },
+            _ => StoreError::Failed(format!("{}: {error}", self.name)),
+        }
+    }
+
+    pub(super) fn io(&self, what: &str, image: &str, error: io::Error) -> StoreError {
+        if error.raw_os_error() == Some(libc::ETIMEDOUT) {
+            return self.late(PATIENCE);
+        }
+        StoreError::Io {
+            what: format!("{what} {}/{image}", self.name),
+            source: error,
+        }
+    }
+
+    /// A volume that this host sees.
+    pub(super) fn get<'a>(&self, index: &'a Index, lv: &LvName) -> Result<&'a Volume, StoreError> {
+        index
+            .volumes
+            .get(lv)
+            .filter(|volume| fleet::is_seen_by(volume, &self.me.host))
+            .ok_or_else(|| StoreError::NotFound(lv.clone()))
+    }
+
+    pub(super) fn volume(&self, lv: &LvName) -> Result<Volume, StoreError> {
+        self.get(&*self.view()?, lv).cloned()
+    }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The devices of images on this host: mapped and unmapped, held, and frozen for a snapshot.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use tracing::warn;
+
+use super::kernel::Device;
+use super::{LOCK, Shared, io_failed};
+use crate::cache::names::LvName;
+use crate::mount::Mounted;
+use crate::storage::StoreError;
+use crate::storage::freeze::{self, Frozen};
+
+impl Shared {
+    /// Writes to the image what was written to its device so far, and freezes its file system where that is in use.
+    pub(super) fn freeze(&self, lv: &LvName, image: &str) -> Result<Option<Frozen>, StoreError> {
+        let device = self.kernel.device(image);
+        let Some(device) = device.map_err(|error| self.io("looking for", image, error))? else {
+            return Ok(None);
+        };
+        let what = |error| self.io("writing to", image, error);
+        let Some(fs) = device.mounted() else {
+            device.flush().map_err(what)?;
+            return Ok(None);
+        };
+        let mounted = match Mounted::device(&device.path(), fs) {
+            Ok(mounted) => mounted,
+            // Unmounted in the meantime.
+            Err(_) if device.mounted().is_none() => {
+                device.flush().map_err(what)?;
+                return Ok(None);
+            }
+            Err(error) => return Err(self.io("freezing", image, error.into())),
+        };
+        // All of it now: little is written while it is frozen.
+        mounted.sync().map_err(what)?;
+        Frozen::new(&mounted, lv, None).map(Some)
+    }
+
+    /// Thaws what a process left frozen that was killed.
+    pub(super) fn thaw(&self) {
+        let devices = match self.kernel.devices() {
+            Ok(devices) => devices,
+            Err(error) => {
+                warn!(%error, "whether anything is frozen is not known");
+                return;
+            }
+        };
+        for (image, device) in devices {
+            let mounted = device
+                .mounted()
+                .map(|fs| Mounted::device(&device.path(), fs));
+            match mounted {
+                Some(Ok(mounted)) => freeze::thaw(&mounted),
+                Some(Err(error)) => warn!(image, %error, "whether it is frozen is not known"),
+                None => {}
+            }
+        }
+    }
+
+    /// The device of an image, mapped where it is not.
+    pub(super) fn map(&self, image: &str) -> Result<PathBuf, StoreError> {
+        let path = self.run.join(LOCK);
+        let lock = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into()))
+            .map_err(io_failed("locking", &path))?;
+        let mapped = match self.kernel.device(image) {
+            Ok(Some(device)) => Ok(device),
+            Ok(None) => self.kernel.map(self.pool.cluster(), image),
+            Err(error) => Err(error),
+        };
+        drop(lock);
+        mapped
+            .map(|device| device.path())
+            .map_err(|error| self.io("mapping", image, error))
+    }
+
+    /// Has the device of an image go, where it has one.
+    pub(super) fn unmap(&self, lv: &LvName, image: &str) -> Result<(), StoreError> {
+        let device = self.kernel.device(image);
+        let unmapped = device.and_then(|device| match device {
+            Some(device) if device.mounted().is_some() => Ok(false),
+            Some(device) => self.kernel.unmap(&device),
+            None => Ok(true),
+        });
+        match unmapped {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(StoreError::Busy(lv.clone())),
+            Err(error) => Err(self.io("unmapping", image, error)),
+        }
+    }
+}
+
+/// Whether a device is held: see [`crate::storage::Store::hold`].
+pub(super) fn is_held(device: &Device) -> bool {
+    File::open(device.path()).is_ok_and(|device| {
+        // Shared, as others may be looking too.
+        matches!(
+            Flock::lock(device, FlockArg::LockSharedNonblock),
+            Err((_, Errno::EWOULDBLOCK))
+        )
+    })
+}

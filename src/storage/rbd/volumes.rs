@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Volumes in the index: how one appears, what another is made of, when it gets an image of its own, and how it is taken away.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use tracing::warn;
+
+use super::Shared;
+use super::index::{Change, Content, Index, Origin, Snapshot, SnapshotOf, Volume};
+use crate::cache::names::{LvName, Tag};
+use crate::storage::{NewLv, StoreError};
+
+/// A snapshot to make a volume of.
+pub(super) struct Source {
+    pub(super) at: SnapshotOf,
+    pub(super) origin: Origin,
+    pub(super) size: u64,
+    /// It was taken for that, in this generation of the origin's activation, if that was not active.
+    pub(super) taken: Option<Option<u64>>,
+}
+
+impl Shared {
+    /// Has a volume appear that was made, with all its tags.
+    pub(super) fn appear(
+        &self,
+        new: &NewLv,
+        size: u64,
+        source: Option<&Source>,
+        content: &Content,
+    ) -> Result<(), StoreError> {
+        self.change(|index| {
+            if index.volumes.contains_key(&new.name) {
+                return Err(StoreError::Exists(new.name.clone()));
+            }
+            let mut change = Change::default();
+            let seq = index.generation + 1;
+            let mut content = content.clone();
+            if let Content::Own {
+                image,
+                active,
+                live,
+                ..
+            } = &mut content
+            {
+                if *live {
+                    *active = seq;
+                }
+                let mut made = index.images.get(image).cloned().ok_or_else(|| {
+                    StoreError::Failed(format!(
+                        "{}: {image} is not in the index any more",
+                        self.name
+                    ))
+                })?;
+                made.maker = None;
+                change.images.insert(image.clone(), Some(made));
+            }
+            if let Some(source) = source {
+                self.settle_source(index, source, &mut change);
+            }
+            change.volumes.insert(
+                new.name.clone(),
+                Some(Volume {
+                    seq,
+                    created: unix_now(),
+                    size,
+                    tags: distinct(new.tags.iter().map(Tag::to_string)),
+                    origin: source.map(|source| source.origin.clone()),
+                    host: Some(self.me.host.clone()),
+                    content,
+                }),
+            );
+            Ok((change, ()))
+        })
+    }
+
+    /// A snapshot that was taken is needed from now on by more than the process that took it; and by its origin too, as long as that is not
+    /// activated.
+    pub(super) fn settle_source(&self, index: &Index, source: &Source, change: &mut Change) {
+        let Some(unchanged_since) = source.taken else {
+            return;
+        };
+        if let Some(image) = index.images.get(&source.at.image) {
+            let mut image = image.clone();
+            if let Some(snapshot) = image.snapshots.get_mut(&source.at.snapshot) {
+                snapshot.maker = None;
+            }
+            change.images.insert(source.at.image.clone(), Some(image));
+        }
+        let Some(origin) = source
+            .origin
+            .name
+            .parse()
+            .ok()
+            .and_then(|name: LvName| Some((index.volumes.get(&name)?.clone(), name)))
+        else {
+            return;
+        };
+        let (mut volume, name) = origin;
+        if let Content::Own {
+            image,
+            same,
+            active,
+            live: false,
+        } = &mut volume.content
+            && *image == source.at.image
+            && unchanged_since == Some(*active)
+            && volume.size == source.size
+        {
+            *same = Some(source.at.snapshot.clone());
+            change.volumes.insert(name, Some(volume));
+        }
+    }
+
+    /// A snapshot that holds what `origin` holds now, for the volume `new`: one that there is, or one that is taken.
+    pub(super) fn source(&self, origin: &LvName, new: &LvName) -> Result<Source, StoreError> {
+        let volume = self.volume(origin)?;
+        let from = |volume: &Volume| Origin {
+            name: origin.to_string(),
+            seq: volume.seq,
+        };
+        if let Some(at) = volume.content.snapshot() {
+            return Ok(Source {
+                at,
+                origin: from(&volume),
+                size: volume.size,
+                taken: None,
+            });
+        }
+        let image = volume.content.image().to_owned();
+        // How long that takes a job decides.
+        let frozen = self.freeze(origin, &image)?;
+        let (source, name) = self.change(|index| {
+            let volume = self.get(index, origin)?;
+            if index.volumes.contains_key(new) {
+                return Err(StoreError::Exists(new.clone()));
+            }
+            let (
+                Content::Own {
+                    image: now,
+                    active,
+                    live,
+                    ..
+                },
+                Some(found),
+            ) = (&volume.content, index.images.get(&image))
+            else {
+                return Err(StoreError::NotFound(origin.clone()));
+            };
+            if *now != image {
+                return Err(StoreError::NotFound(origin.clone()));
+            }
+            let name = index.fresh_name(new);
+            let mut found = found.clone();
+            found.snapshots.insert(
+                name.clone(),
+                Snapshot {
+                    at: index.generation + 1,
+                    maker: Some(self.me.clone()),
+                },
+            );
+            let mut change = Change::default();
+            change.images.insert(image.clone(), Some(found));
+            let source = Source {
+                at: SnapshotOf {
+                    image: image.clone(),
+                    snapshot: name.clone(),
+                },
+                origin: from(volume),
+                size: volume.size,
+                taken: Some((!live).then_some(*active)),
+            };
+            Ok((change, (source, name)))
+        })?;
+        let taken = self
+            .pool
+            .image(&image)
+            .and_then(|image| image.snapshot(&name));
+        drop(frozen);
+        if let Err(error) = taken {
+            self.give_up(&image, Some(&name));
+            return Err(self.failed(&error));
+        }
+        Ok(source)
+    }
+
+    /// The image of a volume, which becomes one where it is a snapshot. With `live`, its content may change from now on.
+    pub(super) fn own_image(&self, lv: &LvName, live: bool) -> Result<String, StoreError> {
+        loop {
+            let volume = self.volume(lv)?;
+            match &volume.content {
+                Content::Own {
+                    image,
+                    same,
+                    live: is_live,
+                    ..
+                } => {
+                    if !live || (*is_live && same.is_none()) {
+                        return Ok(image.clone());
+                    }
+                    let mine = self.change(|index| {
+                        let mut volume = self.get(index, lv)?.clone();
+                        let mut change = Change::default();
+                        let Content::Own {
+                            image: now,
+                            same,
+                            active,
+                            live,
+                        } = &mut volume.content
+                        else {
+                            return Ok((change, false));
+                        };
+                        let mine = now == image;
+                        (*same, *active, *live) = (None, index.generation + 1, true);
+                        change.volumes.insert(lv.clone(), Some(volume));
+                        Ok((change, mine))
+                    })?;
+                    if mine {
+                        return Ok(image.clone());
+                    }
+                }
+                Content::At(at) => {
+                    let image = self.make_image(lv, Some(at), volume.size)?;
+                    let taken = self.change(|index| {
+                        let mut change = Change::default();
+                        let (Some(volume), Some(made)) =
+                            (index.volumes.get(lv), index.images.get(&image))
+                        else {
+                            return Ok((change, false));
+                        };
+                        if volume.content != Content::At(at.clone()) {
+                            return Ok((change, false));
+                        }
+                        let (mut volume, mut made) = (volume.clone(), made.clone());
+                        made.maker = None;
+                        volume.content = Content::Own {
+                            image: image.clone(),
+                            same: None,
+                            active: if live { index.generation + 1 } else { 0 },
+                            live,
+                        };
+                        change.images.insert(image.clone(), Some(made));
+                        change.volumes.insert(lv.clone(), Some(volume));
+                        Ok((change, true))
+                    });
+                    match taken {
+                        Ok(true) => return Ok(image),
+                        Ok(false) => self.give_up(&image, None),
+                        Err(error) => {
+                            self.give_up(&image, None);
+                            return Err(error);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes the device of a new volume, or has there be no such volume.
+    pub(super) fn ready(
+        &self,
+        new: &NewLv,
+        content: &Content,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        if !new.active {
+            return Ok(None);
+        }
+        match self.map(content.image()) {
+            Ok(path) => Ok(Some(path)),
+            Err(error) => {
+                if let Err(error) = self.take_away(&new.name) {
+                    warn!(lv = %new.name, %error, "a volume that could not be made whole is left");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a volume out of the index, and removes what nothing needs then.
+    pub(super) fn take_away(&self, lv: &LvName) -> Result<(), StoreError> {
+        self.change(|index| {
+            let mut change = Change::default();
+            if index.volumes.contains_key(lv) {
+                change.volumes.insert(lv.clone(), None);
+            }
+            Ok((change, ()))
+        })?;
+        if let Err(error) = self.collect() {
+            // The volume is gone; what it held is tried again.
+            warn!(%lv, %error, "what a removed volume held is not freed yet");
+        }
+        Ok(())
+    }
+}
+
+/// Each tag once, where it first was.
+pub(super) fn distinct(tags: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    tags.into_iter()
+        .filter(|tag| seen.insert(tag.clone()))
+        .collect()
+}
+
+pub(super) fn unix_now() -> u64 {
+    SystemTime::UNIX_EPOCH
+        .elapsed()
+        .map_or(0, |since| since.as_secs())
+}
