@@ -31,7 +31,8 @@ fn main() {
     };
     let run_dir = std::path::Path::new("/run/lvm-cache-friend");
     let opened = Instant::now();
-    let store = rbd::init(&place, "bench", run_dir, Bytes::mib(512)).expect("a store on Ceph");
+    let store =
+        rbd::init(&place, "bench", run_dir, Bytes::mib(512), &mut |_| {}).expect("a store on Ceph");
     println!(
         "init, with connection and base: {} ms",
         opened.elapsed().as_millis()

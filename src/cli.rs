@@ -9,7 +9,7 @@ pub use clap_complete::Shell;
 
 use crate::cache::names::LvName;
 use crate::cache::units::Bytes;
-use crate::config::DEFAULT_FILE;
+use crate::config::{CephName, DEFAULT_FILE, PoolSpec};
 use crate::job::client;
 use crate::logging::LogLevel;
 
@@ -119,9 +119,9 @@ pub enum Command {
     ExampleConfig,
 }
 
-/// Where to keep the caches: exactly one of three.
+/// Where to keep the caches: exactly one of four.
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("store").required(true).multiple(false).args(["vg", "loop_file", "reflink"]))]
+#[command(group = ArgGroup::new("store").required(true).multiple(false).args(["vg", "loop_file", "reflink", "rbd"]))]
 pub struct Init {
     /// Create a thin pool in this existing volume group.
     #[arg(long, value_name = "VG", requires = "size")]
@@ -134,6 +134,18 @@ pub struct Init {
     /// Keep image files in this directory, on XFS with reflinks or btrfs.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["size", "pool"])]
     pub reflink: Option<PathBuf>,
+
+    /// Keep images in this Ceph pool, or in a namespace of it, for several hosts.
+    #[arg(long, value_name = "POOL[/NAMESPACE]", conflicts_with_all = ["size", "pool"])]
+    pub rbd: Option<PoolSpec>,
+
+    /// The Ceph user, without "client."; "admin" by default.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["vg", "loop_file", "reflink"])]
+    pub ceph_user: Option<CephName>,
+
+    /// The Ceph client's configuration; /etc/ceph/ceph.conf by default.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vg", "loop_file", "reflink"])]
+    pub ceph_conf: Option<PathBuf>,
 
     /// Name of the thin pool.
     #[arg(
@@ -406,6 +418,20 @@ mod tests {
             ("init --loop /f --size 3G", None),
             ("init --reflink /d", None),
             ("init --reflink /d --base-size 1G", None),
+            ("init --rbd rbd", None),
+            (
+                "init --rbd rbd/caches --ceph-user cache --ceph-conf /c --base-size 1G",
+                None,
+            ),
+            ("init --rbd rbd/", Some(ErrorKind::ValueValidation)),
+            (
+                "init --rbd rbd --size 3G",
+                Some(ErrorKind::ArgumentConflict),
+            ),
+            (
+                "init --reflink /d --ceph-user cache",
+                Some(ErrorKind::ArgumentConflict),
+            ),
             ("--config /c list --json", None),
             ("list --config /c", None),
             ("show a --json", None),

@@ -240,7 +240,7 @@ fn start(
     jobs: UnboundedSender<JobSocket>,
     docker: Option<UnboundedSender<DockerAsk>>,
 ) -> Result<Arc<Engine>, ServeError> {
-    let store = settings.store.open()?;
+    let store = settings.store.serve()?;
     Ok(Engine::start(
         store,
         engine::Settings {

@@ -9,7 +9,7 @@ use crate::cache::names::LvName;
 use crate::cache::spec::FsType;
 use crate::cache::units::Bytes;
 use crate::cli;
-use crate::config::{self, Lvm, RUN_DIR, Reflink, StoreConfig};
+use crate::config::{self, Lvm, RUN_DIR, Rbd, Reflink, StoreConfig};
 use crate::logging::{self, LogLevel};
 use crate::storage::{lvm, reflink};
 
@@ -18,17 +18,28 @@ enum Wanted {
     Vg(LvName, Bytes),
     Loop(PathBuf, Bytes),
     Reflink(PathBuf),
+    Rbd(Rbd),
 }
 
 impl Wanted {
     fn new(args: &cli::Init) -> Result<Self, Failure> {
         let absolute = |path: &Path| std::path::absolute(path).map_err(failed(path.display()));
-        match (&args.vg, &args.loop_file, &args.reflink, args.size) {
-            (Some(vg), None, None, Some(size)) => Ok(Self::Vg(vg.clone(), size)),
-            (None, Some(file), None, Some(size)) => Ok(Self::Loop(absolute(file)?, size)),
-            (None, None, Some(dir), None) => Ok(Self::Reflink(absolute(dir)?)),
+        match (&args.vg, &args.loop_file, &args.reflink, &args.rbd, args.size) {
+            (Some(vg), None, None, None, Some(size)) => Ok(Self::Vg(vg.clone(), size)),
+            (None, Some(file), None, None, Some(size)) => Ok(Self::Loop(absolute(file)?, size)),
+            (None, None, Some(dir), None, None) => Ok(Self::Reflink(absolute(dir)?)),
+            (None, None, None, Some(pool), None) => {
+                let mut rbd = Rbd::new(pool.clone());
+                if let Some(user) = &args.ceph_user {
+                    rbd.user = user.clone();
+                }
+                if let Some(conf) = &args.ceph_conf {
+                    rbd.conf = Some(absolute(conf)?);
+                }
+                Ok(Self::Rbd(rbd))
+            }
             _ => Err(Failure::Usage(
-                "one of --vg VG --size SIZE, --loop FILE --size SIZE and --reflink DIR is needed"
+                "one of --vg VG --size SIZE, --loop FILE --size SIZE, --reflink DIR and --rbd POOL[/NAMESPACE] is needed"
                     .into(),
             )),
         }
@@ -41,6 +52,10 @@ impl Wanted {
             }
             (Self::Loop(file, _), StoreConfig::Lvm(lvm)) => lvm.loop_file.as_ref() == Some(file),
             (Self::Reflink(dir), StoreConfig::Reflink(reflink)) => reflink.dir == *dir,
+            (Self::Rbd(wanted), StoreConfig::Rbd(rbd)) => {
+                // What the host is called is set in the file alone.
+                (&wanted.pool, &wanted.user, &wanted.conf) == (&rbd.pool, &rbd.user, &rbd.conf)
+            }
             _ => false,
         }
     }
@@ -97,6 +112,13 @@ pub fn run(config: &Path, args: &cli::Init) -> Result<(), Failure> {
         Wanted::Reflink(dir) => {
             reflink::init(&dir, base_size)?;
             StoreConfig::Reflink(Reflink { dir })
+        }
+        Wanted::Rbd(mut rbd) => {
+            if let Some(StoreConfig::Rbd(configured)) = configured.as_ref().map(|c| &c.store) {
+                rbd = configured.clone();
+            }
+            rbd.init(base_size, &mut say)?;
+            StoreConfig::Rbd(rbd)
         }
     };
     if configured.is_none() {

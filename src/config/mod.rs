@@ -25,7 +25,7 @@ use crate::logging::LogLevel;
 use crate::selinux;
 
 pub use self::limits::JobLimits;
-pub use self::store::{Lvm, Reflink, StoreConfig};
+pub use self::store::{CephName, Lvm, PoolSpec, Rbd, Reflink, StoreConfig};
 pub use self::template::{example, write};
 pub(crate) use self::values::duration;
 
@@ -47,6 +47,7 @@ const DOCKER_SOCKET: &str = "/run/docker.sock";
 struct Document {
     lvm: Option<Lvm>,
     reflink: Option<Reflink>,
+    rbd: Option<Rbd>,
     #[serde(default = "default_socket", deserialize_with = "socket_path")]
     socket: PathBuf,
     #[serde(default = "default_group")]
@@ -202,19 +203,19 @@ impl Settings {
     fn parse(text: &str) -> Result<Self, String> {
         let document: Document =
             toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
-        let store = match (document.lvm, document.reflink) {
-            (Some(lvm), None) => StoreConfig::Lvm(lvm),
-            (None, Some(reflink)) => StoreConfig::Reflink(reflink),
-            (None, None) => {
-                return Err(
-                    "no store: one of the tables [lvm] (vg, pool) and [reflink] (dir) is needed"
-                        .into(),
-                );
-            }
-            (Some(_), Some(_)) => {
-                return Err("two stores: [lvm] or [reflink] is needed, not both".into());
-            }
-        };
+        let mut stores = [
+            document.lvm.map(StoreConfig::Lvm),
+            document.reflink.map(StoreConfig::Reflink),
+            document.rbd.map(StoreConfig::Rbd),
+        ]
+        .into_iter()
+        .flatten();
+        let store = stores.next().ok_or(
+            "no store: one of the tables [lvm] (vg, pool), [reflink] (dir) and [rbd] (pool) is needed",
+        )?;
+        if stores.next().is_some() {
+            return Err("two stores: one of [lvm], [reflink] and [rbd] is needed, not more".into());
+        }
         Ok(Self {
             store,
             socket: document.socket,
@@ -319,11 +320,17 @@ mod tests {
     #[test]
     fn what_is_refused() {
         for (text, words) in [
-            ("", &["no store", "[lvm]", "[reflink]"][..]),
+            ("", &["no store", "[lvm]", "[reflink]", "[rbd]"][..]),
             (
                 "[lvm]\nvg='a'\npool='b'\n[reflink]\ndir='/a'",
-                &["not both"],
+                &["not more"],
             ),
+            ("[reflink]\ndir='/a'\n[rbd]\npool='b'", &["not more"]),
+            ("[rbd]\nuser='a'", &["line 1", "pool"]),
+            ("[rbd]\npool='a/b c'", &["line 2", "b c", "letters"]),
+            ("[rbd]\npool='a'\nconf='ceph.conf'", &["line 3", "absolute"]),
+            ("[rbd]\npool='a'\nhost='a/b'", &["line 3", "a/b", "letters"]),
+            ("[rbd]\npool='a'\nkey='secret'", &["line 3", "key", "user"]),
             ("[lvm]\nvg='a'", &["line 1", "pool"]),
             ("[lvm]\nvg='a b'\npool='p'", &["line 2", "letters"]),
             ("[lvm]\nvg=3\npool='p'", &["line 2", "string"]),

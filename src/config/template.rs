@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use super::{
-    ConfigError, DOCKER_SOCKET, JobLimits, Lvm, Reflink, StoreConfig, default_group,
+    ConfigError, DOCKER_SOCKET, JobLimits, Lvm, Rbd, Reflink, StoreConfig, default_group,
     default_mount_dir, default_premounted, default_socket,
 };
 
@@ -48,13 +48,27 @@ pub fn example() -> String {
     let reflink = StoreConfig::Reflink(Reflink {
         dir: "/var/lib/lvm-cache-friend".into(),
     });
+    let rbd = StoreConfig::Rbd(Rbd {
+        pool: "rbd/caches".parse().expect("a pool and a namespace"),
+        user: "cache".parse().expect("a name"),
+        conf: Some("/etc/ceph/ceph.conf".into()),
+        host: Some("build-1".parse().expect("a name")),
+    });
     // What is not for everyone is shown behind #.
-    let other = store_text(&reflink)
-        .replace("[reflink]", "#[reflink]")
-        .replace("dir =", "#dir =");
+    let hidden = |store: &StoreConfig| -> String {
+        store_text(store)
+            .lines()
+            .map(|line| {
+                let hash = if line.starts_with('#') { "" } else { "#" };
+                format!("{hash}{line}\n")
+            })
+            .collect()
+    };
     text(&lvm).replace("loop-file =", "#loop-file =")
         + "\n# Or, in place of [lvm]:\n"
-        + &other
+        + &hidden(&reflink)
+        + "\n# Or:\n"
+        + &hidden(&rbd)
         + "\n# [supervise] sets up runners for GitHub jobs: see docs/supervisor.md.\n"
 }
 
@@ -194,6 +208,29 @@ fn store_text(store: &StoreConfig) -> String {
              [reflink]\ndir = {}\n",
             path(&reflink.dir)
         ),
+        StoreConfig::Rbd(rbd) => {
+            let mut table = format!(
+                "# The Ceph pool that holds the caches as images, with a namespace or without; and which of the\n\
+                 # cluster's users the daemon is: docs/fleet.md has what that one may do. Its key is in its keyring.\n\
+                 [rbd]\npool = {}\nuser = {}\n",
+                quoted(&rbd.pool.to_string()),
+                quoted(&rbd.user.to_string())
+            );
+            if let Some(conf) = &rbd.conf {
+                table.push_str(&format!(
+                    "# The client's configuration, if it is not /etc/ceph/ceph.conf.\nconf = {}\n",
+                    path(conf)
+                ));
+            }
+            if let Some(host) = &rbd.host {
+                table.push_str(&format!(
+                    "# What this host is called in the fleet: no two may have the same. By default it is made of\n\
+                     # /etc/machine-id, which machines that were cloned have in common.\nhost = {}\n",
+                    quoted(&host.to_string())
+                ));
+            }
+            table
+        }
     }
 }
 
@@ -214,6 +251,16 @@ mod tests {
         StoreConfig::Reflink(Reflink { dir: dir.into() })
     }
 
+    fn rbd(conf: Option<&str>, host: Option<&str>) -> StoreConfig {
+        let name = |name: &str| name.parse().expect("a name");
+        StoreConfig::Rbd(Rbd {
+            pool: "rbd/caches".parse().expect("a pool and a namespace"),
+            user: name("cache"),
+            conf: conf.map(Into::into),
+            host: host.map(name),
+        })
+    }
+
     #[test]
     fn what_is_written_is_read() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -221,6 +268,8 @@ mod tests {
             lvm(None),
             lvm(Some("/var/lib/a \"b\".img")),
             reflink("/srv/caches"),
+            rbd(None, None),
+            rbd(Some("/etc/ceph/b.conf"), Some("b-1")),
         ]
         .iter()
         .enumerate()
@@ -269,7 +318,8 @@ mod tests {
         assert_eq!(Settings::parse(&example()).expect("valid").store, lvm(None));
         let all = uncommented(&example());
         let (settings, tables) = all.split_once("[lvm]").expect("the first store");
-        let (first, second) = tables.split_once("[reflink]").expect("the other");
+        let (first, second) = tables.split_once("[reflink]").expect("the second");
+        let (second, third) = second.split_once("[rbd]").expect("the third");
         for (store, want) in [
             (
                 format!("[lvm]{first}"),
@@ -278,6 +328,10 @@ mod tests {
             (
                 format!("[reflink]{second}"),
                 reflink("/var/lib/lvm-cache-friend"),
+            ),
+            (
+                format!("[rbd]{third}"),
+                rbd(Some("/etc/ceph/ceph.conf"), Some("build-1")),
             ),
         ] {
             let parsed = Settings::parse(&format!("{settings}{store}")).expect("valid");

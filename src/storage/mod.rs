@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Stores hand out block devices and hold tags; all else is shared.
 //!
-//! There are two, and one body of tests for both (`tests/system/store.rs`):
-//! [`lvm`], a thin pool in a volume group, and [`reflink`], image files on XFS
-//! or btrfs with loop devices, for hosts without device-mapper. A third one, in memory, is held to
-//! the same and there for tests alone.
+//! There are three, and one body of tests for all (`tests/system/store.rs`):
+//! [`lvm`], a thin pool in a volume group; [`reflink`], image files on XFS
+//! or btrfs with loop devices, for hosts without device-mapper; and [`rbd`], images in a Ceph pool, for several hosts. A fourth
+//! one, in memory, is held to the same and there for tests alone.
 //!
-//! A file system in use stands still while it is copied: `freeze`, for both.
+//! A file system in use stands still while it is copied: `freeze`, for all.
 
 mod devmapper;
 mod freeze;

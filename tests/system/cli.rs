@@ -248,7 +248,7 @@ fn init_again(kind: Kind) {
     let elsewhere = temp_dir();
     let at = elsewhere.path().join("store");
     let other = match kind {
-        Kind::Lvm => site.outcome(&["init", "--reflink", at.to_str().unwrap()]),
+        Kind::Lvm | Kind::Rbd => site.outcome(&["init", "--reflink", at.to_str().unwrap()]),
         Kind::Reflink => site.outcome(&["init", "--loop", at.to_str().unwrap(), "--size", "1G"]),
     };
     assert_fails(&other, 1, &["another store", site.config.to_str().unwrap()]);
@@ -522,10 +522,10 @@ fn import_keeps_everything(kind: Kind) {
     );
 
     let daemon = site.serve();
-    // Through LVM one will do.
+    // In a guest one will do.
     let types: &[&str] = match kind {
         Kind::Reflink => &["xfs", "ext4"],
-        Kind::Lvm => &["xfs"],
+        Kind::Lvm | Kind::Rbd => &["xfs"],
     };
     for &fs in types {
         let text = site.done(&[

@@ -39,7 +39,7 @@ pub fn tests() -> Vec<Test> {
         add("of_a_removed_volume", of_a_removed_volume);
         add("under_load", |kind| match kind {
             Kind::Reflink => under_load(kind, 15),
-            Kind::Lvm => under_load(kind, 5),
+            Kind::Lvm | Kind::Rbd => under_load(kind, 5),
         });
         add("told_to_stop", told_to_stop);
     }
@@ -185,7 +185,7 @@ fn at_failpoints(kind: Kind, stage: &'static str) {
         let variants: &[Value] = match (stage, kind) {
             ("create", Kind::Reflink) => &[fresh(), kept()],
             // A round takes a guest ten seconds.
-            ("create", Kind::Lvm) if n % 2 == 1 => &[kept()],
+            ("create", Kind::Lvm | Kind::Rbd) if n % 2 == 1 => &[kept()],
             _ => &[fresh()],
         };
         for options in variants {
@@ -486,7 +486,7 @@ fn of_a_removed_volume(kind: Kind) {
 pub fn under_load(kind: Kind, kills: u32) {
     let longest = match kind {
         Kind::Reflink => 800,
-        Kind::Lvm => 5000,
+        Kind::Lvm | Kind::Rbd => 5000,
     };
     let site = Site::new(kind);
     let mut random = Random::from_clock();
@@ -656,6 +656,7 @@ pub fn lock_store(site: &Site) -> Flock<File> {
             .create(true)
             .truncate(false)
             .open(format!("/run/lock/lvm/V_{}", site.store())),
+        Kind::Rbd => unreachable!("changes wait for no lock"),
     };
     Flock::lock(file.unwrap(), FlockArg::LockExclusive)
         .map_err(|(_, error)| error)

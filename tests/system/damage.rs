@@ -9,16 +9,18 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::harness::Test;
+use crate::support::ceph;
 use crate::support::command::run;
 use crate::support::content::{self, Content};
 use crate::support::daemon::Daemon;
-use crate::support::site::{Kind, Site, with_each_store};
+use crate::support::site::{Kind, Site, with_each_local_store};
 
 /// Where, in bytes, and how much.
 type Hits = Vec<(u64, u64)>;
 
 pub fn tests() -> Vec<Test> {
-    with_each_store(
+    // On Ceph an entry is a snapshot, which no client can write to: nothing can damage it but the cluster itself.
+    with_each_local_store(
         "damage",
         &[
             ("of_an_xfs", of_an_xfs),
@@ -213,10 +215,12 @@ impl Xfs {
 pub struct Written<'a> {
     site: &'a Site,
     pub path: PathBuf,
+    _device: Option<ceph::Mapped>,
 }
 
 impl<'a> Written<'a> {
     pub fn new(site: &'a Site, entry: &str) -> Self {
+        let mut device = None;
         let path = match site.kind {
             Kind::Lvm => {
                 let lv = format!("{}/{entry}", site.store());
@@ -224,8 +228,18 @@ impl<'a> Written<'a> {
                 Path::new("/dev").join(lv)
             }
             Kind::Reflink => Path::new(&site.store()).join(entry).join("image"),
+            Kind::Rbd => {
+                let volume = &ceph::listed("volume")[entry];
+                let (image, snapshot) = ceph::image_of(volume);
+                let mapped = ceph::Mapped::new(image, snapshot, &[]);
+                device.insert(mapped).0.clone()
+            }
         };
-        Self { site, path }
+        Self {
+            site,
+            path,
+            _device: device,
+        }
     }
 
     /// No magic number, no checksum outlives this.

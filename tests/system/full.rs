@@ -12,7 +12,7 @@ use crate::jobs::ask_here;
 use crate::support::census::{Held, Known};
 use crate::support::command::{outcome, run};
 use crate::support::content::{self, Content};
-use crate::support::site::{Kind, Site, with_each_store};
+use crate::support::site::{Kind, Site, with_each_local_store};
 use crate::support::wait_until;
 
 const MIB: usize = 1 << 20;
@@ -21,7 +21,8 @@ const MIB: usize = 1 << 20;
 const ROOM: usize = 300;
 
 pub fn tests() -> Vec<Test> {
-    let mut tests = with_each_store(
+    // On Ceph how full the pool is comes from its manager, seconds late: it is not told to the MiB that these tests look at.
+    let mut tests = with_each_local_store(
         "full",
         &[
             ("of_one_job", of_one_job),
@@ -97,6 +98,7 @@ fn small(kind: Kind) -> Site {
                 ["-l".as_ref(), ballast.as_ref(), file.as_os_str()],
             );
         }
+        Kind::Rbd => unreachable!("see `tests`"),
     }
     site.configure("policy.cut-off = \"0%\"\n");
     site
@@ -252,6 +254,7 @@ fn has_room(site: &Site) -> bool {
             let stat = nix::sys::statvfs::statvfs(Path::new(&site.store())).unwrap();
             stat.blocks_available() >= stat.blocks() / 20
         }
+        Kind::Rbd => unreachable!("see `tests`"),
     }
 }
 
@@ -271,6 +274,7 @@ fn told_of_no_room(kind: Kind, refusal: &str) {
     let store = match kind {
         Kind::Reflink => "free in",
         Kind::Lvm => "testvg/friend-pool",
+        Kind::Rbd => "pool rbd",
     };
     for part in ["full", store, "remove"] {
         assert!(refusal.contains(part), "{part}: {refusal}");

@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Test, Tier, test};
 use crate::support::census::{Known, mounts};
+use crate::support::ceph;
 use crate::support::command::{outcome_of, run};
 use crate::support::content::Random;
 use crate::support::daemon::Daemon;
@@ -199,6 +200,7 @@ fn article(kind: Kind) {
     let store = match kind {
         Kind::Reflink => "reflink",
         Kind::Lvm => crate::support::lvm::TestVg::NAME,
+        Kind::Rbd => ceph::STORE,
     };
     assert_eq!(lines.len(), 2, "{answer}");
     assert!(
@@ -942,6 +944,7 @@ fn commits(site: &Site) -> String {
             "vgs",
             ["--noheadings", "--options", "vg_seqno", &site.store()],
         ),
+        Kind::Rbd => ceph::generation(),
     }
 }
 
@@ -1259,6 +1262,7 @@ fn swapped(kind: Kind) {
     let (rounds, mounting) = match kind {
         Kind::Reflink => (1000, 4),
         Kind::Lvm => (1000, 40),
+        Kind::Rbd => (1000, 100),
     };
     let jobs = Jobs::with(kind, "job.changes = 100000\n");
     jobs.entry("origin", "linux", "-");

@@ -50,7 +50,7 @@ enum Unwilling<'a> {
 impl<'a> Unwilling<'a> {
     fn new(site: &'a Site) -> Self {
         match site.kind {
-            Kind::Reflink => Self::Broken {
+            Kind::Reflink | Kind::Rbd => Self::Broken {
                 _until: site.broken(),
             },
             Kind::Lvm => {

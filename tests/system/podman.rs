@@ -41,6 +41,7 @@ pub fn tests() -> Vec<Test> {
     for (tier, kind) in [
         (Tier::Reflink, Kind::Reflink),
         (Tier::Guest(Group::Podman), Kind::Lvm),
+        (Tier::Guest(Group::Ceph), Kind::Rbd),
     ] {
         let bodies = [
             client::BODIES,
@@ -51,11 +52,11 @@ pub fn tests() -> Vec<Test> {
             jobs::BODIES,
             match kind {
                 Kind::Reflink => supervisor::BODIES,
-                Kind::Lvm => supervisor::GUEST,
+                Kind::Lvm | Kind::Rbd => supervisor::GUEST,
             },
             match kind {
                 Kind::Reflink => set_jobs::BODIES,
-                Kind::Lvm => &[],
+                Kind::Lvm | Kind::Rbd => &[],
             },
             nested::BODIES,
             churn::BODIES,

@@ -542,7 +542,7 @@ fn stuck(kind: Kind) {
     let clients = match kind {
         Kind::Reflink => MAX_WORK + 50,
         // Those that go on at the end take a while through LVM in a guest.
-        Kind::Lvm => 10,
+        Kind::Lvm | Kind::Rbd => 10,
     };
     let (answered, answers) = mpsc::channel();
     thread::scope(|scope| {

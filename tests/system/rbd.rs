@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The store on Ceph: one monitor, one OSD and a kernel's client in a guest, with cephx and a user who may use one namespace.
 
+mod daemon;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::Command;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::thread;
 
 use lvm_cache_friend::cache::names::LvName;
@@ -17,66 +18,39 @@ use serde_json::json;
 
 use crate::harness::{Group, Test, Tier, test};
 use crate::store::{self, Ground};
+use crate::support::ceph::{self, HOSTS, RUN, place};
 use crate::support::command::run;
-use crate::support::lvm::DISK;
 
 /// All of them.
 pub fn tests() -> Vec<Test> {
     let tier = Tier::Guest(Group::Ceph);
     let mut tests = store::tests(tier, "rbd", || Box::new(Namespace::fresh()));
-    let own: [(&str, fn()); 6] = [
+    let own: [(&str, fn()); 7] = [
         ("prepared_once", prepared_once),
         ("refusals", refusals),
         ("two_hosts", two_hosts),
+        ("one_id_twice", one_id_twice),
         ("nothing_is_left", nothing_is_left),
         ("half_made", half_made),
         ("deep", deep),
     ];
-    tests.extend(own.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
+    let all = own.into_iter().chain(daemon::TESTS);
+    tests.extend(all.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
     tests
 }
 
-/// Where a host has its runtime files.
-const RUN: &str = "/run/lvm-cache-friend";
-const HOST: &str = "one";
+const HOST: &str = HOSTS[0];
 
-fn place() -> Place {
-    Place {
-        pool: "rbd".to_owned(),
-        namespace: "caches".to_owned(),
-        user: "cache".to_owned(),
-        conf: None,
-    }
-}
+/// The size of the base.
+const BASE: Bytes = Bytes::mib(320);
 
 /// The namespace that the user has, with a base and nothing else.
 struct Namespace;
 
 impl Namespace {
     fn fresh() -> Self {
-        static UP: Once = Once::new();
-        UP.call_once(|| {
-            if !Path::new("/srv/ceph").exists() {
-                run("mkfs.ext4", ["-q", "-F", DISK]);
-                run("mkdir", ["/srv/ceph"]);
-                run("mount", [DISK, "/srv/ceph"]);
-            }
-            let up = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/ceph"))
-                .arg("/srv/ceph")
-                .status();
-            assert!(up.expect("bash").success(), "no cluster");
-            // Room for a test that fills it, and for what is written until that is noticed.
-            run(
-                "ceph",
-                ["osd", "pool", "set-quota", "rbd", "max_bytes", "2147483648"],
-            );
-        });
-        let store = rbd::init(&place(), HOST, Path::new(RUN), Bytes::mib(320)).unwrap();
-        for lv in store.list().unwrap().lvs {
-            if Role::from_tags(&lv.tags) != Role::Base {
-                store.remove(&lv.name).unwrap();
-            }
-        }
+        ceph::clear(Some(BASE));
+        rbd::init(&place(), HOST, Path::new(RUN), BASE, &mut |_| {}).unwrap();
         Self
     }
 }
@@ -105,7 +79,7 @@ impl Ground for Namespace {
 
 /// Another host of the fleet: a store with an identity and runtime files of its own.
 fn another_host() -> RbdStore {
-    RbdStore::open(&place(), "two", Path::new("/run/of-another-host")).unwrap()
+    RbdStore::open(&place(), HOSTS[1], Path::new("/run/of-another-host")).unwrap()
 }
 
 fn open() -> RbdStore {
@@ -231,6 +205,25 @@ fn two_hosts() {
         store.remove(&lv(name)).unwrap();
     }
     assert_eq!(in_the_pool().lines().count(), 2 + 1, "{}", in_the_pool());
+}
+
+/// Another machine's daemon does not join with an id that a daemon uses; once that is silent, it does.
+fn one_id_twice() {
+    Namespace::fresh();
+    let one = open();
+    one.join().unwrap();
+    let clone = RbdStore::open(&place(), HOST, Path::new("/run/of-a-clone")).unwrap();
+    match clone.join() {
+        Err(StoreError::OutOfService { detail, .. }) => {
+            assert!(detail.contains("/etc/machine-id"), "{detail}");
+        }
+        other => panic!("{other:?}"),
+    }
+    one.create(&new("one", &["friend:snapshot"], false), Bytes::mib(16))
+        .unwrap();
+    drop(one);
+    assert!(!clone.join().unwrap());
+    clone.remove(&lv("one")).unwrap();
 }
 
 /// Images that outlive their volumes go with the last that needs them.
@@ -408,15 +401,12 @@ fn deep() {
 
 fn prepared_once() {
     Namespace::fresh();
-    let open = || rbd::init(&place(), HOST, Path::new(RUN), Bytes::mib(640)).unwrap();
+    let open = || rbd::init(&place(), HOST, Path::new(RUN), Bytes::mib(640), &mut |_| {}).unwrap();
     let first = open().list().unwrap().lvs;
     let [base] = &first[..] else {
         panic!("{first:?}");
     };
-    assert_eq!(
-        (Role::from_tags(&base.tags), base.size),
-        (Role::Base, Bytes::mib(320))
-    );
+    assert_eq!((Role::from_tags(&base.tags), base.size), (Role::Base, BASE));
     assert_eq!((base.device, base.open), (None, false));
     assert_eq!(open().list().unwrap().lvs, first);
 }

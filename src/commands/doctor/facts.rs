@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::utsname::uname;
@@ -20,7 +21,7 @@ use crate::mount::{self, MountPoint};
 use crate::plugin::wire::Stats;
 use crate::podman;
 use crate::selinux::{self, LabelError, Labels, Setting};
-use crate::storage::{Capacity, Listing, Trouble, lvm};
+use crate::storage::{self, Capacity, Listing, Trouble, lvm, rbd};
 use crate::supervisor::config::Supervise;
 use crate::supervisor::github::Auth;
 use crate::supervisor::run;
@@ -118,6 +119,7 @@ pub struct Kernel {
     /// Known to it, or a module that it can load.
     pub xfs: bool,
     pub thin: bool,
+    pub rbd: bool,
 }
 
 /// The store, read as `list` does.
@@ -126,6 +128,8 @@ pub struct Store {
     pub capacity: Capacity,
     /// What LVM does when the pool is full; `None` where there is no pool.
     pub when_full: Option<String>,
+    /// The cluster's state; `None` where there is none.
+    pub ceph: Option<rbd::Report>,
     /// What makes it slower than it could be.
     pub drawback: Option<String>,
     /// What else is wrong with it.
@@ -339,21 +343,32 @@ fn kernel() -> Kernel {
         release,
         xfs: filesystems.split_whitespace().any(|word| word == "xfs") || loadable("xfs"),
         thin: Path::new("/sys/module/dm_thin_pool").exists() || loadable("dm-thin-pool"),
+        rbd: Path::new("/sys/module/rbd").exists() || loadable("rbd"),
     }
 }
 
 fn store(config: &StoreConfig) -> Result<Store, String> {
-    let store = config.open().map_err(|e| e.to_string())?;
+    let (store, ceph): (Arc<dyn storage::Store>, _) = match config {
+        StoreConfig::Rbd(rbd) => {
+            let store = rbd.open().map_err(|e| e.to_string())?;
+            let report = store.report().map_err(|e| e.to_string())?;
+            (Arc::new(store), Some(report))
+        }
+        StoreConfig::Lvm(_) | StoreConfig::Reflink(_) => {
+            (config.open().map_err(|e| e.to_string())?, None)
+        }
+    };
     let listing = store.list().map_err(|e| e.to_string())?;
     let when_full = match config {
         StoreConfig::Lvm(lvm) => Some(when_full(lvm.vg.as_str(), lvm.pool.as_str())?),
-        StoreConfig::Reflink(_) => None,
+        StoreConfig::Reflink(_) | StoreConfig::Rbd(_) => None,
     };
     let sorted = Rows::new(&listing, None, &[]);
     let name = |(lv, why): (crate::cache::names::LvName, String)| (lv.to_string(), why);
     Ok(Store {
         capacity: listing.capacity,
         when_full,
+        ceph,
         drawback: store.drawback(),
         troubles: store.troubles().map_err(|e| e.to_string())?,
         doomed: sorted.doomed,

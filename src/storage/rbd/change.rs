@@ -151,6 +151,11 @@ impl Shared {
                     "{error}: the cluster has shut this host out (`ceph osd blocklist ls`), mostly since it was taken for lost; restart the daemon"
                 ),
             },
+            // What is needed of the OSDs is in their class `rbd`, which is a file that each has to have.
+            Errno::EOPNOTSUPP => StoreError::Unusable(format!(
+                "{}: {error}: the OSDs do not know what images need (exclusive-lock, object-map, clone v2); is the class `rbd` loaded? `ceph config get osd osd_class_dir` and `osd_class_load_list` say which are",
+                self.name
+            )),
             _ => StoreError::Failed(format!("{}: {error}", self.name)),
         }
     }

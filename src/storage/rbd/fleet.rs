@@ -23,7 +23,8 @@ use serde::{Deserialize, Serialize};
 use super::ceph::{Omap, OmapWrite};
 use super::index::{Change, Index, Volume};
 use crate::cache::names::LvName;
-use crate::cache::record::{DOOMED, Role};
+use crate::cache::record::Role;
+use crate::cache::tags::DOOMED;
 
 /// What the hosts' keys begin with.
 pub const HOST: &str = "host/";

@@ -1,16 +1,102 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What one host of a fleet tells the others and sees of them: its count, changes of the index, and hosts that are lost.
 
+use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, warn};
+use ring::hmac;
+use tracing::{debug, info, warn};
 
 use super::fleet::{self, Beat, Observer};
-use super::{INDEX, LOOK, PAGE, SEEN, Shared};
+use super::{INDEX, LOOK, PAGE, RbdStore, SEEN, Shared, io_failed};
 use crate::storage::StoreError;
+
+/// Where a machine has its id: machine-id(5).
+const MACHINE_ID: &str = "/etc/machine-id";
+
+/// What machine ids are hashed with, as sd_id128_get_machine_app_specific(3) does it, for others are not to know them:
+/// `systemd-id128 machine-id --app-specific=…` with this gives the same.
+const APPLICATION: [u8; 16] = [
+    0x5b, 0x1e, 0x0a, 0x3c, 0x7d, 0x92, 0x4f, 0x64, 0x9a, 0x0b, 0xc1, 0x36, 0x2f, 0x58, 0xd7, 0xe0,
+];
+
+/// How long a count that does not go on is no sign of life.
+const SIGN_OF_LIFE: Duration = fleet::BEAT.saturating_mul(2);
+
+/// This machine's id as a host of a fleet.
+///
+/// # Errors
+/// [`StoreError::Unusable`] where it has none: /etc/machine-id is missing, or not set yet.
+pub fn machine_id() -> Result<String, StoreError> {
+    let text =
+        fs::read_to_string(MACHINE_ID).map_err(io_failed("reading", Path::new(MACHINE_ID)))?;
+    hashed(text.trim()).ok_or_else(|| {
+        StoreError::Unusable(format!(
+            "{MACHINE_ID} has no id (systemd-machine-id-setup makes one): a host of a fleet needs one, or `host` in [rbd] of the configuration"
+        ))
+    })
+}
+
+fn hashed(machine_id: &str) -> Option<String> {
+    let id: Vec<u8> = (0..16)
+        .map(|at| u8::from_str_radix(machine_id.get(2 * at..2 * at + 2)?, 16).ok())
+        .collect::<Option<_>>()?;
+    let hash = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &id), &APPLICATION);
+    let mut id: [u8; 16] = hash.as_ref()[..16].try_into().expect("32 bytes");
+    // As in a random UUID.
+    id[6] = (id[6] & 0x0f) | 0x40;
+    id[8] = (id[8] & 0x3f) | 0x80;
+    Some(id.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    }))
+}
+
+impl RbdStore {
+    /// Has this process be the host's daemon: from now on it counts on, other hosts see whether it does, and it sees whether
+    /// they do. What a host had that is lost becomes its own, to be removed. `true`: this host itself was declared lost since
+    /// its last daemon joined, and what that had is gone.
+    ///
+    /// Where the last daemon of this host's id is none that this machine has had since it booted, that is looked at for 20 s
+    /// first: it may live on another machine.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfService`] where another machine's daemon has this host's id, and lives; or when the cluster cannot be
+    /// reached.
+    pub fn join(&self) -> Result<bool, StoreError> {
+        let shared = &self.shared;
+        let joined = shared.run.join(format!("joined.{}", shared.me.host));
+        let mut beat = shared.beat();
+        loop {
+            let was = shared.own_key()?;
+            let ours = |was: &Beat| {
+                was.lost || fs::read_to_string(&joined).is_ok_and(|process| process == was.process)
+            };
+            if let Some(was) = was.as_ref().filter(|was| !ours(was)) {
+                shared.await_silence(was)?;
+            }
+            let now = Beat {
+                process: shared.me.process.clone(),
+                count: 1,
+                lost: false,
+            };
+            let write = fleet::beat(&shared.me.host, was.as_ref(), &now);
+            if shared
+                .pool
+                .write(INDEX, &write)
+                .map_err(|error| shared.failed(&error))?
+            {
+                fs::write(&joined, &shared.me.process).map_err(io_failed("writing", &joined))?;
+                *beat = Some(now);
+                return Ok(was.is_some_and(|was| was.lost));
+            }
+        }
+    }
+}
 
 /// Tells those who watch when the index changes, for as long as the store is open.
 fn look_for_changes(store: &Weak<Shared>) {
@@ -118,17 +204,41 @@ impl Shared {
         Ok(())
     }
 
-    /// This host's key as it is in the index: a write of it that was in doubt may have been made.
-    ///
-    /// # Errors
-    /// Where it was declared lost, or another process of the host's has joined.
-    pub(super) fn is_here(&self, beat: &mut Option<Beat>) -> Result<Beat, StoreError> {
+    /// This host's key, as it is in the index.
+    fn own_key(&self) -> Result<Option<Beat>, StoreError> {
         let key = fleet::key(&self.me.host);
         let keys = self
             .pool
             .keys(INDEX, &[&key])
             .map_err(|error| self.failed(&error))?;
-        match fleet::hosts(&keys).remove(&self.me.host) {
+        Ok(fleet::hosts(&keys).remove(&self.me.host))
+    }
+
+    /// Waits until it is clear that a daemon that had this host's id counts on no more.
+    fn await_silence(&self, was: &Beat) -> Result<(), StoreError> {
+        info!(
+            seconds = SIGN_OF_LIFE.as_secs(),
+            "a daemon had this host's id that did not leave: looking whether it lives on another machine"
+        );
+        let since = Instant::now();
+        while since.elapsed() < SIGN_OF_LIFE {
+            thread::sleep(LOOK);
+            match self.own_key()? {
+                Some(found) if found == *was => {}
+                // Declared lost, by a host that has looked for longer.
+                Some(found) if found.lost => return Ok(()),
+                _ => return Err(self.shut_out(false)),
+            }
+        }
+        Ok(())
+    }
+
+    /// This host's key as it is in the index: a write of it that was in doubt may have been made.
+    ///
+    /// # Errors
+    /// Where it was declared lost, or another process of the host's has joined.
+    pub(super) fn is_here(&self, beat: &mut Option<Beat>) -> Result<Beat, StoreError> {
+        match self.own_key()? {
             Some(found) if found.process == self.me.process && !found.lost => {
                 *beat = Some(found.clone());
                 Ok(found)
@@ -146,11 +256,26 @@ impl Shared {
         let why = if lost {
             "this host was away for so long that another one took it for lost, and what its volumes held is gone"
         } else {
-            "another daemon has joined with this host's id: are there two hosts with one /etc/machine-id?"
+            "another daemon has joined with this host's id: of machines with one /etc/machine-id, each needs a `host` of its own in [rbd] of its configuration"
         };
         StoreError::OutOfService {
             store: self.name.clone(),
             detail: format!("{why}; to begin anew: systemctl restart lvm-cache-friend"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machine_ids_are_hashed_as_systemd_does() {
+        // By Python's hmac, which for a machine's own id gives what systemd-id128 of systemd 252 gives.
+        let hash = hashed("0123456789abcdef0123456789abcdef").expect("an id");
+        assert_eq!(hash, "e2455b46e2e4486ca0ef4ef7b28e6c19");
+        for none in ["", "uninitialized", "0123456789abcdef0123456789abcde"] {
+            assert_eq!(hashed(none), None, "{none:?}");
         }
     }
 }

@@ -27,6 +27,17 @@ const BUS: &str = "/sys/bus/rbd";
 /// yet, hold it for moments.
 const LINGER: Duration = Duration::from_millis(500);
 
+/// What the kernel has to know of images (`rbd/features.h`): what they are made with, and `operations`, which an image and its
+/// parent have once one is a clone of the other without the parent's protection (clone v2).
+const FEATURES: [(u64, &str); 6] = [
+    (1, "layering"),
+    (4, "exclusive-lock"),
+    (8, "object-map"),
+    (16, "fast-diff"),
+    (32, "deep-flatten"),
+    (256, "operations (clone v2)"),
+];
+
 /// `KEY_SPEC_THREAD_KEYRING`, linux/keyctl.h.
 const THREAD_KEYRING: i32 = -1;
 
@@ -91,13 +102,22 @@ impl Kernel {
     /// Has the kernel's module loaded, and reads the user's key from where Ceph's tools have it.
     ///
     /// # Errors
-    /// Where the kernel has no such module, or the keyring cannot be read.
+    /// Where the kernel has no such module, or one that is too old, or the keyring cannot be read.
     pub fn new(cluster: &Cluster, user: &str, pool: &str, namespace: &str) -> Result<Self, String> {
         if !Path::new(BUS).exists() {
             // Device numbers of one major, as udev's rules for Ceph expect.
             exec::run("modprobe", ["rbd", "single_major=Y"]).map_err(|error| {
                 format!("the kernel has no rbd module ({error}): it is in the distribution's kernel package, in Fedora's kernel-modules-core")
             })?;
+        }
+        let known =
+            fs::read_to_string(Path::new(BUS).join("supported_features")).unwrap_or_default();
+        let unknown = unknown_features(&known);
+        if !unknown.is_empty() {
+            return Err(format!(
+                "this kernel's rbd module does not know {}: Linux 5.3 or later is needed",
+                unknown.join(", ")
+            ));
         }
         Ok(Self {
             fsid: cluster.fsid().map_err(|error| error.to_string())?,
@@ -238,6 +258,9 @@ impl Kernel {
             ));
         }
         options.extend(mode.map(|mode| format!("ms_mode={mode}")));
+        // Where there is no room, who writes is told so, as with other stores: by default the kernel lets writes wait for room,
+        // and all who wait for those with them (Linux 5.0 or later).
+        options.push("abort_on_full".to_owned());
         // How long mapping waits for the cluster; what is mapped waits as long as it takes.
         options.push(format!("mount_timeout={}", PATIENCE.as_secs()));
         if !self.namespace.is_empty() {
@@ -250,6 +273,18 @@ impl Kernel {
             self.pool
         ))
     }
+}
+
+/// What is needed and is not among the features that the kernel says it knows, as a hexadecimal number; before Linux 4.11 it
+/// said nothing.
+fn unknown_features(known: &str) -> Vec<&'static str> {
+    let known = known.trim().trim_start_matches("0x");
+    let known = u64::from_str_radix(known, 16).unwrap_or(0);
+    FEATURES
+        .iter()
+        .filter(|(feature, _)| known & feature == 0)
+        .map(|(_, name)| *name)
+        .collect()
 }
 
 /// The monitors' addresses in the protocol of `ms_mode`.
@@ -361,6 +396,7 @@ impl From<CephError> for io::Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ceph::IMAGE_FEATURES;
     use super::*;
 
     #[test]
@@ -373,6 +409,16 @@ mod tests {
             key_in("[client.cache]\ncaps mon = \"key = x\"\n", "client.cache"),
             None
         );
+    }
+
+    #[test]
+    fn features_of_kernels() {
+        let needed = FEATURES.iter().fold(0, |all, (feature, _)| all | feature);
+        assert_eq!(needed & !256, IMAGE_FEATURES, "what images are made with");
+        // Linux 6.12, and 5.2, which has neither object-map nor fast-diff.
+        assert!(unknown_features("0x1bf\n").is_empty());
+        assert_eq!(unknown_features("0x1a7\n"), ["object-map", "fast-diff"]);
+        assert_eq!(unknown_features("").len(), FEATURES.len());
     }
 
     #[test]

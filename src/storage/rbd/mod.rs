@@ -19,6 +19,7 @@ mod hosts;
 mod images;
 pub mod index;
 mod kernel;
+mod report;
 mod room;
 mod volumes;
 
@@ -37,12 +38,14 @@ use rustix::fs::FlockOperation;
 use self::ceph::{CephError, Cluster, ConnectError, Pool};
 use self::devices::is_held;
 use self::fleet::Beat;
+pub use self::hosts::machine_id;
 use self::index::{Change, Content, GENERATION, Index, Maker, Volume};
 use self::kernel::Kernel;
+pub use self::report::Report;
 use self::volumes::{distinct, unix_now};
 use crate::cache::names::{LvName, Tag};
-use crate::cache::record::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
 use crate::cache::spec::FsType;
+use crate::cache::tags::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::storage::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
 
@@ -62,7 +65,7 @@ const TURN: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Share of the pool in use from which on no volume is made, in percent. At its quota, and where an OSD is full, writes
-/// wait.
+/// fail.
 const LIMIT: f64 = 90.0;
 
 /// From how many parents on an image that is cloned is made free of them, in the background. The kernel opens 16 at most
@@ -101,6 +104,19 @@ impl Place {
             format!("{}/{}", self.pool, self.namespace)
         }
     }
+
+    /// The command that grants the user what suffices.
+    fn grant(&self) -> String {
+        let namespace = if self.namespace.is_empty() {
+            String::new()
+        } else {
+            format!(" namespace={}", self.namespace)
+        };
+        format!(
+            "ceph auth caps client.{} mon 'profile rbd' osd 'profile rbd pool={}{namespace}'",
+            self.user, self.pool
+        )
+    }
 }
 
 /// A namespace of images.
@@ -128,17 +144,21 @@ struct Shared {
 }
 
 /// Prepares a namespace and its base, an empty XFS of `base_size`: once, and again without any change. `host` is
-/// this host's id, `run_dir` where this host's runtime files are.
+/// this host's id, `run_dir` where this host's runtime files are; `say` is told what is made.
 ///
 /// # Errors
-/// Where the namespace is not there, the user may not use it, or what else failed.
+/// [`StoreError::Unusable`] where the pool is not there, the namespace neither and the user may not make it, or the cluster, the
+/// kernel or the user's rights do not suffice, by name; or what else failed.
 pub fn init(
     place: &Place,
     host: &str,
     run_dir: &Path,
     base_size: Bytes,
+    say: &mut dyn FnMut(String),
 ) -> Result<RbdStore, StoreError> {
-    let store = RbdStore::at(place, host, run_dir)?;
+    let store = RbdStore::at(place, host, run_dir, Some(&mut *say))?;
+    report::check_cluster(store.shared.pool.cluster())
+        .map_err(|why| StoreError::Unusable(format!("{}: {why}", store.shared.name)))?;
     let is_base = |volume: &Volume| volume.tags.iter().any(|tag| tag == DEFAULT);
     if store.shared.view()?.volumes.values().any(is_base) {
         store.shared.start();
@@ -176,6 +196,11 @@ pub fn init(
         let removed = store.remove(&base.name);
         made?;
         removed?;
+    } else {
+        say(format!(
+            "made the base {}/{}, an empty XFS of {base_size}",
+            store.shared.name, base.name
+        ));
     }
     store.shared.start();
     Ok(store)
@@ -187,7 +212,7 @@ impl RbdStore {
     /// # Errors
     /// [`StoreError::Unusable`] where it is not prepared, or the cluster cannot be reached.
     pub fn open(place: &Place, host: &str, run_dir: &Path) -> Result<Self, StoreError> {
-        let store = Self::at(place, host, run_dir)?;
+        let store = Self::at(place, host, run_dir, None)?;
         if store.shared.view()?.generation == 0 {
             return Err(StoreError::Unusable(format!(
                 "{} is not prepared as a store: run: lvm-cache-friend init --rbd {0}",
@@ -199,40 +224,13 @@ impl RbdStore {
         Ok(store)
     }
 
-    /// Has this process be the host's daemon: from now on it counts on, other hosts see whether it does, and it sees whether
-    /// they do. What a host had that is lost becomes its own, to be removed. `true`: this host itself was declared lost since
-    /// its last daemon joined, and what that had is gone.
-    ///
-    /// # Errors
-    /// When the cluster cannot be reached.
-    pub fn join(&self) -> Result<bool, StoreError> {
-        let shared = &self.shared;
-        let mut beat = shared.beat();
-        let key = fleet::key(&shared.me.host);
-        loop {
-            let keys = shared
-                .pool
-                .keys(INDEX, &[&key])
-                .map_err(|error| shared.failed(&error))?;
-            let was = fleet::hosts(&keys).remove(&shared.me.host);
-            let now = Beat {
-                process: shared.me.process.clone(),
-                count: 1,
-                lost: false,
-            };
-            let write = fleet::beat(&shared.me.host, was.as_ref(), &now);
-            if shared
-                .pool
-                .write(INDEX, &write)
-                .map_err(|error| shared.failed(&error))?
-            {
-                *beat = Some(now);
-                return Ok(was.is_some_and(|was| was.lost));
-            }
-        }
-    }
-
-    fn at(place: &Place, host: &str, run_dir: &Path) -> Result<Self, StoreError> {
+    /// Connects. With `say`, which is told of it, a namespace that is not there is made.
+    fn at(
+        place: &Place,
+        host: &str,
+        run_dir: &Path,
+        say: Option<&mut dyn FnMut(String)>,
+    ) -> Result<Self, StoreError> {
         let name = place.name();
         let unusable =
             |error: &dyn std::fmt::Display| StoreError::Unusable(format!("{name}: {error}"));
@@ -248,14 +246,9 @@ impl RbdStore {
         })?;
         let refused = |error: CephError| match error.errno {
             Errno::EPERM | Errno::EACCES => StoreError::Unusable(format!(
-                "{name}: {error}. What client.{} has to be allowed, an administrator of the cluster grants: ceph auth caps client.{0} mon 'profile rbd' osd 'profile rbd pool={}{}'",
+                "{name}: {error}. What client.{} has to be allowed, an administrator of the cluster grants: {}",
                 place.user,
-                place.pool,
-                if place.namespace.is_empty() {
-                    String::new()
-                } else {
-                    format!(" namespace={}", place.namespace)
-                },
+                place.grant(),
             )),
             _ => unusable(&error),
         };
@@ -271,9 +264,16 @@ impl RbdStore {
         // A user who may do things in the namespace alone is not told which ones there are.
         if !place.namespace.is_empty() && matches!(pool.has_namespace(&place.namespace), Ok(false))
         {
-            return Err(StoreError::Unusable(format!(
-                "{name}: there is no such namespace; an administrator of the cluster makes it: rbd namespace create {name}"
-            )));
+            match say {
+                Some(say) if pool.create_namespace(&place.namespace).is_ok() => {
+                    say(format!("made namespace {name}"));
+                }
+                _ => {
+                    return Err(StoreError::Unusable(format!(
+                        "{name}: there is no such namespace; an administrator of the cluster makes it: rbd namespace create {name}"
+                    )));
+                }
+            }
         }
         // That the user may read here, at all.
         pool.keys(INDEX, &[GENERATION]).map_err(refused)?;

@@ -26,7 +26,7 @@ const CONTAINERS: usize = 50;
 fn volumes(kind: Kind) -> &'static [&'static str] {
     match kind {
         Kind::Reflink => &["one", "two", "three", "four"],
-        Kind::Lvm => &["one", "two"],
+        Kind::Lvm | Kind::Rbd => &["one", "two"],
     }
 }
 

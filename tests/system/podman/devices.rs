@@ -49,7 +49,7 @@ fn raw_devices(kind: Kind) {
         &format!("{}; {}", node("/cache/node"), reads("/cache/node")),
         "denied",
     );
-    if kind == Kind::Lvm {
+    if kind != Kind::Reflink {
         // Elsewhere it is the container's control group that refuses.
         let made = format!("{}; {}", node("/dev/node"), reads("/dev/node"));
         refused(&makes, &made, "not permitted");

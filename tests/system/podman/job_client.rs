@@ -256,6 +256,7 @@ fn job_client(kind: Kind) {
     let store = match kind {
         Kind::Reflink => "reflink",
         Kind::Lvm => crate::support::lvm::TestVg::NAME,
+        Kind::Rbd => crate::support::ceph::STORE,
     };
     // In a user namespace, where an old crun shows nothing that was mounted in the job volume before.
     run(

@@ -1013,11 +1013,11 @@ fn github_image(kind: Kind) {
 fn hostile(kind: Kind) {
     // What bounds memory and processes is a cgroup, of which the other tier has none.
     let (bounds, timeout) = match kind {
-        Kind::Lvm => ("memory = '64M', pids = 64, ", "40s"),
+        Kind::Lvm | Kind::Rbd => ("memory = '64M', pids = 64, ", "40s"),
         Kind::Reflink => ("", "8s"),
     };
     let attacks = match kind {
-        Kind::Lvm => &[
+        Kind::Lvm | Kind::Rbd => &[
             // One page after another, not in one request that could be refused.
             ("eats memory", "exec tail -c 500M /dev/zero"),
             ("forks without end", "f() { f | f & }; f; exec sleep 3600"),
@@ -1076,7 +1076,7 @@ fn hostile(kind: Kind) {
 fn many(kind: Kind) {
     let count = match kind {
         Kind::Reflink => 200,
-        Kind::Lvm => 20,
+        Kind::Lvm | Kind::Rbd => 20,
     };
     let mut place = Place::new(kind, "app", "count = 4\n", CACHE);
     place.fake.state().fault_every = 20;

@@ -201,6 +201,7 @@ impl Disk {
         match self.kind {
             Kind::Lvm => TestVg::NAME.to_owned(),
             Kind::Reflink => format!("{MOUNTED}/caches"),
+            Kind::Rbd => unreachable!("its disks are the cluster's"),
         }
     }
 
@@ -228,6 +229,7 @@ impl Disk {
                 friend(config, &[&["init"][..], &options].concat());
                 run("sync", ["--file-system", MOUNTED]);
             }
+            Kind::Rbd => unreachable!("its disks are the cluster's"),
         }
         File::open(DEVICE).unwrap().sync_all().unwrap();
         tell(READY);
@@ -342,6 +344,7 @@ impl Disk {
                     outcome("losetup", ["--detach-all"]);
                     outcome("umount", [MOUNTED])
                 }
+                Kind::Rbd => unreachable!("its disks are the cluster's"),
             };
             down.status == 0
         });

@@ -11,6 +11,7 @@ use lvm_cache_friend::fs::{Content as Formatted, probe};
 use nix::mount::{MsFlags, mount, umount};
 use serde_json::Value;
 
+use super::ceph;
 use super::command::{outcome, run};
 use super::content::{self, Content};
 use super::site::{Kind, MOUNT_DIR, Site};
@@ -39,6 +40,8 @@ enum Store {
         volumes: BTreeMap<String, (u64, u64)>,
     },
     Directory(PathBuf),
+    /// Each volume, as the index has it.
+    Namespace(BTreeMap<String, Value>),
 }
 
 /// A volume as it should be.
@@ -73,6 +76,7 @@ impl Census {
         let mut census = match kind {
             Kind::Lvm => thin_pool(store),
             Kind::Reflink => images(Path::new(store)),
+            Kind::Rbd => clones(),
         };
         let pending = pending.iter().map(|file| file.path().display().to_string());
         census.strays.extend(pending);
@@ -318,6 +322,7 @@ enum ReadOnly {
     /// Beside LVM, which would bring up and take down the volume itself: that takes it ten times as long.
     Thin,
     Loop(PathBuf),
+    Rbd(ceph::Mapped),
 }
 
 impl ReadOnly {
@@ -347,6 +352,10 @@ impl ReadOnly {
                 let device = run("losetup", options.into_iter().chain([copy.as_os_str()]));
                 Self::Loop(device.trim().into())
             }
+            Store::Namespace(volumes) => {
+                let (image, snapshot) = ceph::image_of(&volumes[entry]);
+                Self::Rbd(ceph::Mapped::new(image, snapshot, &["--read-only"]))
+            }
         }
     }
 
@@ -354,6 +363,7 @@ impl ReadOnly {
         match self {
             Self::Thin => Path::new("/dev/mapper").join(Self::NAME),
             Self::Loop(device) => device.clone(),
+            Self::Rbd(device) => device.0.clone(),
         }
     }
 }
@@ -361,9 +371,12 @@ impl ReadOnly {
 impl Drop for ReadOnly {
     fn drop(&mut self) {
         match self {
-            Self::Thin => outcome("dmsetup", ["remove", "--retry", Self::NAME]),
-            Self::Loop(device) => outcome("losetup", ["--detach".as_ref(), device.as_os_str()]),
-        };
+            Self::Thin => _ = outcome("dmsetup", ["remove", "--retry", Self::NAME]),
+            Self::Loop(device) => {
+                outcome("losetup", ["--detach".as_ref(), device.as_os_str()]);
+            }
+            Self::Rbd(_) => {}
+        }
     }
 }
 
@@ -462,6 +475,43 @@ fn dm_devices() -> Vec<String> {
     let devices = fs::read_dir("/sys/block").unwrap().flatten();
     let names = devices.filter_map(name);
     names.map(|name| name.trim().to_owned()).collect()
+}
+
+fn clones() -> Census {
+    let (volumes, images) = (ceph::listed("volume"), ceph::listed("image"));
+    let mut needed: BTreeSet<&str> = images
+        .values()
+        .filter_map(|image| image["parent"]["image"].as_str())
+        .collect();
+    needed.extend(volumes.values().map(|volume| ceph::image_of(volume).0));
+    let mut strays: Vec<_> = images
+        .iter()
+        .filter(|(name, image)| !image["maker"].is_null() || !needed.contains(name.as_str()))
+        .map(|(name, image)| format!("image {name}: {image}"))
+        .collect();
+    let mut active = BTreeSet::new();
+    for image in ceph::mapped() {
+        let owner = volumes
+            .iter()
+            .find(|(_, volume)| ceph::image_of(volume) == (image.as_str(), None));
+        match owner {
+            Some((name, _)) => _ = active.insert(name.clone()),
+            None => strays.push(format!("device of image {image}")),
+        }
+    }
+    let tags = |volume: &Value| {
+        let tags = volume["tags"].as_array().unwrap().iter();
+        tags.map(|tag| tag.as_str().unwrap().to_owned()).collect()
+    };
+    Census {
+        lvs: volumes
+            .iter()
+            .map(|(name, volume)| (name.clone(), tags(volume)))
+            .collect(),
+        active,
+        strays,
+        store: Store::Namespace(volumes),
+    }
 }
 
 fn images(store: &Path) -> Census {

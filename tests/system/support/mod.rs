@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 pub mod background;
 pub mod census;
+pub mod ceph;
 pub mod command;
 pub mod content;
 pub mod daemon;

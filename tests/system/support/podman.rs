@@ -36,7 +36,7 @@ impl Podman {
     /// Configures it for the place where tests of this kind run.
     pub fn new(kind: Kind) -> Self {
         let cgroups = match kind {
-            Kind::Lvm => "",
+            Kind::Lvm | Kind::Rbd => "",
             Kind::Reflink => {
                 fresh_places();
                 "cgroups = \"disabled\"\n"

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::mount::{self, MountPoint};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,11 +15,15 @@ use tempfile::TempDir;
 
 use crate::harness::{Group, Test, Tier, test};
 
+use super::ceph;
 use super::command::{Outcome, outcome, outcome_of, run, succeed};
 use super::daemon::{Daemon, Plugin, SOCKET};
 use super::lvm::TestVg;
 use super::reflink::ReflinkFs;
 use super::{PROGRAM, temp_dir};
+
+/// The size of the base that `init` makes here.
+const BASE: Bytes = Bytes(Bytes::GIB);
 
 /// Where volumes are mounted if nothing else is configured.
 pub const MOUNT_DIR: &str = "/run/lvm-cache-friend/mnt";
@@ -30,17 +35,30 @@ pub enum Kind {
     Reflink,
     /// A thin pool in the guest's group.
     Lvm,
+    /// A namespace in the cluster of a guest that has one.
+    Rbd,
 }
 
 /// A test's name within its part, and what it does with a store of a kind.
 pub type Body = (&'static str, fn(Kind));
 
-/// A part's tests with each kind of store: on this machine's own kernel, and on LVM in a guest.
+/// A part's tests with each kind of store: on this machine's own kernel, on LVM in a guest, and on Ceph in another.
 pub fn with_each_store(part: &str, bodies: &[Body]) -> Vec<Test> {
-    let stores = [
-        (Tier::Reflink, Kind::Reflink),
-        (Tier::Guest(Group::Lvm), Kind::Lvm),
-    ];
+    let ceph = [(Tier::Guest(Group::Ceph), Kind::Rbd)];
+    with_stores(&[&LOCAL[..], &ceph].concat(), part, bodies)
+}
+
+/// The same without Ceph: the part says why.
+pub fn with_each_local_store(part: &str, bodies: &[Body]) -> Vec<Test> {
+    with_stores(&LOCAL, part, bodies)
+}
+
+const LOCAL: [(Tier, Kind); 2] = [
+    (Tier::Reflink, Kind::Reflink),
+    (Tier::Guest(Group::Lvm), Kind::Lvm),
+];
+
+fn with_stores(stores: &[(Tier, Kind)], part: &str, bodies: &[Body]) -> Vec<Test> {
     let tests = stores.iter().flat_map(|&(tier, kind)| {
         let of =
             move |&(name, body): &Body| test(tier, format!("{part}::{name}"), move || body(kind));
@@ -52,6 +70,7 @@ pub fn with_each_store(part: &str, bodies: &[Body]) -> Vec<Test> {
 enum Disk {
     Reflink(ReflinkFs),
     Lvm(TestVg),
+    Rbd,
 }
 
 /// A store with its configuration.
@@ -73,6 +92,10 @@ impl Site {
             disk: match kind {
                 Kind::Reflink => Disk::Reflink(ReflinkFs::new(8 << 10)),
                 Kind::Lvm => Disk::Lvm(TestVg::fresh()),
+                Kind::Rbd => {
+                    ceph::clear(None);
+                    Disk::Rbd
+                }
             },
         }
     }
@@ -92,7 +115,19 @@ impl Site {
                 disk,
             };
         }
-        let site = Self::bare(kind);
+        let site = if kind == Kind::Rbd {
+            // To make the base takes a guest many seconds.
+            ceph::clear(Some(BASE));
+            let disk = Disk::Rbd;
+            Self {
+                kind,
+                config,
+                dir,
+                disk,
+            }
+        } else {
+            Self::bare(kind)
+        };
         site.init();
         if kind == Kind::Lvm {
             TestVg::keep(&site.config);
@@ -108,15 +143,17 @@ impl Site {
         match self.kind {
             Kind::Reflink => arguments.extend(["--reflink", &store]),
             Kind::Lvm => arguments.extend(["--vg", &store, "--size", "5G"]),
+            Kind::Rbd => arguments.extend(["--rbd", &store, "--ceph-user", ceph::USER]),
         }
         self.done(&arguments)
     }
 
-    /// The group's name, or the directory.
+    /// The group's name, the directory, or the pool and its namespace.
     pub fn store(&self) -> String {
         match &self.disk {
             Disk::Reflink(fs) => fs.path().join("caches").to_str().unwrap().to_owned(),
             Disk::Lvm(_) => TestVg::NAME.to_owned(),
+            Disk::Rbd => ceph::STORE.to_owned(),
         }
     }
 
@@ -171,6 +208,10 @@ impl Site {
                 "lvs",
                 ["--noheadings", "-o", "lv_name,lv_tags", &self.store()],
             ),
+            Kind::Rbd => ceph::listed("volume")
+                .iter()
+                .map(|(name, volume)| format!("{name} {}\n", volume["tags"]))
+                .collect(),
         }
     }
 
@@ -179,6 +220,10 @@ impl Site {
         match self.kind {
             Kind::Reflink => run("chattr", ["+i", &self.store()]),
             Kind::Lvm => run("vgrename", ["--quiet", TestVg::NAME, "away"]),
+            Kind::Rbd => {
+                ceph::set_format("2");
+                String::new()
+            }
         };
         Broken(self)
     }
@@ -202,9 +247,10 @@ pub struct Broken<'a>(&'a Site);
 impl Drop for Broken<'_> {
     fn drop(&mut self) {
         match self.0.kind {
-            Kind::Reflink => outcome("chattr", ["-i", &self.0.store()]),
-            Kind::Lvm => outcome("vgrename", ["--quiet", "away", TestVg::NAME]),
-        };
+            Kind::Reflink => _ = outcome("chattr", ["-i", &self.0.store()]),
+            Kind::Lvm => _ = outcome("vgrename", ["--quiet", "away", TestVg::NAME]),
+            Kind::Rbd => ceph::set_format("1"),
+        }
     }
 }
 
@@ -212,11 +258,13 @@ impl Drop for Broken<'_> {
 pub struct Stuck<'a> {
     site: &'a Site,
     stopped: Vec<Pid>,
+    _away: Option<ceph::Away>,
 }
 
 impl<'a> Stuck<'a> {
     pub fn new(site: &'a Site, daemon: &Daemon) -> Self {
         let mut stopped = Vec::new();
+        let mut away = None;
         match site.kind {
             Kind::Reflink => {
                 run("fsfreeze", ["--freeze", &site.store()]);
@@ -230,8 +278,13 @@ impl<'a> Stuck<'a> {
                 }
                 assert!(!stopped.is_empty(), "no lvm process runs");
             }
+            Kind::Rbd => away = Some(ceph::Away::new()),
         }
-        Self { site, stopped }
+        Self {
+            site,
+            stopped,
+            _away: away,
+        }
     }
 }
 

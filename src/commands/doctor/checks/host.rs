@@ -16,7 +16,7 @@ pub fn configuration(facts: &Facts) -> Vec<Judged> {
         Config::Read(settings) => ok(format!("{file}: {}", settings.store)),
         Config::Missing => wrong(
             format!("{file} does not exist: nothing is set up yet"),
-            "lvm-cache-friend init --vg VG --size SIZE, or with --loop FILE or --reflink DIR",
+            "lvm-cache-friend init --vg VG --size SIZE, or with --loop FILE, --reflink DIR or --rbd POOL",
         ),
         Config::Bad(why) => wrong(
             why.replace('\n', " "),
@@ -113,6 +113,13 @@ pub fn kernel(facts: &Facts) -> Vec<Judged> {
         found.push(wrong(
             format!("Linux {release} has no dm-thin-pool"),
             "install all modules of the kernel, or use `init --reflink`",
+        ));
+    }
+    let rbd = settings(facts).is_some_and(|s| matches!(s.store, StoreConfig::Rbd(_)));
+    if rbd && !kernel.rbd {
+        found.push(wrong(
+            format!("Linux {release} has no rbd"),
+            "install all modules of the kernel (Fedora: kernel-modules-core)",
         ));
     }
     match version(release) {

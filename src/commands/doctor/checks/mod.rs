@@ -20,13 +20,14 @@ type Judged = (State, String, Option<String>);
 /// A check's name, and what judges.
 type Check = (&'static str, fn(&Facts) -> Vec<Judged>);
 
-const CHECKS: [Check; 20] = [
+const CHECKS: [Check; 21] = [
     ("configuration", host::configuration),
     ("permissions", host::permissions),
     ("tools", host::tools),
     ("kernel", host::kernel),
     ("store", store::store),
     ("pool", store::pool),
+    ("ceph", store::ceph),
     ("leftovers", store::leftovers),
     ("units", services::units),
     ("socket", services::socket),

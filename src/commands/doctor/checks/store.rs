@@ -18,6 +18,11 @@ pub fn store(facts: &Facts) -> Vec<Judged> {
                 StoreConfig::Reflink(reflink) => {
                     format!("make sure that {} is mounted", reflink.dir.display())
                 }
+                StoreConfig::Rbd(rbd) => format!(
+                    "see whether `ceph --id {user} -s` and `rbd --id {user} ls {pool}` answer on this host; docs/fleet.md has what it needs",
+                    user = rbd.user,
+                    pool = rbd.pool
+                ),
             };
             vec![wrong(why, fix)]
         }
@@ -35,6 +40,10 @@ pub fn pool(facts: &Facts) -> Vec<Judged> {
     let room = |bound| {
         match (&settings.store, bound) {
         (StoreConfig::Reflink(_), _) => "free space on that file system".to_owned(),
+        (StoreConfig::Rbd(rbd), _) => format!(
+            "give pool {} a larger quota, or the cluster more disks (`ceph df detail` says which)",
+            rbd.pool.pool
+        ),
         (StoreConfig::Lvm(Lvm { vg, pool, .. }), Bound::Data) => {
             format!("lvextend --size +SIZE {vg}/{pool}")
         }
@@ -112,4 +121,67 @@ pub fn leftovers(facts: &Facts) -> Vec<Judged> {
         }
     }
     or_ok(found, "none")
+}
+
+/// Of a store on Ceph: what the cluster's state is, and that of the images.
+pub fn ceph(facts: &Facts) -> Vec<Judged> {
+    let Some(Ok(store)) = &facts.store else {
+        return Vec::new();
+    };
+    let Some(report) = &store.ceph else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    if let Some(grant) = &report.refused {
+        found.push(wrong(
+            format!(
+                "client.{} may read the store, and not change it",
+                report.user
+            ),
+            format!("an administrator of the cluster grants that: {grant}"),
+        ));
+    }
+    if report.user == "admin" {
+        found.push(note(
+            "the daemon is client.admin, who may do everything in the cluster",
+            "give it a user of its own, and name that in [rbd]: docs/fleet.md",
+        ));
+    }
+    let monitors = &report.monitors;
+    let away: Vec<_> = monitors.iter().filter(|(_, there)| !there).collect();
+    if !away.is_empty() {
+        let names: Vec<_> = away.iter().map(|(name, _)| name.as_str()).collect();
+        found.push(note(
+            format!(
+                "of {} monitors {} are not in the quorum: {}",
+                monitors.len(),
+                away.len(),
+                names.join(", ")
+            ),
+            "see `ceph -s`",
+        ));
+    }
+    let (deep, from) = report.deep;
+    if deep > 0 {
+        found.push(note(
+            format!(
+                "{deep} of {} images are {from} or more clones deep ({} at most; Linux follows 16): to flatten them copies {}",
+                report.images, report.deepest, report.to_copy
+            ),
+            "nothing: each is flattened in the background once it is cloned again, a few objects at a time",
+        ));
+    }
+    or_ok(
+        found,
+        format!(
+            "client.{}, host {}, librbd {}, OSDs of {} or later, {} monitors, {} images, at most {} clones deep",
+            report.user,
+            report.host,
+            report.librbd,
+            report.release,
+            monitors.len(),
+            report.images,
+            report.deepest
+        ),
+    )
 }

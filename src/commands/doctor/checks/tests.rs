@@ -14,6 +14,7 @@ use crate::cache::units::Bytes;
 use crate::mount::MountPoint;
 use crate::podman::Engine;
 use crate::selinux::{Label, LabelError, Labels};
+use crate::storage::rbd::Report;
 use crate::storage::{Capacity, Trouble};
 
 fn file(path: &str, mode: u32, kind: FileKind) -> FileFact {
@@ -76,6 +77,7 @@ fn healthy() -> Facts {
             release: "6.1.0-18-amd64".into(),
             xfs: true,
             thin: true,
+            rbd: true,
         },
         store: Some(Ok(Store {
             capacity: Capacity {
@@ -89,6 +91,7 @@ fn healthy() -> Facts {
                 group_percent: 10.0,
             },
             when_full: Some("error".into()),
+            ceph: None,
             troubles: Vec::new(),
             drawback: None,
             doomed: 0,
@@ -171,6 +174,21 @@ fn the_store(facts: &mut Facts) -> &mut Store {
     store
 }
 
+/// Has a host have its store on Ceph.
+fn on_ceph(facts: &mut Facts) -> &mut Report {
+    facts.config = settings_of("[rbd]\npool = 'rbd/caches'\nuser = 'cache'\n");
+    let report = Report {
+        user: "cache".into(),
+        host: "one".into(),
+        monitors: vec![("a".into(), true), ("b".into(), true)],
+        images: 20,
+        deepest: 3,
+        deep: (0, 8),
+        ..Report::default()
+    };
+    the_store(facts).ceph.insert(report)
+}
+
 fn label(text: &str) -> Label {
     text.parse().expect("a label")
 }
@@ -200,8 +218,16 @@ fn set(facts: &mut Facts, unit: &str, name: &str, value: &str) {
 
 #[test]
 fn nothing_is_wrong() {
-    for found in all(&healthy()) {
-        assert!(found.state == State::Ok && found.fix.is_none(), "{found:?}");
+    let mut facts = healthy();
+    for on_ceph_too in [false, true] {
+        if on_ceph_too {
+            on_ceph(&mut facts);
+        }
+        let found = all(&facts);
+        for found in &found {
+            assert!(found.state == State::Ok && found.fix.is_none(), "{found:?}");
+        }
+        assert_eq!(found.iter().any(|found| found.check == "ceph"), on_ceph_too);
     }
 }
 
@@ -411,7 +437,35 @@ fn each_fault_is_found() {
         }),
         ("docker", Note, "no spec file", |f| f.docker_spec = None),
     ];
-    let more: [(&str, State, &str, Break); 22] = [
+    let more: [(&str, State, &str, Break); 30] = [
+        ("kernel", Wrong, "no rbd", |f| {
+            on_ceph(f);
+            f.kernel.rbd = false;
+        }),
+        ("store", Wrong, "rbd --id cache ls rbd/caches", |f| {
+            on_ceph(f);
+            f.store = Some(Err("no monitor answers".into()));
+        }),
+        ("pool", Note, "give pool rbd a larger quota", |f| {
+            on_ceph(f);
+            the_store(f).capacity.data_percent = 91.0;
+        }),
+        ("ceph", Wrong, "ceph auth caps client.cache", |f| {
+            on_ceph(f).refused = Some("ceph auth caps client.cache".into());
+        }),
+        ("ceph", Note, "client.admin", |f| {
+            on_ceph(f).user = "admin".into();
+        }),
+        ("ceph", Note, "not in the quorum: b", |f| {
+            on_ceph(f).monitors[1].1 = false;
+        }),
+        ("ceph", Note, "copies 3 GiB", |f| {
+            let report = on_ceph(f);
+            (report.deep.0, report.to_copy) = (2, Bytes(3 * Bytes::GIB));
+        }),
+        ("ceph", State::Ok, "at most 3 clones deep", |f| {
+            on_ceph(f);
+        }),
         ("selinux", Skipped, "off", |f| f.selinux = None),
         ("selinux", Wrong, "does not know a:b:c", |f| {
             the_selinux(f).labels = Err(LabelError::Unknown(label("a:b:c")));

@@ -101,6 +101,8 @@ library! { Librbd, "librbd.so.1",
     rbd_flatten(Handle) -> c_int;
     rbd_diff_iterate2(Handle, *const c_char, u64, u64, u8, u8, Difference, *mut c_void) -> c_int;
     rbd_namespace_exists(Handle, *const c_char, *mut bool) -> c_int;
+    rbd_namespace_create(Handle, *const c_char) -> c_int;
+    rbd_version(*mut c_int, *mut c_int, *mut c_int);
 }
 
 /// `LIBRADOS_CMPXATTR_OP_EQ`.
@@ -116,7 +118,7 @@ const FEATURES: c_int = 1;
 const CLONE_FORMAT: c_int = 12;
 /// Layering, exclusive-lock, object-map, fast-diff and deep-flatten (`rbd/features.h`): all that the kernel knows by
 /// Linux 5.3. Without an object map to remove an image is a message for each 4 MiB that it could have had.
-const IMAGE_FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
+pub(super) const IMAGE_FEATURES: u64 = 1 | 4 | 8 | 16 | 32;
 
 /// Where a client looks for a configuration if it is not told, as Ceph's own tools do.
 const CONF: &str = "/etc/ceph/ceph.conf";
@@ -281,6 +283,17 @@ impl Cluster {
             )
         };
         (read >= 0).then(|| until_nul(&buffer))
+    }
+
+    /// The version of librbd's interface, such as `1.19.0` of Ceph 18.
+    #[must_use]
+    pub fn librbd(&self) -> String {
+        let (mut major, mut minor, mut extra) = (0, 0, 0);
+        // SAFETY: three places to write to.
+        unsafe {
+            (self.libraries.1.rbd_version)(&raw mut major, &raw mut minor, &raw mut extra);
+        }
+        format!("{major}.{minor}.{extra}")
     }
 
     /// The cluster's id.

@@ -268,6 +268,20 @@ impl Pool {
         Ok(exists)
     }
 
+    /// Makes a namespace for images.
+    ///
+    /// # Errors
+    /// EPERM, as for every user who may not write to the pool itself, or what else is answered.
+    pub fn create_namespace(&self, namespace: &str) -> Result<(), CephError> {
+        let name = c_string(namespace);
+        // SAFETY: a C string.
+        let made = unsafe { (self.rbd().rbd_namespace_create)(self.io, name.as_ptr()) };
+        if made == -libc::EEXIST {
+            return Ok(());
+        }
+        check(|| format!("making namespace {namespace}"), made)
+    }
+
     /// Calls `then` with the options of an image that is made.
     fn with_options<T>(&self, clone: bool, then: impl FnOnce(Handle) -> T) -> Result<T, CephError> {
         let rbd = self.rbd();

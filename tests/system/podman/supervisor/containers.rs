@@ -24,7 +24,7 @@ pub fn pool(fake: &Fake, image: &str) -> String {
 }
 
 pub fn containers(kind: Kind) {
-    if kind == Kind::Lvm {
+    if kind != Kind::Reflink {
         // There is no udev that would make the device.
         run("modprobe", ["tun"]);
     }

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The Ceph cluster of a guest (tests/vm/ceph), and the namespace in it that stores of tests are in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, Once};
+
+use lvm_cache_friend::cache::record::Role;
+use lvm_cache_friend::cache::units::Bytes;
+use lvm_cache_friend::storage::Store as _;
+use lvm_cache_friend::storage::rbd::ceph::{Cluster, Omap, OmapWrite, Pool};
+use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::command::{outcome, run, sh};
+use super::lvm::DISK;
+
+/// The pool and the namespace, as `init --rbd` takes them.
+pub const STORE: &str = "rbd/caches";
+/// Who may use that namespace and nothing else.
+pub const USER: &str = "cache";
+/// Where a host has its runtime files.
+pub const RUN: &str = "/run/lvm-cache-friend";
+/// Hosts of tests, beside the guest's own.
+pub const HOSTS: [&str; 2] = ["one", "two"];
+
+/// What the store's index is called.
+const INDEX: &str = "lvm-cache-friend.index";
+
+pub fn place() -> Place {
+    Place {
+        pool: "rbd".to_owned(),
+        namespace: "caches".to_owned(),
+        user: USER.to_owned(),
+        conf: None,
+    }
+}
+
+/// Brings the cluster up, where it is not, and gives the guest an id.
+pub fn up() {
+    static UP: Once = Once::new();
+    UP.call_once(|| {
+        if !Path::new("/srv/ceph").exists() {
+            run("mkfs.ext4", ["-q", "-F", DISK]);
+            run("mkdir", ["/srv/ceph"]);
+            run("mount", [DISK, "/srv/ceph"]);
+            fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n").unwrap();
+        }
+        let up = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/ceph"))
+            .arg("/srv/ceph")
+            .status();
+        assert!(up.expect("bash").success(), "no cluster");
+        // Room for a test that fills it, and for what is written until that is noticed.
+        let quota = ["osd", "pool", "set-quota", "rbd", "max_bytes", "2147483648"];
+        run("ceph", quota);
+    });
+}
+
+/// Takes down and removes all that tests have made, but for a base of this size, if there is one.
+pub fn clear(base: Option<Bytes>) {
+    up();
+    // Mounts may be stacked, and some are of namespaces that are about to go.
+    sh(
+        "while m=$(awk '$1 ~ \"^/dev/rbd\" { print $2; exit }' /proc/mounts) && [ -n \"$m\" ]; do umount -l \"$m\"; done",
+    );
+    if keys().is_empty() {
+        return;
+    }
+    let own = rbd::machine_id().unwrap();
+    for host in [own.as_str(), HOSTS[0], HOSTS[1]] {
+        let store = RbdStore::open(&place(), host, Path::new(RUN)).unwrap();
+        for lv in store.list().unwrap().lvs {
+            if Role::from_tags(&lv.tags) != Role::Base || Some(lv.size) != base {
+                super::wait_until(|| store.remove(&lv.name).is_ok());
+            }
+        }
+        store.clear_away().unwrap();
+    }
+    if base.is_none() || !keys().keys().any(|key| key.starts_with("volume/")) {
+        let namespace = ["--id", USER, "-p", "rbd", "--namespace", "caches"];
+        run("rados", [&namespace[..], &["rm", INDEX]].concat());
+    }
+}
+
+/// The namespace, as its user sees it.
+fn pool() -> Arc<Pool> {
+    static POOL: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
+    let mut pool = POOL.lock().unwrap();
+    let connect = || {
+        let cluster = Cluster::connect(USER, None).unwrap();
+        Arc::new(cluster.pool("rbd", "caches").unwrap())
+    };
+    Arc::clone(pool.get_or_insert_with(connect))
+}
+
+/// All that is in the store's index.
+pub fn keys() -> Omap {
+    let (keys, more) = pool().page(INDEX, "", "", 1024).unwrap();
+    assert!(!more, "more than a test makes");
+    keys
+}
+
+/// The number of the last change.
+pub fn generation() -> String {
+    String::from_utf8(keys().remove("generation").unwrap()).unwrap()
+}
+
+/// Makes the index one of another version, which no host reads or changes, or what it was.
+pub fn set_format(format: &str) {
+    super::wait_until(|| {
+        let was = generation();
+        let next = was.parse::<u64>().unwrap() + 1;
+        let write = OmapWrite {
+            create: false,
+            compare: Omap::from([("generation".to_owned(), was.into_bytes())]),
+            set: Omap::from([
+                ("format".to_owned(), format.as_bytes().to_vec()),
+                ("generation".to_owned(), next.to_string().into_bytes()),
+            ]),
+            remove: Vec::new(),
+        };
+        pool().write(INDEX, &write).unwrap()
+    });
+}
+
+/// What the index has of this kind, by name: `volume` or `image`.
+pub fn listed(kind: &str) -> BTreeMap<String, Value> {
+    keys()
+        .iter()
+        .filter_map(|(key, value)| {
+            let name = key.strip_prefix(kind)?.strip_prefix('/')?;
+            Some((name.to_owned(), serde_json::from_slice(value).unwrap()))
+        })
+        .collect()
+}
+
+/// The image that a volume is in, and the snapshot of it that it is, where it is one.
+pub fn image_of(volume: &Value) -> (&str, Option<&str>) {
+    let content = &volume["content"];
+    let field = |kind: &str, name: &str| content[kind][name].as_str();
+    match field("own", "image") {
+        Some(image) => (image, None),
+        None => (field("at", "image").unwrap(), field("at", "snapshot")),
+    }
+}
+
+/// The images that have a device, and those of which a snapshot has one.
+pub fn mapped() -> BTreeSet<String> {
+    let devices = fs::read_dir("/sys/bus/rbd/devices").into_iter().flatten();
+    let named = devices.flatten().filter_map(|device| {
+        let field = |name: &str| {
+            let text = fs::read_to_string(device.path().join(name)).ok()?;
+            Some(text.trim().to_owned())
+        };
+        let is_head = field("pool_ns")? == "caches" && field("current_snap")? == "-";
+        is_head.then(|| field("name")).flatten()
+    });
+    named.collect()
+}
+
+/// An image, or a snapshot, as a device beside the store's own. Gone when dropped.
+pub struct Mapped(pub PathBuf);
+
+impl Mapped {
+    pub fn new(image: &str, snapshot: Option<&str>, options: &[&str]) -> Self {
+        let spec = match snapshot {
+            Some(snapshot) => format!("{STORE}/{image}@{snapshot}"),
+            None => format!("{STORE}/{image}"),
+        };
+        // Without udev, `rbd map` would wait for it.
+        let map = ["--id", USER, "device", "map", "--options", "noudev", &spec];
+        let device = run("rbd", [&map[..], options].concat());
+        Self(device.trim().into())
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let unmap = ["device", "unmap", "--options", "noudev"].map(AsRef::as_ref);
+        let ended = outcome("rbd", unmap.into_iter().chain([self.0.as_os_str()]));
+        if ended.status != 0 {
+            println!("{}: {ended:?}", self.0.display());
+        }
+    }
+}
+
+/// A daemon of the cluster's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Monitor,
+    Osd,
+    Manager,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Monitor, Self::Osd, Self::Manager];
+
+    fn program(self) -> (&'static str, [&'static str; 2]) {
+        match self {
+            Self::Monitor => ("ceph-mon", ["--id", "a"]),
+            Self::Osd => ("ceph-osd", ["--id", "0"]),
+            Self::Manager => ("ceph-mgr", ["--id", "a"]),
+        }
+    }
+
+    fn signal(self, signal: Signal) {
+        let pid = run("pidof", ["-s", self.program().0]);
+        kill(Pid::from_raw(pid.trim().parse().unwrap()), signal).unwrap();
+    }
+
+    /// `kill -9`.
+    pub fn kill(self) {
+        let program = self.program().0;
+        self.signal(Signal::SIGKILL);
+        super::wait_until(|| outcome("pidof", [program]).status != 0);
+    }
+
+    /// Starts it again, outside of the test's cgroup.
+    pub fn start(self) {
+        let (program, arguments) = self.program();
+        let line = format!(
+            "echo $$ >/sys/fs/cgroup/cgroup.procs; exec {program} {} >/dev/null 2>&1",
+            arguments.join(" ")
+        );
+        sh(&line);
+    }
+}
+
+/// The cluster answers nothing, as one behind a network that is cut, until this is dropped.
+pub struct Away(());
+
+impl Away {
+    pub fn new() -> Self {
+        for part in Part::ALL {
+            part.signal(Signal::SIGSTOP);
+        }
+        Self(())
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        for part in Part::ALL {
+            part.signal(Signal::SIGCONT);
+        }
+    }
+}
