@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -17,7 +18,7 @@ use crate::http::client;
 use crate::http::socket::{Lock, SocketError};
 use crate::mount;
 use crate::plugin::wire::Evictions;
-use crate::storage::{Store, StoreError};
+use crate::storage::{Store, StoreError, Usage};
 use crate::text::{age, rfc3339, unix_now};
 use crate::views::table::{self, table};
 
@@ -64,32 +65,65 @@ fn through_daemon(settings: &Settings, dry_run: bool) -> Result<Vec<Evicted>, Fa
 fn evict(settings: &Settings, store: &dyn Store, dry_run: bool) -> Result<Vec<Evicted>, Failure> {
     let usage = dry_run.then(|| store.usage().ok()).flatten();
     let mut gone = Vec::new();
+    let mut waits = false;
     loop {
-        let listing = store.list()?;
-        let mounts = mount::table().map_err(failed("the mount table"))?;
-        // A daemon that does not run has no leases, and knows no better how the clock went.
-        let entries = bounds::entries(&listing, &mounts, &HashMap::new(), Duration::ZERO);
-        let capacity = &listing.capacity;
-        let policy = &settings.policy;
-        let round = bounds::plan(entries, capacity, policy, unix_now(), usage.as_ref(), None);
-        let last = dry_run || round.is_empty();
-        for (lv, evicted) in round {
-            if !dry_run {
-                // For one commit, and not to the end: a daemon that starts meanwhile finds what is marked, and goes on by
-                // itself, as it does at each start.
-                let Some(held) = lock(settings)? else {
-                    return Ok(gone);
-                };
-                let marked = bounds::mark(store, &lv, &evicted)?;
-                drop(held);
-                remove(store, &lv, marked)?;
+        if !dry_run && !store.begin_evicting()? {
+            if !waits {
+                eprintln!("another host evicts now: waiting for its end");
+                waits = true;
             }
-            gone.push(evicted);
+            thread::sleep(bounds::OTHERS_TURN);
+            continue;
         }
-        if last {
+        let round = evict_once(settings, store, usage.as_ref(), dry_run, &mut gone);
+        if !dry_run {
+            store.end_evicting();
+        }
+        if round? == Round::Last {
             return Ok(gone);
         }
+        // How much that gave back shows only then.
+        thread::sleep(store.lag());
     }
+}
+
+/// Whether another round of eviction may find more.
+#[derive(PartialEq, Eq)]
+enum Round {
+    Last,
+    More,
+}
+
+fn evict_once(
+    settings: &Settings,
+    store: &dyn Store,
+    usage: Option<&HashMap<LvName, Usage>>,
+    dry_run: bool,
+    gone: &mut Vec<Evicted>,
+) -> Result<Round, Failure> {
+    let listing = store.list()?;
+    let fleet = store.fleet()?;
+    let mounts = mount::table().map_err(failed("the mount table"))?;
+    // A daemon that does not run has no leases, and knows no better how the clock went.
+    let (unused, none) = (HashMap::new(), Duration::ZERO);
+    let entries = bounds::entries(&listing, fleet.as_ref(), &mounts, &unused, none);
+    let capacity = &listing.capacity;
+    let plan = bounds::plan(entries, capacity, &settings.policy, unix_now(), usage, None);
+    let last = dry_run || plan.is_empty();
+    for (lv, evicted) in plan {
+        if !dry_run {
+            // For one commit, and not to the end: a daemon that starts meanwhile finds what is marked, and goes on by
+            // itself, as it does at each start.
+            let Some(held) = lock(settings)? else {
+                return Ok(Round::Last);
+            };
+            let marked = bounds::mark(store, &lv, &evicted)?;
+            drop(held);
+            remove(store, &lv, marked)?;
+        }
+        gone.push(evicted);
+    }
+    Ok(if last { Round::Last } else { Round::More })
 }
 
 fn remove(store: &dyn Store, lv: &LvName, marked: bool) -> Result<(), Failure> {

@@ -3,7 +3,8 @@
 //!
 //! After a publish, at the daemon's start, by `gc`, when a lease fills the
 //! store, and before a volume is refused for want of room. All of it happens on the thread that
-//! removes: room that is about to be given back is no reason to evict.
+//! removes: room that is about to be given back is no reason to evict. Of several hosts that share a store one at a time
+//! evicts, by what all of them use: [`Store::begin_evicting`].
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,7 +24,8 @@ use crate::cache::spec::Spec;
 use crate::cache::tags::{USED, USED_GRAIN};
 use crate::cache::units::Bytes;
 use crate::mount::{self, MountPoint};
-use crate::storage::{Capacity, Listing, Store, StoreError, Usage, doom};
+use crate::storage::hosts::Fleet;
+use crate::storage::{Capacity, Listing, Store, StoreError, Usage};
 
 /// How long a request waits for room to be made for it: Podman gives up after 5 s.
 pub(super) const REQUEST_PATIENCE: Duration = Duration::from_secs(3);
@@ -34,6 +36,13 @@ pub(super) const PUBLISH_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a store that lacks room, and has nothing to evict, is left alone, unless something is
 /// published or asked for.
 const FRUITLESS: Duration = Duration::from_secs(60);
+
+/// How long another host's turn to evict is left to it before it is looked at again.
+pub const OTHERS_TURN: Duration = if cfg!(test) {
+    Duration::from_millis(1)
+} else {
+    Duration::from_secs(1)
+};
 
 /// An entry that went, or would go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,17 +64,29 @@ pub struct Evicted {
     pub exclusive: Option<u64>,
 }
 
-/// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not settled, or whose
-/// volume is mounted now; and what `used` says was used within the time of `keep`.
+/// The entries of a store as [`evict::plan`] takes them. In use is what a lease came from that is not settled, of any host of
+/// `fleet`, or whose volume is mounted here now; and what `used` says was used within the time of `keep`.
 #[must_use]
 pub fn entries(
     listing: &Listing,
+    fleet: Option<&Fleet>,
     mounts: &[MountPoint],
     used: &HashMap<LvName, Use>,
     keep: Duration,
 ) -> Vec<Entry> {
     let mut found = Vec::new();
-    let mut in_use = HashSet::new();
+    let mut in_use: HashSet<LvName> = fleet
+        .into_iter()
+        .flat_map(|fleet| &fleet.lvs)
+        .filter_map(|of| match Role::from_tags(&of.lv.tags) {
+            Role::Volume {
+                from: Some(from),
+                lease: Some(_),
+                ..
+            } => Some(from),
+            _ => None,
+        })
+        .collect();
     let now = Instant::now();
     for lv in &listing.lvs {
         match Role::from_tags(&lv.tags) {
@@ -152,13 +173,13 @@ pub fn plan(
     told.collect()
 }
 
-/// Commits that an entry is to be removed, and says why: see [`doom`].
+/// Commits that an entry is to be removed, and says why: see [`Store::evict`].
 ///
 /// # Errors
 /// What the store says.
 pub fn mark(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<bool, StoreError> {
     let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
-    let marked = doom(store, lv)?;
+    let marked = store.evict(lv)?;
     info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
     Ok(marked)
 }
@@ -181,8 +202,11 @@ pub(super) struct Ask {
     /// That a volume may have room, of a scope that is trusted so far: one round is all that is waited for.
     room: Option<Trust>,
     so_far: Vec<Evicted>,
-    answer: Sender<Result<Vec<Evicted>, String>>,
+    answer: Sender<Answer>,
 }
+
+/// What a round of eviction came to: `None` where another host has the turn.
+type Answer = Result<Option<Vec<Evicted>>, String>;
 
 impl Engine {
     /// Evicts what has to go, and says what went; with `dry_run`, what would.
@@ -195,19 +219,18 @@ impl Engine {
                 .store
                 .usage()
                 .inspect_err(|error| debug!(%error, "space used is not known"));
-            let listing = self.store.list()?;
-            let plan = self.plan(&listing, usage.as_ref().ok(), None)?;
+            let plan = self.plan(&self.store.list()?, usage.as_ref().ok(), None)?;
             return Ok(plan.into_iter().map(|(_, evicted)| evicted).collect());
         }
         let answer = self.ask(None);
         match answer.recv() {
-            Ok(Ok(evicted)) => Ok(evicted),
+            Ok(Ok(evicted)) => Ok(evicted.unwrap_or_default()),
             Ok(Err(error)) => Err(StoreError::Failed(error).into()),
             Err(_) => Err(EngineError::Stopping),
         }
     }
 
-    fn ask(&self, room: Option<Trust>) -> mpsc::Receiver<Result<Vec<Evicted>, String>> {
+    fn ask(&self, room: Option<Trust>) -> mpsc::Receiver<Answer> {
         let (answer, answered) = mpsc::channel();
         self.upkeep.ask(Ask {
             room,
@@ -233,7 +256,9 @@ impl Engine {
             };
             let left = until.saturating_duration_since(Instant::now());
             match self.ask(Some(Trust::of(&spec.scope))).recv_timeout(left) {
-                Ok(Ok(evicted)) if !evicted.is_empty() => {}
+                Ok(Ok(Some(evicted))) if !evicted.is_empty() => {}
+                // The host that has the turn makes room for all.
+                Ok(Ok(None)) => _ = self.rest(OTHERS_TURN),
                 // Whether there is anything to evict is not known: that is no "no".
                 _ if self.is_stopping() => return Err(EngineError::Stopping),
                 _ => return Err(full.into()),
@@ -246,7 +271,13 @@ impl Engine {
         let room = asks.iter().filter_map(|ask| ask.room).max();
         let round = self.evict_once(room);
         let more = match &round {
-            Ok(evicted) => !evicted.is_empty(),
+            Ok(Some(evicted)) => !evicted.is_empty(),
+            Ok(None) => {
+                self.upkeep.tidy_after(OTHERS_TURN);
+                false
+            }
+            // It has said so itself.
+            Err(StoreError::ShutOut { .. }) => false,
             Err(error) => {
                 warn!(%error, "nothing could be evicted");
                 false
@@ -255,30 +286,54 @@ impl Engine {
         let mut waiting = Vec::new();
         for mut ask in asks {
             match &round {
-                Ok(evicted) => {
+                Ok(Some(evicted)) => {
                     ask.so_far.extend_from_slice(evicted);
                     if more && ask.room.is_none() {
                         waiting.push(ask);
                     } else {
-                        let _ = ask.answer.send(Ok(ask.so_far));
+                        let _ = ask.answer.send(Ok(Some(ask.so_far)));
                     }
                 }
+                Ok(None) if ask.room.is_none() => waiting.push(ask),
+                Ok(None) => drop(ask.answer.send(Ok(None))),
                 Err(error) => drop(ask.answer.send(Err(error.to_string()))),
             }
         }
         if more {
-            // How much that gave back is known only now.
-            self.upkeep.tidy();
+            // How much that gave back is known only then.
+            self.upkeep.tidy_after(self.store.lag());
         }
         waiting
     }
 
-    fn evict_once(&self, refused: Option<Trust>) -> Result<Vec<Evicted>, StoreError> {
+    /// `None`: there is something to evict, and another host has the turn.
+    pub(super) fn evict_once(
+        &self,
+        refused: Option<Trust>,
+    ) -> Result<Option<Vec<Evicted>>, StoreError> {
         let listing = self.store.list()?;
         let plan = self.plan(&listing, None, refused)?;
-        if plan.is_empty() && self.is_short(&listing.capacity) {
-            self.upkeep.fruitless();
+        if plan.is_empty() {
+            if self.is_short(&listing.capacity) {
+                self.upkeep.fruitless();
+            }
+            return Ok(Some(Vec::new()));
         }
+        if self.store.host().is_none() {
+            return self.evict(plan).map(Some);
+        }
+        if !self.store.begin_evicting()? {
+            return Ok(None);
+        }
+        // What the last turn of another host left.
+        let evicted = (self.store.list())
+            .and_then(|listing| self.plan(&listing, None, refused))
+            .and_then(|plan| self.evict(plan));
+        self.store.end_evicting();
+        evicted.map(Some)
+    }
+
+    fn evict(&self, plan: Vec<(LvName, Evicted)>) -> Result<Vec<Evicted>, StoreError> {
         let mut gone = Vec::with_capacity(plan.len());
         for (lv, evicted) in plan {
             if self.is_stopping() {
@@ -311,9 +366,11 @@ impl Engine {
         let wall = unix_now();
         let keep = self.settings.keep_used;
         let mounts = mounts()?;
+        let fleet = self.store.fleet()?;
         let entries = {
             let mut state = lock(&self.state);
-            let entries = entries(listing, &mounts, state.catalog.uses(), keep);
+            let uses = state.catalog.uses();
+            let entries = entries(listing, fleet.as_ref(), &mounts, uses, keep);
             let there: HashSet<_> = entries.iter().map(|entry| &entry.lv).collect();
             state.catalog.forget_uses(keep, Instant::now(), &there);
             entries
@@ -366,12 +423,15 @@ impl Engine {
             .any(|(_, space, floor)| space.missing(*floor) > 0)
     }
 
-    /// Refuses a lease that would begin in a store without room or out of service, for its first writes would fail.
+    /// Refuses a lease that would begin in a store without room or out of service, for its first writes would fail; and where
+    /// this host is shut out, for none of it would be kept.
     pub(super) fn room_for_lease(&self) -> Result<(), EngineError> {
         match self.store.room() {
-            Err(why @ (StoreError::Full { .. } | StoreError::OutOfService { .. })) => {
-                Err(why.into())
-            }
+            Err(
+                why @ (StoreError::Full { .. }
+                | StoreError::OutOfService { .. }
+                | StoreError::ShutOut { .. }),
+            ) => Err(why.into()),
             Err(error) => {
                 debug!(%error, "how full the store is cannot be told");
                 Ok(())

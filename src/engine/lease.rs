@@ -20,6 +20,7 @@ use crate::cache::spec::{Kind, OnError};
 use crate::cache::tags::{FAILED, LEASE, MAKING};
 use crate::failpoint::reach;
 use crate::mount::{self, Mounted};
+use crate::storage::StoreError;
 use crate::userns::Ids;
 
 /// How long Unmount waits for its own work before it answers. Podman gives up
@@ -187,12 +188,8 @@ impl Engine {
     ) -> Result<(Prepared, OpenFs), Refused> {
         let (old, premounted) = match phase {
             Phase::Ready(mut copy) if self.is_best(volume, &copy) => {
-                // What a kept volume holds is nowhere else, and may be what is to be cleared away.
-                if !volume.keeps()
-                    && let Err(full) =
-                        self.with_room(&volume.spec, REQUEST_PATIENCE, || self.room_for_lease())
-                {
-                    return Err(refuse(Phase::Ready(copy), full));
+                if let Err(refused) = self.may_begin(volume) {
+                    return Err(refuse(Phase::Ready(copy), refused));
                 }
                 if let Some(premounted) = copy.premounted.take() {
                     return Ok((copy, premounted.fs));
@@ -221,6 +218,18 @@ impl Engine {
                 Ok(ready)
             }
             Err(error) => Err(refuse(Phase::Stale(old), error)),
+        }
+    }
+
+    /// Refuses a lease of a copy that waits, where the store has no room for what it writes, or takes nothing of it.
+    fn may_begin(&self, volume: &Volume) -> Result<(), EngineError> {
+        if !volume.keeps() {
+            return self.with_room(&volume.spec, REQUEST_PATIENCE, || self.room_for_lease());
+        }
+        // What it holds is nowhere else, and may be what is to be cleared away.
+        match self.room_for_lease() {
+            Err(shut_out @ EngineError::Store(StoreError::ShutOut { .. })) => Err(shut_out),
+            _ => Ok(()),
         }
     }
 

@@ -73,6 +73,7 @@ use crate::cache::units::Bytes;
 use crate::cache::verdict::Verdict;
 use crate::container::Container;
 use crate::mount;
+use crate::storage::hosts::Fleet;
 use crate::storage::{Listing, Store, StoreError};
 use crate::text::unix_now;
 use catalog::Catalog;
@@ -295,6 +296,14 @@ impl Engine {
     /// When it cannot be read.
     pub fn listing(&self) -> Result<Listing, StoreError> {
         self.store.list()
+    }
+
+    /// The hosts that share the store, and what they have: waits for it. `None`: it is this host's alone.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn fleet(&self) -> Result<Option<Fleet>, StoreError> {
+        self.store.fleet()
     }
 
     /// The bounds of the store.

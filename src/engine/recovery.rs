@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, mem};
 
+use serde_json::json;
 use tracing::{info, warn};
 
 use super::settle::Ended;
@@ -17,8 +18,13 @@ use super::volume::{
 };
 use super::{Engine, EngineError, Happened, Verdict, lock, unix_now};
 use crate::cache::names::VolumeName;
-use crate::cache::spec::Spec;
+use crate::cache::record::Role;
+use crate::cache::spec::{Reuse, Spec};
 use crate::mount::{self, MountPoint, Mounted};
+use crate::storage::hosts::Lost;
+
+/// Why a lease was not published that this host had then.
+const LOST: &str = "another host took this one for lost";
 
 /// What an earlier life of ours knew of a lease.
 const FAILED_BEFORE: Happened = Happened::Ended(Verdict::Failure);
@@ -27,6 +33,7 @@ impl Engine {
     /// Takes up what an earlier life left: leases that go on, leases that ended,
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
+        let lost = self.store.take_lost()?;
         let table = mount::table().map_err(|source| EngineError::Io {
             what: "reading the mount table".into(),
             source,
@@ -38,11 +45,16 @@ impl Engine {
             self.upkeep.list();
         }
         let plan = Plan::of(&listing, table, &self.settings.mount_dir, &self.boot);
-        self.carry_out(plan, asked)
+        self.carry_out(plan, asked, lost)
     }
 
-    /// `asked`: when the listing was asked for that the plan was made from.
-    fn carry_out(self: &Arc<Self>, plan: Plan, asked: Instant) -> Result<(), EngineError> {
+    /// `asked`: when the listing was asked for that the plan was made from; `lost`: what the store says this host has lost.
+    fn carry_out(
+        self: &Arc<Self>,
+        plan: Plan,
+        asked: Instant,
+        lost: Vec<Lost>,
+    ) -> Result<(), EngineError> {
         let Plan {
             mut seen,
             mut goes_on,
@@ -65,6 +77,12 @@ impl Engine {
         for (name, m) in scratch {
             let volume = self.take_up_scratch(&name, &m)?;
             volumes.insert(name, Arc::new(volume));
+        }
+        for lost in lost {
+            if let Some(volume) = take_up_lost(&lost) {
+                let name = volume.name.clone();
+                volumes.entry(name).or_insert_with(|| Arc::new(volume));
+            }
         }
         seen.end_lates(&self.lease_tag());
         for lease in seen.ended {
@@ -274,4 +292,36 @@ impl Engine {
             }
         }
     }
+}
+
+/// A volume that this host had when another one took it for lost, and says so where that takes something away: a lease that was
+/// not settled, or what a volume kept. The volume is there again, and gets a copy as a new one does.
+fn take_up_lost(lost: &Lost) -> Option<Volume> {
+    let Role::Volume {
+        volume,
+        spec,
+        lease,
+        making,
+        ..
+    } = Role::from_tags(&lost.tags)
+    else {
+        return None;
+    };
+    let keeps = spec.reuse == Reuse::Keep && !making;
+    let held = lease.is_some() || keeps;
+    let Some(name) = volume else {
+        warn!(lv = %lost.lv, "{LOST}: what was written in this lease is gone");
+        return None;
+    };
+    let volume = Volume::new(name, *spec, unix_now(), Phase::Stale(None));
+    if held {
+        let what = if keeps { "what it kept" } else { "its lease" };
+        warn!(volume = %volume.name, lv = %lost.lv, "{LOST}: {what} is gone");
+        volume.tell_last(json!({
+            "lv": lost.lv.as_str(),
+            "published": null,
+            "why": LOST,
+        }));
+    }
+    Some(volume)
 }

@@ -315,7 +315,9 @@ impl Engine {
         match (first, used) {
             (Ok(copy), _) => Ok(Phase::Ready(copy)),
             (Err(EngineError::Miss(_)), _) => Ok(Phase::Stale(Some(self.placeholder(volume)?))),
-            (Err(error), None) => Err(error),
+            // What it wrote may be published once the daemon has started again.
+            (Err(error @ EngineError::Store(StoreError::ShutOut { .. })), _)
+            | (Err(error), None) => Err(error),
             // What filled the pool may be this very lease: nobody needs its data any more.
             (Err(error), Some(device)) => {
                 info!(volume = %volume.name, %error, "no next copy: tried again without the data of the last lease");
@@ -518,6 +520,8 @@ const fn passes(error: &StoreError) -> bool {
         | StoreError::Unfreezable { .. }
         | StoreError::Exec(_)
         | StoreError::Io { .. } => true,
+        // What it held is gone.
+        StoreError::ShutOut { .. } => false,
         StoreError::NotFound(_) | StoreError::Exists(_) | StoreError::Full { .. } => false,
     }
 }

@@ -149,6 +149,9 @@ pub struct Failed {
 pub struct Stats {
     /// When counting began, seconds since 1970.
     pub since: u64,
+    /// Of a fleet: the id of this host, of which all that follows is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub host: Option<String>,
     /// Volumes that there are.
     pub volumes: usize,
     /// Volumes in use.

@@ -4,6 +4,8 @@
 //! Nothing is mounted, and the engine's own threads do not run: a test lists the store and tries removals itself, so it
 //! chooses what happens between the two.
 
+mod fleet;
+
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -47,6 +49,10 @@ impl Bench {
 
     /// An engine that starts over what another has left.
     fn over(store: Memory) -> Self {
+        Self::with(store, Policy::default())
+    }
+
+    fn with(store: Memory, policy: Policy) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (jobs, _) = mpsc::unbounded_channel();
         let settings = Settings {
@@ -54,7 +60,7 @@ impl Bench {
             premounted: 0,
             scratch_size: Bytes::mib(1),
             empty_size: Bytes::mib(8),
-            policy: Policy::default(),
+            policy,
             keep_used: Duration::ZERO,
             jobs,
             docker: None,

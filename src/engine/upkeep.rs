@@ -90,6 +90,8 @@ struct Removals {
     look: Option<Instant>,
     /// Entries may have to go.
     tidy: bool,
+    /// Not before then: another host evicts, or what the last eviction gave back does not show yet.
+    not_before: Option<Instant>,
     /// Somebody waits for that.
     asks: Vec<Ask>,
     /// When entries had last to go, and none could.
@@ -161,6 +163,13 @@ impl Upkeep {
     pub fn tidy(&self) {
         lock(&self.removals).tidy = true;
         self.more_removals.notify_one();
+    }
+
+    /// As [`Upkeep::tidy`], but not before so long from now, whatever is asked meanwhile.
+    pub fn tidy_after(&self, pause: Duration) {
+        let mut removals = lock(&self.removals);
+        removals.tidy = true;
+        removals.not_before = Some(Instant::now() + pause);
     }
 
     pub fn ask(&self, ask: Ask) {
@@ -241,14 +250,16 @@ impl Upkeep {
             if let Some(i) = soonest.filter(|_| due <= Some(now)) {
                 return Some(Work::Remove(removals.waiting.swap_remove(i)));
             }
-            if removals.tidy || !removals.asks.is_empty() {
-                removals.tidy = false;
+            let evicts = removals.tidy || !removals.asks.is_empty();
+            let turn = removals.not_before.filter(|_| evicts);
+            if evicts && turn.is_none_or(|turn| turn <= now) {
+                (removals.tidy, removals.not_before) = (false, None);
                 return Some(Work::Evict(mem::take(&mut removals.asks)));
             }
             if removals.look.take_if(|look| *look <= now).is_some() {
                 return Some(Work::Look);
             }
-            removals = match due.into_iter().chain(removals.look).min() {
+            removals = match due.into_iter().chain(turn).chain(removals.look).min() {
                 Some(due) => {
                     let waited = self.more_removals.wait_timeout(removals, due - now);
                     waited.unwrap_or_else(PoisonError::into_inner).0
@@ -517,6 +528,11 @@ impl Engine {
                 self.remove_doubtful(&mut listing, asked);
                 self.take_over(&listing, asked);
                 unready
+            }
+            // It has said so itself.
+            Err(error @ StoreError::ShutOut { .. }) => {
+                debug!(%error, "what is known stays");
+                false
             }
             Err(error) => {
                 warn!(%error, "the store cannot be read: what is known stays");

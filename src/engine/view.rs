@@ -31,6 +31,7 @@ impl Engine {
         let volumes: Vec<_> = lock(&self.state).volumes.values().cloned().collect();
         let leased = |volume: &&Arc<Volume>| lock(&volume.now).lease().is_some();
         Stats {
+            host: self.store.host().map(str::to_owned),
             volumes: volumes.len(),
             leases: volumes.iter().filter(leased).count(),
             ..self.tally.stats()

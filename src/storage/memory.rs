@@ -13,6 +13,9 @@
 //!   place, however that came about.
 //! - Metadata's room, which never runs out.
 //! - Changes by others: all that it holds came through the trait, and [`Store::watch`] tells of that.
+//!
+//! It can play a fleet: each of several hosts has a handle of its own ([`Memory::of_host`]), and one takes another for lost
+//! when a test says so ([`Memory::declare_lost`]).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::{self, File};
@@ -26,8 +29,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use super::hosts::{Fleet, Host, HostLv, Lost, is_shared};
+use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch, doom};
 use crate::cache::names::{LvName, Tag};
+use crate::cache::tags::DOOMED;
 use crate::cache::units::Bytes;
 use crate::text::unix_now;
 
@@ -60,7 +65,11 @@ pub enum Fate {
 
 /// A store in memory. Clones are handles of the same one.
 #[derive(Clone)]
-pub struct Memory(Arc<Shared>);
+pub struct Memory {
+    shared: Arc<Shared>,
+    /// The host of the fleet that this handle is for; see [`Memory::of_host`].
+    host: Option<Arc<str>>,
+}
 
 struct Shared {
     /// Has `dev/`, the devices of active volumes, and `changes/`, where changes show.
@@ -82,7 +91,16 @@ struct Held {
     /// How many more calls are not answered, as another command holds the lock.
     locked: usize,
     fates: VecDeque<Fate>,
-    late: Vec<Change>,
+    /// It is locked after these.
+    then_locked: bool,
+    /// Each with the host that asked for it.
+    late: Vec<(Option<Arc<str>>, Change)>,
+    /// The hosts that have joined, and whether each was declared lost since.
+    hosts: BTreeMap<Arc<str>, bool>,
+    /// What those had, until they know.
+    lost: BTreeMap<Arc<str>, Vec<Lost>>,
+    /// The host that has the turn to evict.
+    evictor: Option<Arc<str>>,
     /// Whether a listing waits, so that it is answered once it is out of date.
     waits: Waits,
 }
@@ -97,6 +115,8 @@ enum Waits {
 }
 
 struct Volume {
+    /// The host that made it, or took it over.
+    host: Option<Arc<str>>,
     seq: u64,
     created: u64,
     size: Bytes,
@@ -131,7 +151,7 @@ impl HeldListing<'_> {
     /// Waits until that listing is read.
     pub fn wait_until_read(&self) {
         let held = self.0.held();
-        let waited = (self.0.0.listings).wait_while(held, |held| held.waits != Waits::Read);
+        let waited = (self.0.shared.listings).wait_while(held, |held| held.waits != Waits::Read);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 }
@@ -139,7 +159,7 @@ impl HeldListing<'_> {
 impl Drop for HeldListing<'_> {
     fn drop(&mut self) {
         self.0.held().waits = Waits::No;
-        self.0.0.listings.notify_all();
+        self.0.shared.listings.notify_all();
     }
 }
 
@@ -153,27 +173,104 @@ impl Memory {
         for part in ["dev", "changes"] {
             fs::create_dir(dir.join(part))?;
         }
-        Ok(Self(Arc::new(Shared {
-            dir,
-            held: Mutex::new(Held {
-                volumes: BTreeMap::new(),
-                data_size,
-                seq: 0,
-                minor: 0,
-                full: false,
-                locked: 0,
-                fates: VecDeque::new(),
-                late: Vec::new(),
-                waits: Waits::No,
+        Ok(Self {
+            host: None,
+            shared: Arc::new(Shared {
+                dir,
+                held: Mutex::new(Held {
+                    volumes: BTreeMap::new(),
+                    data_size,
+                    seq: 0,
+                    minor: 0,
+                    full: false,
+                    locked: 0,
+                    fates: VecDeque::new(),
+                    then_locked: false,
+                    late: Vec::new(),
+                    hosts: BTreeMap::new(),
+                    lost: BTreeMap::new(),
+                    evictor: None,
+                    waits: Waits::No,
+                }),
+                listings: Condvar::new(),
             }),
-            listings: Condvar::new(),
-        })))
+        })
+    }
+
+    /// The same store, as a host of a fleet has it: it sees its own volumes, and entries and the base.
+    #[must_use]
+    pub fn of_host(&self, id: &str) -> Self {
+        Self {
+            host: Some(id.into()),
+            ..self.clone()
+        }
+    }
+
+    /// Has this host be one of the fleet, also after it was taken for lost.
+    pub fn join(&self) {
+        if let Some(host) = &self.host {
+            self.held().hosts.insert(Arc::clone(host), false);
+        }
+    }
+
+    /// Has this host take `lost` for lost, and what that had for its own.
+    pub fn declare_lost(&self, lost: &str) {
+        let mut held = self.held();
+        let mut gone = Vec::new();
+        for (name, volume) in &mut held.volumes {
+            if volume.host.as_deref() == Some(lost) && !is_shared(&volume.tags) {
+                gone.push(Lost {
+                    lv: name.clone(),
+                    tags: volume.tags.clone(),
+                });
+                volume.tags.push(DOOMED.parse().expect("is a tag"));
+                volume.host.clone_from(&self.host);
+            }
+        }
+        held.hosts.insert(lost.into(), true);
+        held.lost.insert(lost.into(), gone);
+        drop(held);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        let changes = self.shared.dir.join("changes/seq");
+        let _ = fs::write(changes, "a host is lost");
+    }
+
+    /// Whether this host is one that was declared lost.
+    fn check_host(&self, held: &Held) -> Result<(), StoreError> {
+        match self.host.as_ref().and_then(|host| held.hosts.get(host)) {
+            Some(true) => Err(StoreError::ShutOut {
+                store: "memory".to_owned(),
+                detail: "it was taken for lost".to_owned(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn sees(&self, volume: &Volume) -> bool {
+        volume.host.is_none() || volume.host == self.host || is_shared(&volume.tags)
+    }
+
+    fn get<'a>(&self, held: &'a mut Held, lv: &LvName) -> Result<&'a mut Volume, StoreError> {
+        held.volumes
+            .get_mut(lv)
+            .filter(|volume| self.sees(volume))
+            .ok_or_else(|| StoreError::NotFound(lv.clone()))
     }
 
     /// What becomes of the next changes, in order: of volumes made, tagged, grown and removed. What comes after
     /// these is done.
     pub fn next(&self, fates: impl IntoIterator<Item = Fate>) {
         self.held().fates.extend(fates);
+    }
+
+    /// As [`Memory::next`], and the store is locked once these have been asked for.
+    pub fn next_then_lock(&self, fates: impl IntoIterator<Item = Fate>) {
+        let mut held = self.held();
+        held.fates.extend(fates);
+        held.then_locked = true;
     }
 
     /// Has the next `calls` calls not answered in time, and what they ask for not done: another command has the
@@ -210,7 +307,10 @@ impl Memory {
 
     fn held(&self) -> MutexGuard<'_, Held> {
         // A test that panics while it holds this has failed already.
-        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn timeout() -> StoreError {
@@ -227,16 +327,25 @@ impl Memory {
             held.locked -= 1;
             return Err(Self::timeout());
         }
-        for change in std::mem::take(&mut held.late) {
+        for (host, change) in std::mem::take(&mut held.late) {
+            let asked = Self {
+                host,
+                ..self.clone()
+            };
             // No client waits for the outcome.
-            let _ = self.apply(&mut held, change);
+            let _ = asked.apply(&mut held, change);
         }
+        self.check_host(&held)?;
         Ok(held)
     }
 
     fn change(&self, change: Change) -> Result<Option<PathBuf>, StoreError> {
         let mut held = self.turn()?;
-        match held.fates.pop_front().unwrap_or(Fate::Done) {
+        let fate = held.fates.pop_front().unwrap_or(Fate::Done);
+        if held.fates.is_empty() && std::mem::take(&mut held.then_locked) {
+            held.locked = usize::MAX;
+        }
+        match fate {
             Fate::Done => self.apply(&mut held, change),
             Fate::Refused => Err(Self::timeout()),
             Fate::Unanswered => {
@@ -244,17 +353,22 @@ impl Memory {
                 Err(Self::timeout())
             }
             Fate::Late => {
-                held.late.push(change);
+                held.late.push((self.host.clone(), change));
                 Err(Self::timeout())
             }
         }
     }
 
     fn apply(&self, held: &mut Held, change: Change) -> Result<Option<PathBuf>, StoreError> {
+        self.check_host(held)?;
         let device = match change {
             Change::Make { origin, size, new } => self.make(held, origin.as_ref(), size, new)?,
             Change::Tags { lv, add, del } => {
-                let volume = held.get(&lv)?;
+                let volume = self.get(held, &lv)?;
+                if add.iter().any(|tag| tag.as_str() == DOOMED) {
+                    // The host that dooms an entry has it to remove.
+                    volume.host.clone_from(&self.host);
+                }
                 volume.tags.retain(|tag| !del.contains(tag));
                 for tag in add {
                     if !volume.tags.contains(&tag) {
@@ -264,7 +378,7 @@ impl Memory {
                 None
             }
             Change::Remove(lv) => {
-                if held.volumes.contains_key(&lv) {
+                if self.get(held, &lv).is_ok() {
                     self.take_device(held, &lv)?;
                     held.volumes.remove(&lv);
                 }
@@ -272,16 +386,16 @@ impl Memory {
             }
             Change::Grow(lv, size) => {
                 let size = size.round_up(GRAIN);
-                if held.get(&lv)?.size < size {
+                if self.get(held, &lv)?.size < size {
                     held.check_room()?;
-                    let volume = held.get(&lv)?;
+                    let volume = self.get(held, &lv)?;
                     volume.content.set_len(size.0).map_err(failed("growing"))?;
                     volume.size = size;
                 }
                 None
             }
         };
-        let changes = self.0.dir.join("changes/seq");
+        let changes = self.shared.dir.join("changes/seq");
         fs::write(changes, held.seq.to_string()).map_err(failed("telling of a change"))?;
         Ok(device)
     }
@@ -301,7 +415,7 @@ impl Memory {
             .map_err(|e| failed("making a volume")(e.into()))?;
         let (size, origin) = match origin {
             Some(origin) => {
-                let origin = held.get(origin)?;
+                let origin = self.get(held, origin)?;
                 copy(&origin.content, &content).map_err(failed("copying"))?;
                 (origin.size, Some(origin.seq))
             }
@@ -317,6 +431,7 @@ impl Memory {
             }
         }
         let volume = Volume {
+            host: self.host.clone(),
             seq: held.seq,
             created: unix_now(),
             size,
@@ -332,9 +447,9 @@ impl Memory {
     }
 
     fn give_device(&self, held: &mut Held, lv: &LvName) -> Result<PathBuf, StoreError> {
-        let path = self.0.dir.join("dev").join(lv.as_str());
+        let path = self.shared.dir.join("dev").join(lv.as_str());
         let minor = held.minor + 1;
-        let volume = held.get(lv)?;
+        let volume = self.get(held, lv)?;
         if volume.device.is_none() {
             let content = format!(
                 "/proc/{}/fd/{}",
@@ -349,14 +464,14 @@ impl Memory {
     }
 
     fn take_device(&self, held: &mut Held, lv: &LvName) -> Result<(), StoreError> {
-        let volume = held.get(lv)?;
+        let volume = self.get(held, lv)?;
         if volume.device.is_none() {
             return Ok(());
         }
         if volume.is_open(&open_files()?)? {
             return Err(StoreError::Busy(lv.clone()));
         }
-        let path = self.0.dir.join("dev").join(lv.as_str());
+        let path = self.shared.dir.join("dev").join(lv.as_str());
         fs::remove_file(path).map_err(failed("deactivating"))?;
         volume.device = None;
         Ok(())
@@ -370,10 +485,23 @@ impl Drop for Shared {
 }
 
 impl Held {
-    fn get(&mut self, lv: &LvName) -> Result<&mut Volume, StoreError> {
-        self.volumes
-            .get_mut(lv)
-            .ok_or_else(|| StoreError::NotFound(lv.clone()))
+    fn lv(
+        &self,
+        name: &LvName,
+        volume: &Volume,
+        open: &HashMap<(u64, u64), usize>,
+    ) -> Result<Lv, StoreError> {
+        let origin = |of: u64| self.volumes.iter().find(|(_, other)| other.seq == of);
+        Ok(Lv {
+            name: name.clone(),
+            seq: volume.seq,
+            created: volume.created,
+            size: volume.size,
+            tags: volume.tags.clone(),
+            origin: volume.origin.and_then(origin).map(|(name, _)| name.clone()),
+            device: volume.device.map(|minor| (MAJOR, minor)),
+            open: volume.is_open(open)?,
+        })
     }
 
     fn check_room(&self) -> Result<(), StoreError> {
@@ -501,28 +629,80 @@ impl Store for Memory {
         "memory"
     }
 
+    fn host(&self) -> Option<&str> {
+        self.host.as_deref()
+    }
+
+    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+        let mut held = self.turn()?;
+        let lost = (self.host.as_ref()).and_then(|host| held.lost.remove(host));
+        Ok(lost.unwrap_or_default())
+    }
+
+    fn fleet(&self) -> Result<Option<Fleet>, StoreError> {
+        let Some(me) = &self.host else {
+            return Ok(None);
+        };
+        let held = self.turn()?;
+        let open = open_files()?;
+        let mut fleet = Fleet {
+            me: me.to_string(),
+            ..Fleet::default()
+        };
+        for (id, lost) in &held.hosts {
+            fleet.hosts.push(Host {
+                id: id.to_string(),
+                lost: *lost,
+            });
+        }
+        for (name, volume) in &held.volumes {
+            let mut lv = held.lv(name, volume, &open)?;
+            if !self.sees(volume) {
+                lv.open = lv.device.take().is_some();
+            }
+            let host = volume.host.as_ref().map(ToString::to_string);
+            fleet.lvs.push(HostLv { host, lv });
+        }
+        Ok(Some(fleet))
+    }
+
+    fn begin_evicting(&self) -> Result<bool, StoreError> {
+        let mut held = self.turn()?;
+        let free = held.evictor.is_none() || held.evictor == self.host;
+        if free {
+            held.evictor.clone_from(&self.host);
+        }
+        Ok(free)
+    }
+
+    fn evict(&self, lv: &LvName) -> Result<bool, StoreError> {
+        if self.held().evictor != self.host {
+            return Err(StoreError::Failed("another host evicts".to_owned()));
+        }
+        doom(self, lv)
+    }
+
+    fn end_evicting(&self) {
+        let mut held = self.held();
+        if held.evictor == self.host {
+            held.evictor = None;
+        }
+    }
+
     fn list(&self) -> Result<Listing, StoreError> {
         let mut held = self.turn()?;
         let open = open_files()?;
         let mut lvs = Vec::new();
         for (name, volume) in &held.volumes {
-            let origin = |of: u64| held.volumes.iter().find(|(_, other)| other.seq == of);
-            lvs.push(Lv {
-                name: name.clone(),
-                seq: volume.seq,
-                created: volume.created,
-                size: volume.size,
-                tags: volume.tags.clone(),
-                origin: volume.origin.and_then(origin).map(|(name, _)| name.clone()),
-                device: volume.device.map(|minor| (MAJOR, minor)),
-                open: volume.is_open(&open)?,
-            });
+            if self.sees(volume) {
+                lvs.push(held.lv(name, volume, &open)?);
+            }
         }
         let capacity = held.capacity()?;
         if held.waits == Waits::Next {
             held.waits = Waits::Read;
-            self.0.listings.notify_all();
-            let waited = (self.0.listings).wait_while(held, |held| held.waits == Waits::Read);
+            self.shared.listings.notify_all();
+            let waited = (self.shared.listings).wait_while(held, |held| held.waits == Waits::Read);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
         Ok(Listing { lvs, capacity })
@@ -530,6 +710,7 @@ impl Store for Memory {
 
     fn room(&self) -> Result<Capacity, StoreError> {
         let held = self.held();
+        self.check_host(&held)?;
         held.check_room()?;
         held.capacity()
     }
@@ -598,7 +779,7 @@ impl Store for Memory {
 
     fn watch(&self) -> Watch {
         Watch {
-            dir: self.0.dir.join("changes"),
+            dir: self.shared.dir.join("changes"),
             file: None,
         }
     }

@@ -3,13 +3,14 @@
 //!
 //! There are three, and one body of tests for all (`tests/system/store.rs`):
 //! [`lvm`], a thin pool in a volume group; [`reflink`], image files on XFS
-//! or btrfs with loop devices, for hosts without device-mapper; and [`rbd`], images in a Ceph pool, for several hosts. A fourth
-//! one, in memory, is held to the same and there for tests alone.
+//! or btrfs with loop devices, for hosts without device-mapper; and [`rbd`], images in a Ceph pool, which several
+//! hosts share ([`hosts`]). A fourth one, in memory, is held to the same and there for tests alone.
 //!
 //! A file system in use stands still while it is copied: `freeze`, for all.
 
 mod devmapper;
 mod freeze;
+pub mod hosts;
 pub mod lvm;
 #[cfg(any(test, feature = "failpoints"))]
 pub mod memory;
@@ -19,7 +20,7 @@ pub mod reflink;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
@@ -27,6 +28,7 @@ use crate::cache::record::after_tag;
 use crate::cache::tags::DOOMED;
 use crate::cache::units::Bytes;
 use crate::exec::ExecError;
+use hosts::{Fleet, Lost};
 
 /// One logical volume in the store, ours or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -164,7 +166,7 @@ pub struct Trouble {
 ///
 /// # Errors
 /// What else the store says.
-pub fn doom(store: &dyn Store, lv: &LvName) -> Result<bool, StoreError> {
+pub fn doom<S: Store + ?Sized>(store: &S, lv: &LvName) -> Result<bool, StoreError> {
     let doomed = DOOMED.parse().expect("is a tag");
     match store.change_tags(lv, &[doomed], &[]) {
         Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
@@ -222,6 +224,15 @@ pub enum StoreError {
         /// What is wrong, and which command helps.
         detail: String,
     },
+    /// It takes no changes from this process any more, whatever is tried: another host took this one for lost. What
+    /// the leases of this host wrote is gone.
+    #[error("{store} has shut this host out: {detail}")]
+    ShutOut {
+        /// Which store.
+        store: String,
+        /// Why, and what to do.
+        detail: String,
+    },
     /// A command of the store failed.
     #[error("{0}")]
     Failed(String),
@@ -254,6 +265,46 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// When the store cannot be read.
     fn list(&self) -> Result<Listing, StoreError>;
+
+    /// This host's id, where hosts share the store. From memory.
+    fn host(&self) -> Option<&str> {
+        None
+    }
+
+    /// What this host had when another one took it for lost; it is told once, to the daemon that starts after that.
+    ///
+    /// # Errors
+    /// When the store cannot be read or changed.
+    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    /// The hosts that share it, and what each of them has. For views and evictions; `None`: it is one host's alone.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn fleet(&self) -> Result<Option<Fleet>, StoreError> {
+        Ok(None)
+    }
+
+    /// Takes the turn to evict entries, which one host has at a time. `false`: another one has it.
+    ///
+    /// # Errors
+    /// When the store cannot be read or changed.
+    fn begin_evicting(&self) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
+    /// As [`doom`], for an entry that is evicted: within one's turn.
+    ///
+    /// # Errors
+    /// Where the turn has passed to another host, and as [`doom`].
+    fn evict(&self, lv: &LvName) -> Result<bool, StoreError> {
+        doom(self, lv)
+    }
+
+    /// Ends one's turn to evict.
+    fn end_evicting(&self) {}
 
     /// What makes it slower here than it could be, if it has met anything of the kind.
     fn drawback(&self) -> Option<String> {
@@ -292,6 +343,11 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::Full`] where no volume would be made: a write that finds no room is an
     /// I/O error to whoever has written before. [`StoreError::OutOfService`] where all writes are.
     fn room(&self) -> Result<Capacity, StoreError>;
+
+    /// How late what it says of its room may be: what a removal gives back shows by then.
+    fn lag(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// What each volume takes, active or not. Slower than [`Store::list`], and
     /// for people: nothing is decided by it.

@@ -9,15 +9,29 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::ceph::{self, CephError, PATIENCE};
-use super::fleet;
+use super::fleet::{self, Evictor};
 use super::index::{self, Change, GENERATION, Index, Volume};
 use super::{INDEX, PAGE, Shared, TURN};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
 impl Shared {
-    pub(super) fn generation(&self) -> Result<u64, CephError> {
-        let keys = self.pool.keys(INDEX, &[GENERATION])?;
+    /// The number of the last change.
+    ///
+    /// # Errors
+    /// [`StoreError::ShutOut`] where this process has joined, and its host was declared lost since.
+    pub(super) fn generation(&self) -> Result<u64, StoreError> {
+        let joined = self.beat().is_some();
+        let host = fleet::key(&self.me.host);
+        let wanted = [GENERATION, &host];
+        let keys = self
+            .pool
+            .keys(INDEX, if joined { &wanted } else { &wanted[..1] })
+            .map_err(|error| self.failed(&error))?;
+        if joined {
+            let found = fleet::hosts(&keys).remove(&self.me.host);
+            self.check_beat(found, &mut self.beat())?;
+        }
         let value = keys.get(GENERATION);
         Ok(value
             .and_then(|value| index::generation(value))
@@ -30,7 +44,7 @@ impl Shared {
 
     /// The index as it is now.
     pub(super) fn view(&self) -> Result<Arc<Index>, StoreError> {
-        let generation = self.generation().map_err(|error| self.failed(&error))?;
+        let generation = self.generation()?;
         let known = Arc::clone(&self.known());
         if known.generation == generation {
             return Ok(known);
@@ -47,7 +61,7 @@ impl Shared {
     pub(super) fn load(&self) -> Result<Index, StoreError> {
         let deadline = Instant::now() + TURN;
         loop {
-            let before = self.generation().map_err(|error| self.failed(&error))?;
+            let before = self.generation()?;
             let mut keys = ceph::Omap::new();
             loop {
                 let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
@@ -62,9 +76,7 @@ impl Shared {
             }
             let index = Index::parse(&keys).map_err(StoreError::Unusable)?;
             // In one page it is of one moment anyway.
-            if index.generation == before
-                && self.generation().map_err(|error| self.failed(&error))? == before
-            {
+            if index.generation == before && self.generation()? == before {
                 return Ok(index);
             }
             if Instant::now() >= deadline {
@@ -77,6 +89,15 @@ impl Shared {
     /// another host's or thread's change came first, and where `work` refuses what is not the newest.
     pub(super) fn change<T>(
         &self,
+        work: impl Fn(&Index) -> Result<(Change, T), StoreError>,
+    ) -> Result<T, StoreError> {
+        self.change_in_turn(None, work)
+    }
+
+    /// The same, as long as a turn to evict lasts.
+    pub(super) fn change_in_turn<T>(
+        &self,
+        turn: Option<&Evictor>,
         work: impl Fn(&Index) -> Result<(Change, T), StoreError>,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + TURN;
@@ -104,6 +125,9 @@ impl Shared {
             if let Some(mine) = &mine {
                 fleet::guard(&mut write, &self.me.host, mine);
             }
+            if let Some(turn) = turn {
+                fleet::guard_eviction(&mut write, turn);
+            }
             let written = self
                 .pool
                 .write(INDEX, &write)
@@ -118,6 +142,9 @@ impl Shared {
             }
             if mine.is_some() {
                 self.is_here(&mut self.beat())?;
+            }
+            if let Some(turn) = turn {
+                self.check_turn(turn)?;
             }
             newest = true;
             if Instant::now() >= deadline {
@@ -145,7 +172,7 @@ impl Shared {
                 detail: format!("{error}: `ceph df` and `ceph health detail` say more"),
             },
             // EBLOCKLISTED (include/rados.h).
-            Errno::ESHUTDOWN => StoreError::OutOfService {
+            Errno::ESHUTDOWN => StoreError::ShutOut {
                 store: self.name.clone(),
                 detail: format!(
                     "{error}: the cluster has shut this host out (`ceph osd blocklist ls`), mostly since it was taken for lost; restart the daemon"

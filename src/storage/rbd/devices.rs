@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The devices of images on this host: mapped and unmapped, held, and frozen for a snapshot.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tracing::warn;
+use tracing::{info, warn};
 
+use super::fleet;
 use super::kernel::Device;
 use super::{LOCK, Shared, io_failed};
 use crate::cache::names::LvName;
@@ -40,6 +42,42 @@ impl Shared {
         // All of it now: little is written while it is frozen.
         mounted.sync().map_err(what)?;
         Frozen::new(&mounted, lv, None).map(Some)
+    }
+
+    /// What is mapped on this host, by image.
+    pub(super) fn devices(&self) -> Result<BTreeMap<String, Device>, StoreError> {
+        (self.kernel.devices()).map_err(|error| self.io("looking for devices of", "", error))
+    }
+
+    /// Unmaps what is mapped on this host and is none of its volumes, as it had them before it was declared lost. Gives whether some of
+    /// it is in use still.
+    pub(super) fn unmap_strays(&self) -> Result<bool, StoreError> {
+        // First these: a volume is in the index before its image is mapped.
+        let devices = self.devices()?;
+        let index = self.view()?;
+        let own: BTreeSet<&str> = fleet::seen_by(&index, &self.me.host)
+            .map(|(_, volume)| volume.content.image())
+            .collect();
+        let mut left = false;
+        for (image, device) in devices {
+            // What the index does not know is others'.
+            if own.contains(image.as_str()) || !index.images.contains_key(&image) {
+                continue;
+            }
+            if device.mounted().is_none() && matches!(self.kernel.unmap(&device), Ok(true)) {
+                info!(
+                    image,
+                    "unmapped: it is none of this host's volumes any more"
+                );
+            } else {
+                left = true;
+            }
+        }
+        if !left {
+            // What others could not remove for that.
+            self.collect()?;
+        }
+        Ok(left)
     }
 
     /// Thaws what a process left frozen that was killed.

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! host/ID     a host's daemon: which process of the host's, and a count that it makes one more every so often
-//! evictor     the host that plans evictions, and its term
+//! left/ID     of a host that was declared lost: the volumes that it had
+//! evictor     the host that has, or had last, the turn to evict, and its term
 //! ```
 //! These are keys of the index, beside those of [`super::index`]. A count that goes on changes no generation, so no host reads
 //! the index anew for it.
@@ -13,6 +14,8 @@
 //!   for however long, nothing of a host that was declared lost is done any more, and no clock is asked for that.
 //! - A host is lost once another has looked many times in a row and seen the same count. Looks are counted, not time: a look that
 //!   failed, or that came late, begins anew, so that hosts that were cut off together do not take one another for lost.
+//! - Each eviction of an entry compares `evictor`, so of two hosts that evict at once one is refused. A turn that is not ended is taken over
+//!   once it was seen the same for many looks in a row.
 //! - A host sees what is its own, and entries and the base, which are of all hosts.
 
 use std::collections::BTreeMap;
@@ -23,12 +26,14 @@ use serde::{Deserialize, Serialize};
 use super::ceph::{Omap, OmapWrite};
 use super::index::{Change, Index, Volume};
 use crate::cache::names::LvName;
-use crate::cache::record::Role;
 use crate::cache::tags::DOOMED;
+use crate::storage::hosts::{self, Lost};
 
 /// What the hosts' keys begin with.
 pub const HOST: &str = "host/";
-const EVICTOR: &str = "evictor";
+const LEFT: &str = "left/";
+/// The key of the host that evicts.
+pub const EVICTOR: &str = "evictor";
 
 /// How often a host counts on, and looks at the others.
 pub const BEAT: Duration = Duration::from_secs(10);
@@ -36,7 +41,7 @@ pub const BEAT: Duration = Duration::from_secs(10);
 const LATE: Duration = Duration::from_secs(25);
 /// After how many looks in a row at the same count a host is lost: five minutes.
 pub const LOST: u32 = 30;
-/// After how many the next host plans evictions: a minute.
+/// After how many at the same turn to evict another host takes it over: a minute.
 pub const IDLE: u32 = 6;
 
 /// A host's key.
@@ -51,19 +56,66 @@ pub struct Beat {
     pub lost: bool,
 }
 
-/// The host that plans evictions.
+/// The host that has the turn to evict.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evictor {
     /// Its id.
     pub host: String,
-    /// Grows with each host that takes over.
+    /// Grows with each turn.
     pub term: u64,
+    /// The turn is over.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub done: bool,
+}
+
+/// A volume of a host that was declared lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Left {
+    lv: String,
+    tags: Vec<String>,
 }
 
 /// A host's key.
 #[must_use]
 pub fn key(host: &str) -> String {
     format!("{HOST}{host}")
+}
+
+/// The key of what a host had that was declared lost.
+#[must_use]
+pub fn left_key(host: &str) -> String {
+    format!("{LEFT}{host}")
+}
+
+/// What `host` had when it was declared lost, of the keys of the index.
+#[must_use]
+pub fn left(keys: &Omap, host: &str) -> Vec<Lost> {
+    let left: Vec<Left> = keys
+        .get(&left_key(host))
+        .and_then(|left| serde_json::from_slice(left).ok())
+        .unwrap_or_default();
+    left.into_iter()
+        .filter_map(|left| {
+            let tags = left.tags.iter().filter_map(|tag| tag.parse().ok());
+            Some(Lost {
+                lv: left.lv.parse().ok()?,
+                tags: tags.collect(),
+            })
+        })
+        .collect()
+}
+
+/// Forgets what `host` had when it was declared lost, where that is what `keys` have.
+#[must_use]
+pub fn forget_left(keys: &Omap, host: &str) -> OmapWrite {
+    let key = left_key(host);
+    let was = keys.get(&key).cloned().unwrap_or_default();
+    OmapWrite {
+        create: false,
+        compare: Omap::from([(key.clone(), was)]),
+        set: Omap::new(),
+        remove: vec![key],
+    }
 }
 
 fn json(value: &impl Serialize) -> Vec<u8> {
@@ -81,7 +133,7 @@ pub fn hosts(keys: &Omap) -> BTreeMap<String, Beat> {
         .collect()
 }
 
-/// Who plans evictions, of the keys of the index.
+/// The turn to evict, of the keys of the index.
 #[must_use]
 pub fn evictor(keys: &Omap) -> Option<Evictor> {
     serde_json::from_slice(keys.get(EVICTOR)?).ok()
@@ -103,25 +155,39 @@ pub fn guard(write: &mut OmapWrite, host: &str, mine: &Beat) {
     write.compare.insert(key(host), json(mine));
 }
 
-/// Has a change made only as long as `held` plans evictions.
+/// Has a change made only as long as that turn lasts.
 pub fn guard_eviction(write: &mut OmapWrite, held: &Evictor) {
     write.compare.insert(EVICTOR.to_owned(), json(held));
 }
 
-/// Makes `host` the one that plans evictions, where that is `was` still.
+/// Takes the turn to evict for `host`, where that is `was` still.
 #[must_use]
-pub fn take_over(was: Option<&Evictor>, host: &str) -> (OmapWrite, Evictor) {
+pub fn take_turn(was: Option<&Evictor>, host: &str) -> (OmapWrite, Evictor) {
     let now = Evictor {
         host: host.to_owned(),
         term: was.map_or(1, |was| was.term + 1),
+        done: false,
     };
-    let write = OmapWrite {
+    (evicting(was, &now), now)
+}
+
+/// Ends a turn, where it lasts still.
+#[must_use]
+pub fn end_turn(held: &Evictor) -> OmapWrite {
+    let now = Evictor {
+        done: true,
+        ..held.clone()
+    };
+    evicting(Some(held), &now)
+}
+
+fn evicting(was: Option<&Evictor>, now: &Evictor) -> OmapWrite {
+    OmapWrite {
         create: false,
         compare: Omap::from([(EVICTOR.to_owned(), was.map(json).unwrap_or_default())]),
-        set: Omap::from([(EVICTOR.to_owned(), json(&now))]),
+        set: Omap::from([(EVICTOR.to_owned(), json(now))]),
         remove: Vec::new(),
-    };
-    (write, now)
+    }
 }
 
 /// What a host has seen of the others.
@@ -129,17 +195,21 @@ pub fn take_over(was: Option<&Evictor>, host: &str) -> (OmapWrite, Evictor) {
 pub struct Observer {
     /// Each host's key, and how many looks in a row found it so.
     seen: BTreeMap<String, (Beat, u32)>,
+    /// The turn to evict, and the same of it.
+    turn: Option<(Evictor, u32)>,
     /// When the last look was.
     last: Option<Duration>,
 }
 
 impl Observer {
     /// Takes in what a look found, at `now`, by a clock that only this host has and that is never set.
-    pub fn look(&mut self, now: Duration, hosts: &BTreeMap<String, Beat>) {
+    pub fn look(&mut self, now: Duration, hosts: &BTreeMap<String, Beat>, turn: Option<&Evictor>) {
         if self.last.is_none_or(|last| now.saturating_sub(last) > LATE) {
-            self.seen.clear();
+            self.interrupted();
         }
         self.last = Some(now);
+        let before = self.turn.take().filter(|(was, _)| Some(was) == turn);
+        self.turn = turn.map(|turn| (turn.clone(), before.map_or(1, |(_, looks)| looks + 1)));
         let seen = std::mem::take(&mut self.seen);
         self.seen = hosts
             .iter()
@@ -156,6 +226,7 @@ impl Observer {
     /// A look failed: what was counted counts no more.
     pub fn interrupted(&mut self) {
         self.seen.clear();
+        self.turn = None;
     }
 
     /// Hosts that were not declared lost and have not counted on for so many looks, with their keys.
@@ -166,12 +237,18 @@ impl Observer {
             .map(|(host, (beat, _))| (host.as_str(), beat))
     }
 
-    /// Whether `host`, that plans evictions, has done so no more for so many looks: [`IDLE`].
+    /// Whether `host` was declared lost when it was last looked at.
     #[must_use]
-    pub fn is_idle(&self, host: &str, looks: u32) -> bool {
-        self.seen
-            .get(host)
-            .is_none_or(|(beat, seen)| beat.lost || *seen > looks)
+    pub fn is_lost(&self, host: &str) -> bool {
+        self.seen.get(host).is_some_and(|(beat, _)| beat.lost)
+    }
+
+    /// Whether another host may take over the turn to evict that is `turn` now: it is over, or was seen so for so many looks,
+    /// [`IDLE`].
+    #[must_use]
+    pub fn is_idle(&self, turn: &Evictor, looks: u32) -> bool {
+        let seen = self.turn.as_ref().filter(|(was, _)| was == turn);
+        turn.done || seen.is_some_and(|(_, seen)| *seen > looks)
     }
 }
 
@@ -187,21 +264,28 @@ fn is_shared(volume: &Volume) -> bool {
         .iter()
         .filter_map(|tag| tag.parse().ok())
         .collect();
-    matches!(Role::from_tags(&tags), Role::Entry { .. } | Role::Base)
+    hosts::is_shared(&tags)
 }
 
-/// Declares `lost` lost, where its key is still `beat`: all that it alone saw is `me`'s, to be removed.
+/// Declares `lost` lost, where its key is still `beat`: all that it alone saw is `me`'s, to be removed. What that was is kept
+/// for it to read when it joins again.
 #[must_use]
 pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWrite {
     let mut change = Change::default();
+    let mut left = Vec::new();
     for (name, volume) in &index.volumes {
         if volume.host.as_deref() == Some(lost) && !is_shared(volume) {
+            left.push(Left {
+                lv: name.to_string(),
+                tags: volume.tags.clone(),
+            });
             change
                 .volumes
                 .insert(name.clone(), Some(orphan(volume, me)));
         }
     }
     let mut write = change.write(index);
+    write.set.insert(left_key(lost), json(&left));
     write.compare.insert(key(lost), json(beat));
     write.set.insert(
         key(lost),
@@ -238,12 +322,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;
-    use proptest::test_runner::{Config, TestError, TestRunner};
+    use proptest::strategy::ValueTree as _;
+    use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
     use super::super::index::{Content, GENERATION};
     use super::*;
 
-    /// An error that is planted, to see that the model finds it.
+    /// An error that is planted, to see that the model finds it: [`FLAWS`] has what it then says.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Flaw {
         None,
@@ -251,6 +336,10 @@ mod tests {
         Unguarded,
         /// Nor the generation.
         Blind,
+        /// To declare a host lost does not compare the generation.
+        Stale,
+        /// Nor the key of the host that does it: two that are cut off declare each other lost.
+        Mutual,
         /// A host is declared lost after one look.
         Hasty,
         /// A look that failed, or came late, is passed over.
@@ -259,21 +348,31 @@ mod tests {
         Unlooked,
         /// A host that joins again takes up what it had.
         Returning,
-        /// Evictions do not compare the evictor.
+        /// Evictions do not compare whose turn it is.
         Usurped,
+        /// A turn to evict is taken over as soon as it is seen.
+        Impatient,
         /// An entry is tagged before its content is whole.
         Early,
     }
 
-    const FLAWS: [Flaw; 8] = [
-        Flaw::Unguarded,
-        Flaw::Blind,
-        Flaw::Hasty,
-        Flaw::Forgetful,
-        Flaw::Unlooked,
-        Flaw::Returning,
-        Flaw::Usurped,
-        Flaw::Early,
+    /// The errors that are planted, and what the model says of each: of a lost entry, a half-written one that is served, a
+    /// live lease that is collected, hosts that declare each other lost, and an eviction by two.
+    const FLAWS: [(Flaw, &str); 11] = [
+        (
+            Flaw::Unguarded,
+            "was declared lost changed something: Publish",
+        ),
+        (Flaw::Blind, " lost friend:note:"),
+        (Flaw::Stale, " is served no more"),
+        (Flaw::Mutual, "was declared lost changed something: Declare"),
+        (Flaw::Hasty, " lost after "),
+        (Flaw::Forgetful, " lost after "),
+        (Flaw::Unlooked, ", which had counted on"),
+        (Flaw::Returning, " was collected"),
+        (Flaw::Usurped, "out of turn"),
+        (Flaw::Impatient, "took the turn from"),
+        (Flaw::Early, " is half written"),
     ];
 
     /// As many looks as the model needs.
@@ -285,9 +384,9 @@ mod tests {
     enum Step {
         /// It counts on.
         Beat(usize),
-        /// It looks at the others, and declares lost who is.
+        /// It looks at the others.
         Look(usize),
-        /// It works that out now, and it arrives later.
+        /// It declares lost who is: worked out, and on its way.
         Declare(usize),
         /// A lease begins.
         Lease(usize),
@@ -297,8 +396,12 @@ mod tests {
         Tag(usize),
         /// What is on its way from it arrives.
         Arrive(usize),
-        /// It becomes the evictor, where that is idle.
-        TakeOver(usize),
+        /// A volume is made that is to be an entry.
+        Make(usize),
+        /// It takes the turn to evict, where it may.
+        TakeTurn(usize),
+        /// It ends that.
+        EndTurn(usize),
         /// It evicts the oldest entry: worked out, and on its way.
         Evict(usize),
         /// Nothing comes through from or to it.
@@ -316,12 +419,14 @@ mod tests {
         prop_oneof![
             4 => host.clone().prop_map(Step::Beat),
             10 => host.clone().prop_map(Step::Look),
-            2 => host.clone().prop_map(Step::Declare),
+            5 => host.clone().prop_map(Step::Declare),
             3 => host.clone().prop_map(Step::Lease),
             4 => host.clone().prop_map(Step::Publish),
             3 => host.clone().prop_map(Step::Tag),
-            5 => host.clone().prop_map(Step::Arrive),
-            2 => host.clone().prop_map(Step::TakeOver),
+            8 => host.clone().prop_map(Step::Arrive),
+            2 => host.clone().prop_map(Step::Make),
+            3 => host.clone().prop_map(Step::TakeTurn),
+            1 => host.clone().prop_map(Step::EndTurn),
             2 => host.clone().prop_map(Step::Evict),
             1 => host.clone().prop_map(Step::Cut),
             2 => host.clone().prop_map(Step::Heal),
@@ -351,6 +456,8 @@ mod tests {
         term: Option<Evictor>,
         /// Leases that it takes for its own.
         leases: BTreeSet<LvName>,
+        /// What it makes to be entries.
+        making: BTreeSet<LvName>,
         under_way: Vec<(OmapWrite, Purpose)>,
         /// Its own, in seconds.
         clock: u64,
@@ -370,6 +477,8 @@ mod tests {
         whole: BTreeSet<LvName>,
         /// Tags that a host was told are set.
         tagged: BTreeSet<(LvName, String)>,
+        /// Per host: looks in a row that came through and saw the turn to evict as it is.
+        turns: [u32; HOSTS],
         /// Per observer and host: looks in a row that came through since that host last counted on.
         looks: [[u32; HOSTS]; HOSTS],
         /// How often each host counted on.
@@ -392,6 +501,7 @@ mod tests {
                 evicted: BTreeSet::new(),
                 whole: BTreeSet::new(),
                 tagged: BTreeSet::new(),
+                turns: [0; HOSTS],
                 looks: [[0; HOSTS]; HOSTS],
                 beats: [0; HOSTS],
             };
@@ -411,6 +521,9 @@ mod tests {
             };
             if !write.compare.iter().all(same) {
                 return false;
+            }
+            if write.set.contains_key(EVICTOR) {
+                self.turns = [0; HOSTS];
             }
             self.keys.extend(write.set.clone());
             for key in &write.remove {
@@ -458,6 +571,7 @@ mod tests {
                     let killed = &mut self.hosts[host];
                     killed.lives = false;
                     killed.leases.clear();
+                    killed.making.clear();
                     killed.term = None;
                 }
                 Step::Cut(host) => self.hosts[host].cut = true,
@@ -469,7 +583,9 @@ mod tests {
                 | Step::Lease(host)
                 | Step::Publish(host)
                 | Step::Tag(host)
-                | Step::TakeOver(host)
+                | Step::Make(host)
+                | Step::TakeTurn(host)
+                | Step::EndTurn(host)
                 | Step::Evict(host) => {
                     self.hosts[host].clock += 10;
                     if !self.hosts[host].lives {
@@ -481,6 +597,7 @@ mod tests {
                                 self.hosts[host].observer.interrupted();
                             }
                             self.looks[host] = [0; HOSTS];
+                            self.turns[host] = 0;
                         }
                         return Ok(());
                     }
@@ -506,7 +623,8 @@ mod tests {
             let index = self.index().clone();
             let name = id(host);
             let mine = seen_by(&index, &name).filter(|(_, volume)| {
-                !is_shared(volume) && !volume.tags.iter().any(|tag| tag == DOOMED)
+                let out = [DOOMED, "friend:making"];
+                !is_shared(volume) && !volume.tags.iter().any(|tag| out.contains(&tag.as_str()))
             });
             let mut leases: BTreeSet<LvName> = mine.map(|(name, _)| name.clone()).collect();
             if self.flaw == Flaw::Returning {
@@ -559,19 +677,16 @@ mod tests {
                         let lost = &mut self.hosts[host];
                         lost.lives = false;
                         lost.leases.clear();
+                        lost.making.clear();
                         lost.term = None;
                     }
                 }
                 Step::Look(_) => {
                     self.look(host);
-                    for write in self.declarations(host) {
-                        self.send(host, write, true)?;
-                    }
                 }
                 Step::Declare(_) => {
-                    for write in self.declarations(host) {
-                        self.send(host, write, false)?;
-                    }
+                    let declarations = self.declarations(host);
+                    self.hosts[host].under_way.extend(declarations);
                 }
                 Step::Lease(_) => {
                     self.next += 1;
@@ -587,12 +702,29 @@ mod tests {
                         self.hosts[host].leases.insert(name);
                     }
                 }
-                Step::Publish(_) => {
-                    let Some(lease) = self.hosts[host].leases.first().cloned() else {
-                        return Ok(());
-                    };
+                Step::Make(_) => {
                     self.next += 1;
-                    let name: LvName = format!("e{:04}-of-{lease}", self.next).parse().unwrap();
+                    let name: LvName = format!("e{:04}-made", self.next).parse().unwrap();
+                    let mut change = Change::default();
+                    let making = volume(host, &["friend:snapshot", "friend:making"]);
+                    change.volumes.insert(name.clone(), Some(making));
+                    if let Some(write) = self.sent(host, &change)
+                        && self.write(&write)
+                    {
+                        self.hosts[host].making.insert(name);
+                    }
+                }
+                Step::Publish(_) => {
+                    let made = self.hosts[host].making.pop_first();
+                    let lease = self.hosts[host].leases.first();
+                    self.next += 1;
+                    let name = match (made, lease) {
+                        (Some(made), _) => made,
+                        (None, Some(lease)) => {
+                            format!("e{:04}-of-{lease}", self.next).parse().unwrap()
+                        }
+                        (None, None) => return Ok(()),
+                    };
                     if self.flaw != Flaw::Early {
                         self.whole.insert(name.clone());
                     }
@@ -602,7 +734,9 @@ mod tests {
                         Some(volume(host, &["friend:snapshot", "friend:cache:a"])),
                     );
                     if let Some(write) = self.sent(host, &change) {
-                        self.send(host, (write, Purpose::Publish(name)), false)?;
+                        self.hosts[host]
+                            .under_way
+                            .push((write, Purpose::Publish(name)));
                     }
                 }
                 Step::Tag(_) => {
@@ -618,19 +752,38 @@ mod tests {
                     let mut change = Change::default();
                     change.volumes.insert(name.clone(), Some(entry));
                     if let Some(write) = self.sent(host, &change) {
-                        self.send(host, (write, Purpose::Tag(name, tag)), false)?;
+                        self.hosts[host]
+                            .under_way
+                            .push((write, Purpose::Tag(name, tag)));
                     }
                 }
-                Step::TakeOver(_) => {
+                Step::TakeTurn(_) => {
                     let was = evictor(&self.keys);
-                    let idle = was.as_ref().is_none_or(|was| {
-                        was.host == id(host) || self.hosts[host].observer.is_idle(&was.host, FEW)
-                    });
-                    if idle {
-                        let (write, now) = take_over(was.as_ref(), &id(host));
-                        if self.write(&write) {
-                            self.hosts[host].term = Some(now);
-                        }
+                    let looks = if self.flaw == Flaw::Impatient { 0 } else { FEW };
+                    let observer = &self.hosts[host].observer;
+                    let free = was
+                        .as_ref()
+                        .is_none_or(|was| was.host == id(host) || observer.is_idle(was, looks));
+                    if !free {
+                        return Ok(());
+                    }
+                    let (write, now) = take_turn(was.as_ref(), &id(host));
+                    let looked = self.turns[host];
+                    prop_assert!(self.write(&write));
+                    if let Some(was) = was.filter(|was| !was.done && was.host != id(host)) {
+                        prop_assert!(
+                            looked > FEW,
+                            "{} took the turn from {} after {} looks",
+                            host,
+                            was.host,
+                            looked
+                        );
+                    }
+                    self.hosts[host].term = Some(now);
+                }
+                Step::EndTurn(_) => {
+                    if let Some(held) = self.hosts[host].term.take() {
+                        self.write(&end_turn(&held));
                     }
                 }
                 Step::Evict(_) => {
@@ -652,7 +805,9 @@ mod tests {
                         if self.flaw != Flaw::Usurped {
                             guard_eviction(&mut write, &term);
                         }
-                        self.send(host, (write, Purpose::Evict(entry, term.term)), false)?;
+                        self.hosts[host]
+                            .under_way
+                            .push((write, Purpose::Evict(entry, term.term)));
                     }
                 }
                 _ => {}
@@ -667,11 +822,14 @@ mod tests {
             let now = Duration::from_secs(clock);
             if last.is_none_or(|last| now.saturating_sub(last) > LATE) {
                 self.looks[host] = [0; HOSTS];
+                self.turns[host] = 0;
             }
             if self.flaw == Flaw::Forgetful {
                 self.hosts[host].observer.last = Some(now);
             }
-            self.hosts[host].observer.look(now, &found);
+            let turn = evictor(&self.keys);
+            (self.hosts[host].observer).look(now, &found, turn.as_ref());
+            self.turns[host] += 1;
             for looks in &mut self.looks[host] {
                 *looks += 1;
             }
@@ -691,24 +849,18 @@ mod tests {
                 .map(|(lost, beat)| {
                     let mut write = declare_lost(&this.known, lost, beat, &id(host));
                     guard(&mut write, &id(host), mine);
-                    if self.flaw == Flaw::Unlooked {
-                        write.compare.remove(&key(lost));
-                    }
+                    let unguarded = match self.flaw {
+                        Flaw::Unlooked => key(lost),
+                        Flaw::Mutual => key(&id(host)),
+                        Flaw::Stale => GENERATION.to_owned(),
+                        _ => String::new(),
+                    };
+                    write.compare.remove(&unguarded);
                     let lost: usize = lost[1..].parse().unwrap();
                     let looks = self.looks[host][lost];
                     (write, Purpose::Declare(lost, looks, self.beats[lost]))
                 })
                 .collect()
-        }
-
-        fn send(
-            &mut self,
-            host: usize,
-            write: (OmapWrite, Purpose),
-            now: bool,
-        ) -> Result<(), TestCaseError> {
-            self.hosts[host].under_way.push(write);
-            if now { self.arrive(host) } else { Ok(()) }
         }
 
         /// What a host sent is done, or refused, however long ago that was.
@@ -749,8 +901,9 @@ mod tests {
                     );
                 }
                 Purpose::Evict(name, term) => {
-                    let now = evictor(&self.keys).map(|now| now.term);
-                    prop_assert_eq!(now, Some(term), "an evictor of the past evicted {}", name);
+                    let turn = evictor(&self.keys).filter(|turn| !turn.done);
+                    let turn = turn.map(|turn| turn.term);
+                    prop_assert_eq!(turn, Some(term), "{} was evicted out of turn", name);
                     _ = self.evicted.insert(name);
                 }
             }
@@ -829,35 +982,52 @@ mod tests {
         Ok(())
     }
 
-    fn tried(flaw: Flaw, cases: u32) -> Result<(), TestError<Vec<Step>>> {
-        let config = Config {
-            cases,
-            failure_persistence: None,
-            max_shrink_iters: 0,
-            ..Config::default()
-        };
-        let steps = prop::collection::vec(step(), 0..120);
-        TestRunner::new_with_rng(
-            config,
-            proptest::test_runner::TestRng::deterministic_rng(
-                proptest::test_runner::RngAlgorithm::ChaCha,
+    /// Orders of events that chance hardly finds. A host that declares two lost at once sends that one by one.
+    fn rare() -> Vec<Vec<Step>> {
+        use Step::{Arrive, Declare, Look, Make, Publish};
+        let looks = [Look(0), Look(1)].repeat(5);
+        let then = |rest: &[Step]| [&[Make(0)], &looks[..], rest].concat();
+        vec![
+            // A host that is being declared lost publishes, and that arrives before the declaration; and after it.
+            then(&[Declare(1), Publish(0), Arrive(0), Arrive(1), Arrive(1)]),
+            then(&[Publish(0), Declare(1), Arrive(1), Arrive(1), Arrive(0)]),
+            // Two declare each other lost; the third one first.
+            then(
+                &[
+                    &[Declare(0), Arrive(0), Arrive(0)].repeat(2)[..],
+                    &[Declare(1), Arrive(1), Arrive(1)],
+                ]
+                .concat(),
             ),
-        )
-        .run(&steps, |steps| holds(flaw, &steps))
+        ]
+    }
+
+    /// What the model says of rare orders and of so many random ones, of each that it finds fault with.
+    fn findings(flaw: Flaw, runs: u32) -> impl Iterator<Item = (String, Vec<Step>)> {
+        let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+        let mut runner = TestRunner::new_with_rng(ProptestConfig::default(), rng);
+        let steps = prop::collection::vec(step(), 0..120);
+        let random = (0..runs).map(move |_| steps.new_tree(&mut runner).unwrap().current());
+        rare().into_iter().chain(random).filter_map(move |steps| {
+            let found = holds(flaw, &steps).err()?;
+            Some((found.to_string(), steps))
+        })
     }
 
     #[test]
     fn a_fleet_holds_what_it_promises() {
-        if let Err(error) = tried(Flaw::None, 300) {
-            panic!("{error}");
+        if let Some((found, steps)) = findings(Flaw::None, 300).next() {
+            panic!("{found}: {steps:?}");
         }
     }
 
+    /// Each is found for what it is.
     #[test]
     fn planted_errors_are_found() {
         let missed: Vec<Flaw> = FLAWS
             .into_iter()
-            .filter(|flaw| tried(*flaw, 1000).is_ok())
+            .filter(|(flaw, want)| !findings(*flaw, 1000).any(|(found, _)| found.contains(want)))
+            .map(|(flaw, _)| flaw)
             .collect();
         assert!(missed.is_empty(), "not found: {missed:?}");
     }

@@ -4,16 +4,21 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use ring::hmac;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
+use super::ceph::{Omap, OmapWrite};
 use super::fleet::{self, Beat, Observer};
+use super::index::{Content, Index};
 use super::{INDEX, LOOK, PAGE, RbdStore, SEEN, Shared, io_failed};
 use crate::storage::StoreError;
+use crate::storage::hosts::Lost;
 
 /// Where a machine has its id: machine-id(5).
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -65,7 +70,7 @@ impl RbdStore {
     /// first: it may live on another machine.
     ///
     /// # Errors
-    /// [`StoreError::OutOfService`] where another machine's daemon has this host's id, and lives; or when the cluster cannot be
+    /// [`StoreError::ShutOut`] where another machine's daemon has this host's id, and lives; or when the cluster cannot be
     /// reached.
     pub fn join(&self) -> Result<bool, StoreError> {
         let shared = &self.shared;
@@ -102,14 +107,13 @@ impl RbdStore {
 fn look_for_changes(store: &Weak<Shared>) {
     let mut seen = None;
     let mut away = false;
-    let mut observer = Observer::default();
     let begun = Instant::now();
     let mut next_beat = Duration::ZERO;
     while let Some(store) = store.upgrade() {
         if begun.elapsed() >= next_beat {
             next_beat = begun.elapsed() + fleet::BEAT;
-            if let Err(error) = store.look_at_hosts(&mut observer, begun.elapsed()) {
-                observer.interrupted();
+            if let Err(error) = store.look_at_hosts(begun.elapsed()) {
+                store.observer().interrupted();
                 debug!(%error, "the other hosts are not seen");
             }
         }
@@ -121,6 +125,8 @@ fn look_for_changes(store: &Weak<Shared>) {
                 }
                 seen = Some(now);
             }
+            // It has said so itself.
+            Err(StoreError::ShutOut { .. }) => {}
             Err(error) if !away => {
                 away = true;
                 warn!(%error, "changes by other hosts are not seen");
@@ -151,45 +157,39 @@ impl Shared {
         self.beat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts on, where this process has joined, and declares lost which hosts do so no more.
-    pub(super) fn look_at_hosts(
-        &self,
-        observer: &mut Observer,
-        now: Duration,
-    ) -> Result<(), StoreError> {
-        let mine = {
-            let mut beat = self.beat();
-            let Some(was) = beat.clone().filter(|was| !was.lost) else {
-                return Ok(());
-            };
-            let next = Beat {
-                count: was.count + 1,
-                ..was.clone()
-            };
-            let write = fleet::beat(&self.me.host, Some(&was), &next);
-            if self
-                .pool
-                .write(INDEX, &write)
-                .map_err(|error| self.failed(&error))?
-            {
-                *beat = Some(next.clone());
-                next
-            } else {
-                self.is_here(&mut beat)?
-            }
+    pub(super) fn observer(&self) -> MutexGuard<'_, Observer> {
+        self.observer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts on and declares lost which hosts do so no more, where this process has joined; and sees whose turn it is to evict.
+    pub(super) fn look_at_hosts(&self, now: Duration) -> Result<(), StoreError> {
+        let mine = self.count_on()?;
+        let hosts = fleet::hosts(&self.host_keys()?);
+        let turn = self.turn()?;
+        let silent: Vec<(String, Beat)> = {
+            let mut observer = self.observer();
+            observer.look(now, &hosts, turn.as_ref());
+            observer
+                .silent(fleet::LOST)
+                .filter(|(host, _)| *host != self.me.host)
+                .map(|(host, beat)| (host.to_owned(), beat.clone()))
+                .collect()
         };
-        let (keys, _) = self
-            .pool
-            .page(INDEX, fleet::HOST, "", PAGE)
-            .map_err(|error| self.failed(&error))?;
-        observer.look(now, &fleet::hosts(&keys));
-        let silent: Vec<(String, Beat)> = observer
-            .silent(fleet::LOST)
-            .filter(|(host, _)| *host != self.me.host)
-            .map(|(host, beat)| (host.to_owned(), beat.clone()))
-            .collect();
+        let Some(mine) = mine else {
+            return Ok(());
+        };
+        if self.strays.load(Ordering::Relaxed) {
+            self.strays.store(self.unmap_strays()?, Ordering::Relaxed);
+        }
         for (host, beat) in silent {
             let index = self.view()?;
+            if self.is_watching(&index, &host)? {
+                debug!(
+                    host,
+                    "its daemon does not count on, and it has images mapped"
+                );
+                continue;
+            }
             let mut write = fleet::declare_lost(&index, &host, &beat, &self.me.host);
             fleet::guard(&mut write, &self.me.host, &mine);
             // Where another change came first, at the next look.
@@ -202,6 +202,76 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// Whether a host has an image mapped: its daemon may be stopped, and its containers go on.
+    fn is_watching(&self, index: &Index, host: &str) -> Result<bool, StoreError> {
+        for volume in index.volumes.values() {
+            let Content::Own {
+                image, live: true, ..
+            } = &volume.content
+            else {
+                continue;
+            };
+            if volume.host.as_deref() != Some(host) {
+                continue;
+            }
+            match (self.pool.look_at(image, None)).and_then(|image| image.is_watched()) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(error) if error.errno == Errno::ENOENT => {}
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Shows other hosts that this one lives; `None`: this process has not joined, or its host was declared lost.
+    fn count_on(&self) -> Result<Option<Beat>, StoreError> {
+        let mut beat = self.beat();
+        let Some(was) = beat.clone().filter(|was| !was.lost) else {
+            return Ok(None);
+        };
+        let next = Beat {
+            count: was.count + 1,
+            ..was.clone()
+        };
+        let write = fleet::beat(&self.me.host, Some(&was), &next);
+        if self.write(&write)? {
+            *beat = Some(next.clone());
+            Ok(Some(next))
+        } else {
+            self.is_here(&mut beat).map(Some)
+        }
+    }
+
+    pub(super) fn write(&self, write: &OmapWrite) -> Result<bool, StoreError> {
+        self.pool
+            .write(INDEX, write)
+            .map_err(|error| self.failed(&error))
+    }
+
+    pub(super) fn host_keys(&self) -> Result<Omap, StoreError> {
+        let page = self.pool.page(INDEX, fleet::HOST, "", PAGE);
+        page.map(|(keys, _)| keys)
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// What this host had when it was declared lost, once.
+    pub(super) fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+        let key = fleet::left_key(&self.me.host);
+        loop {
+            let keys = self
+                .pool
+                .keys(INDEX, &[&key])
+                .map_err(|error| self.failed(&error))?;
+            if !keys.contains_key(&key) {
+                return Ok(Vec::new());
+            }
+            if self.write(&fleet::forget_left(&keys, &self.me.host))? {
+                return Ok(fleet::left(&keys, &self.me.host));
+            }
+        }
     }
 
     /// This host's key, as it is in the index.
@@ -238,16 +308,31 @@ impl Shared {
     /// # Errors
     /// Where it was declared lost, or another process of the host's has joined.
     pub(super) fn is_here(&self, beat: &mut Option<Beat>) -> Result<Beat, StoreError> {
-        match self.own_key()? {
-            Some(found) if found.process == self.me.process && !found.lost => {
-                *beat = Some(found.clone());
-                Ok(found)
-            }
+        let found = self.own_key()?;
+        let found = self.check_beat(found, beat)?;
+        *beat = Some(found.clone());
+        Ok(found)
+    }
+
+    /// Takes what was read of this host's key.
+    ///
+    /// # Errors
+    /// As [`Shared::is_here`]; `beat` is lost from then on, and that is said once.
+    pub(super) fn check_beat(
+        &self,
+        found: Option<Beat>,
+        beat: &mut Option<Beat>,
+    ) -> Result<Beat, StoreError> {
+        match found {
+            Some(found) if found.process == self.me.process && !found.lost => Ok(found),
             found => {
-                if let Some(beat) = beat {
-                    beat.lost = true;
+                let error = self.shut_out(found.is_some_and(|found| found.lost));
+                if let Some(beat) = beat
+                    && !std::mem::replace(&mut beat.lost, true)
+                {
+                    error!(%error, "nothing is made or published here until the daemon is restarted");
                 }
-                Err(self.shut_out(found.is_some_and(|found| found.lost)))
+                Err(error)
             }
         }
     }
@@ -258,7 +343,7 @@ impl Shared {
         } else {
             "another daemon has joined with this host's id: of machines with one /etc/machine-id, each needs a `host` of its own in [rbd] of its configuration"
         };
-        StoreError::OutOfService {
+        StoreError::ShutOut {
             store: self.name.clone(),
             detail: format!("{why}; to begin anew: systemctl restart lvm-cache-friend"),
         }

@@ -18,9 +18,13 @@ use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
 impl Shared {
-    /// Whether a process may still finish what it makes. Of other hosts' the answer is yes.
+    /// Whether a process may still finish what it makes. Of other hosts' the answer is yes, unless they were declared lost: then
+    /// what they make never is in the index.
     pub(super) fn may_finish(&self, maker: &Maker) -> bool {
-        if maker.host != self.me.host || maker.process == self.me.process {
+        if maker.host != self.me.host {
+            return !self.observer().is_lost(&maker.host);
+        }
+        if maker.process == self.me.process {
             return true;
         }
         let Ok(file) = File::open(process_file(&self.run, &maker.process)) else {
@@ -130,11 +134,7 @@ impl Shared {
         size: u64,
     ) -> Result<String, StoreError> {
         let name = self.change(|index| {
-            let there = |parent: &SnapshotOf| {
-                let image = index.images.get(&parent.image);
-                image.is_some_and(|image| image.snapshots.contains_key(&parent.snapshot))
-            };
-            if !parent.is_none_or(there) {
+            if !parent.is_none_or(|parent| index.has(parent)) {
                 return Err(StoreError::NotFound(volume.clone()));
             }
             let name = index.fresh_name(volume);

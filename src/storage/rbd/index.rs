@@ -283,6 +283,13 @@ impl Index {
         format!("{part}~{}", self.generation + 1)
     }
 
+    /// Whether there is such a snapshot.
+    #[must_use]
+    pub fn has(&self, snapshot: &SnapshotOf) -> bool {
+        let image = self.images.get(&snapshot.image);
+        image.is_some_and(|image| image.snapshots.contains_key(&snapshot.snapshot))
+    }
+
     /// What nothing needs, in the order in which it can be removed; what depends on that is told once it is gone. `alive`
     /// says whether a process may still finish what it makes.
     #[must_use]

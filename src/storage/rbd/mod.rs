@@ -21,6 +21,7 @@ pub mod index;
 mod kernel;
 mod report;
 mod room;
+mod turn;
 mod volumes;
 
 use std::collections::{BTreeSet, HashMap};
@@ -28,6 +29,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,18 +38,18 @@ use nix::fcntl::{Flock, FlockArg};
 use rustix::fs::FlockOperation;
 
 use self::ceph::{CephError, Cluster, ConnectError, Pool};
-use self::devices::is_held;
-use self::fleet::Beat;
+use self::fleet::{Beat, Evictor, Observer};
 pub use self::hosts::machine_id;
 use self::index::{Change, Content, GENERATION, Index, Maker, Volume};
 use self::kernel::Kernel;
 pub use self::report::Report;
-use self::volumes::{distinct, unix_now};
+use self::volumes::{as_listed, unix_now};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::FsType;
 use crate::cache::tags::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
-use crate::storage::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use crate::storage::hosts::{Fleet, Host, HostLv, Lost};
+use crate::storage::{Capacity, Listing, NewLv, Store, StoreError, Usage, Watch};
 
 /// The object that is the index, in the images' namespace.
 const INDEX: &str = "lvm-cache-friend.index";
@@ -67,6 +69,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Share of the pool in use from which on no volume is made, in percent. At its quota, and where an OSD is full, writes
 /// fail.
 const LIMIT: f64 = 90.0;
+
+/// How late `ceph df` is at most: OSDs report to the manager every 5 seconds (`mgr_stats_period`), and that to the monitors every
+/// 2 (`mgr_tick_period`). Ceph's own tests wait 12.
+const LAG: Duration = Duration::from_secs(15);
 
 /// From how many parents on an image that is cloned is made free of them, in the background. The kernel opens 16 at most
 /// (`RBD_MAX_PARENT_CHAIN_LEN`, drivers/block/rbd.c), and each one with every map.
@@ -137,6 +143,12 @@ struct Shared {
     collecting: Mutex<()>,
     /// This host's key, once it has joined.
     beat: Mutex<Option<Beat>>,
+    /// What this process has seen of other hosts.
+    observer: Mutex<Observer>,
+    /// Its turn to evict.
+    turn: Mutex<Option<Evictor>>,
+    /// Images may be mapped on this host that are none of its volumes.
+    strays: AtomicBool,
     /// Images that are being copied from their parents by this process.
     flattening: Mutex<BTreeSet<String>>,
     /// Which processes of this host live is told by who holds its file.
@@ -313,6 +325,9 @@ impl RbdStore {
                 known: Mutex::default(),
                 collecting: Mutex::default(),
                 beat: Mutex::default(),
+                observer: Mutex::default(),
+                turn: Mutex::default(),
+                strays: AtomicBool::new(true),
                 flattening: Mutex::default(),
                 _alive: alive,
             }),
@@ -341,37 +356,9 @@ impl Store for RbdStore {
 
     fn list(&self) -> Result<Listing, StoreError> {
         let index = self.shared.view()?;
-        let devices = self
-            .shared
-            .kernel
-            .devices()
-            .map_err(|error| self.shared.io("looking for devices of", "", error))?;
+        let devices = self.shared.devices()?;
         let lvs = fleet::seen_by(&index, &self.shared.me.host)
-            .map(|(name, volume)| {
-                let device = match &volume.content {
-                    Content::Own { image, .. } => devices.get(image),
-                    Content::At(_) => None,
-                };
-                let origin = volume.origin.as_ref().and_then(|origin| {
-                    let (name, found) = index.volumes.get_key_value(origin.name.as_str())?;
-                    (found.seq == origin.seq).then(|| name.clone())
-                });
-                Lv {
-                    name: name.clone(),
-                    seq: volume.seq,
-                    created: volume.created,
-                    size: Bytes(volume.size),
-                    tags: volume
-                        .tags
-                        .iter()
-                        .filter_map(|tag| tag.parse().ok())
-                        .collect(),
-                    origin,
-                    device: device.map(|device| device.number),
-                    open: device
-                        .is_some_and(|device| device.mounted().is_some() || is_held(device)),
-                }
-            })
+            .map(|(name, volume)| as_listed(&index, &devices, name, volume))
             .collect();
         Ok(Listing {
             lvs,
@@ -379,7 +366,73 @@ impl Store for RbdStore {
         })
     }
 
+    fn host(&self) -> Option<&str> {
+        Some(&self.shared.me.host)
+    }
+
+    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+        self.shared.take_lost()
+    }
+
+    fn fleet(&self) -> Result<Option<Fleet>, StoreError> {
+        let me = &self.shared.me.host;
+        let index = self.shared.view()?;
+        let devices = self.shared.devices()?;
+        let hosts = fleet::hosts(&self.shared.host_keys()?);
+        let lvs = index.volumes.iter().map(|(name, volume)| {
+            let mut lv = as_listed(&index, &devices, name, volume);
+            if !fleet::is_seen_by(volume, me) {
+                let live = |content: &Content| matches!(content, Content::Own { live: true, .. });
+                (lv.device, lv.open) = (None, live(&volume.content));
+            }
+            let host = volume.host.clone();
+            HostLv { host, lv }
+        });
+        Ok(Some(Fleet {
+            me: me.clone(),
+            hosts: hosts
+                .into_iter()
+                .map(|(id, beat)| Host {
+                    id,
+                    lost: beat.lost,
+                })
+                .collect(),
+            lvs: lvs.collect(),
+        }))
+    }
+
+    fn begin_evicting(&self) -> Result<bool, StoreError> {
+        self.shared.take_turn()
+    }
+
+    fn evict(&self, lv: &LvName) -> Result<bool, StoreError> {
+        let turn = self.shared.held_turn().clone();
+        let Some(turn) = turn else {
+            return Err(StoreError::Failed(format!(
+                "{}: it is not this host's turn to evict",
+                self.shared.name
+            )));
+        };
+        let doomed = [DOOMED.parse().expect("is a tag")];
+        let work = |index: &Index| self.shared.tagged(index, lv, &doomed, &[]);
+        match self.shared.change_in_turn(Some(&turn), work) {
+            Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
+            Err(StoreError::Full { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn end_evicting(&self) {
+        self.shared.end_turn();
+    }
+
+    fn lag(&self) -> Duration {
+        LAG
+    }
+
     fn room(&self) -> Result<Capacity, StoreError> {
+        // Whether this host is one still.
+        self.shared.generation()?;
         self.shared.check_room()
     }
 
@@ -453,7 +506,11 @@ impl Store for RbdStore {
                 if source.taken.is_some() {
                     shared.give_up(&source.at.image, Some(&source.at.snapshot));
                 }
-                Err(error)
+                // Another host may have removed it meanwhile: then that is what the caller is to know, to choose another.
+                match shared.volume(origin) {
+                    Err(gone @ StoreError::NotFound(_)) => Err(gone),
+                    _ => Err(error),
+                }
             }
         }
     }
@@ -480,24 +537,8 @@ impl Store for RbdStore {
     }
 
     fn change_tags(&self, lv: &LvName, add: &[Tag], del: &[Tag]) -> Result<(), StoreError> {
-        self.shared.change(|index| {
-            let mut volume = self.shared.get(index, lv)?.clone();
-            let before = volume.tags.clone();
-            volume
-                .tags
-                .retain(|tag| del.iter().all(|del| del.as_str() != tag));
-            volume.tags.extend(add.iter().map(Tag::to_string));
-            volume.tags = distinct(volume.tags);
-            if add.iter().any(|tag| tag.as_str() == DOOMED) {
-                // The host that dooms an entry has it to remove.
-                volume.host = Some(self.shared.me.host.clone());
-            }
-            let mut change = Change::default();
-            if volume.tags != before {
-                change.volumes.insert(lv.clone(), Some(volume));
-            }
-            Ok((change, ()))
-        })
+        let work = |index: &Index| self.shared.tagged(index, lv, add, del);
+        self.shared.change(work)
     }
 
     fn remove(&self, lv: &LvName) -> Result<(), StoreError> {

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Volumes in the index: how one appears, what another is made of, when it gets an image of its own, and how it is taken away.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use tracing::warn;
 
 use super::Shared;
+use super::devices::is_held;
 use super::index::{Change, Content, Index, Origin, Snapshot, SnapshotOf, Volume};
+use super::kernel::Device;
 use crate::cache::names::{LvName, Tag};
-use crate::storage::{NewLv, StoreError};
+use crate::cache::tags::DOOMED;
+use crate::cache::units::Bytes;
+use crate::storage::{Lv, NewLv, StoreError};
 
 /// A snapshot to make a volume of.
 pub(super) struct Source {
@@ -21,7 +25,61 @@ pub(super) struct Source {
     pub(super) taken: Option<Option<u64>>,
 }
 
+/// A volume as this host lists it, which has these devices.
+pub(super) fn as_listed(
+    index: &Index,
+    devices: &BTreeMap<String, Device>,
+    name: &LvName,
+    volume: &Volume,
+) -> Lv {
+    let device = match &volume.content {
+        Content::Own { image, .. } => devices.get(image),
+        Content::At(_) => None,
+    };
+    let origin = volume.origin.as_ref().and_then(|origin| {
+        let (name, found) = index.volumes.get_key_value(origin.name.as_str())?;
+        (found.seq == origin.seq).then(|| name.clone())
+    });
+    let tags = volume.tags.iter().filter_map(|tag| tag.parse().ok());
+    Lv {
+        name: name.clone(),
+        seq: volume.seq,
+        created: volume.created,
+        size: Bytes(volume.size),
+        tags: tags.collect(),
+        origin,
+        device: device.map(|device| device.number),
+        open: device.is_some_and(|device| device.mounted().is_some() || is_held(device)),
+    }
+}
+
 impl Shared {
+    /// A change of a volume's tags.
+    pub(super) fn tagged(
+        &self,
+        index: &Index,
+        lv: &LvName,
+        add: &[Tag],
+        del: &[Tag],
+    ) -> Result<(Change, ()), StoreError> {
+        let mut volume = self.get(index, lv)?.clone();
+        let before = volume.tags.clone();
+        volume
+            .tags
+            .retain(|tag| del.iter().all(|del| del.as_str() != tag));
+        volume.tags.extend(add.iter().map(Tag::to_string));
+        volume.tags = distinct(volume.tags);
+        if add.iter().any(|tag| tag.as_str() == DOOMED) {
+            // The host that dooms an entry has it to remove.
+            volume.host = Some(self.me.host.clone());
+        }
+        let mut change = Change::default();
+        if volume.tags != before {
+            change.volumes.insert(lv.clone(), Some(volume));
+        }
+        Ok((change, ()))
+    }
+
     /// Has a volume appear that was made, with all its tags.
     pub(super) fn appear(
         &self,
@@ -55,6 +113,12 @@ impl Shared {
                 })?;
                 made.maker = None;
                 change.images.insert(image.clone(), Some(made));
+            }
+            if let Content::At(at) = &content
+                && !index.has(at)
+            {
+                // Its last volume was removed meanwhile, by any host.
+                return Err(StoreError::NotFound(new.name.clone()));
             }
             if let Some(source) = source {
                 self.settle_source(index, source, &mut change);

@@ -37,6 +37,25 @@ impl Image<'_> {
         Ok(size)
     }
 
+    /// Whether a client watches it, as each does that has it mapped. One that is gone does so for half a minute more
+    /// (`osd_client_watch_timeout`). This handle counts unless it only reads.
+    ///
+    /// # Errors
+    /// What is answered.
+    pub fn is_watched(&self) -> Result<bool, CephError> {
+        let mut count = 0;
+        // SAFETY: an open image, no room for what is found, and a place for how much that is.
+        let asked = unsafe {
+            (self.pool.rbd().rbd_watchers_list)(self.handle, ptr::null_mut(), &raw mut count)
+        };
+        // More than there is room for.
+        if asked == -libc::ERANGE {
+            return Ok(true);
+        }
+        self.check("looking for watchers of", asked)?;
+        Ok(count > 0)
+    }
+
     /// Takes a snapshot. A host that has the image mapped gives up its lock for that, with all that was written.
     ///
     /// # Errors

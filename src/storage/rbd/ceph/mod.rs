@@ -100,6 +100,7 @@ library! { Librbd, "librbd.so.1",
     rbd_resize2(Handle, u64, bool, Progress, *mut c_void) -> c_int;
     rbd_flatten(Handle) -> c_int;
     rbd_diff_iterate2(Handle, *const c_char, u64, u64, u8, u8, Difference, *mut c_void) -> c_int;
+    rbd_watchers_list(Handle, *mut c_void, *mut usize) -> c_int;
     rbd_namespace_exists(Handle, *const c_char, *mut bool) -> c_int;
     rbd_namespace_create(Handle, *const c_char) -> c_int;
     rbd_version(*mut c_int, *mut c_int, *mut c_int);
