@@ -237,6 +237,15 @@ pub struct List {
     #[arg(long)]
     pub json: bool,
 
+    /// Of a fleet: only what HOST has, its volumes and the entries that it published. HOST is an
+    /// id, or how one begins.
+    #[arg(long, value_name = "HOST", conflicts_with = "all_hosts")]
+    pub host: Option<String>,
+
+    /// Of a fleet: the volumes of the other hosts, too.
+    #[arg(long)]
+    pub all_hosts: bool,
+
     /// Whether to repeat it.
     #[command(flatten)]
     pub watch: Watch,

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `list`: the base, the entries, the volumes.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::{Failure, failed, json, open, watched};
 use crate::cache::units::Bytes;
 use crate::cli;
 use crate::mount;
+use crate::storage::hosts::Fleet;
 use crate::storage::{Capacity, Listing, Store};
 use crate::text::{age, unix_now};
-use crate::views::rows::{Kind, Row, Rows};
+use crate::views::rows::{Kind, Row, Rows, short_host};
 use crate::views::table::{self, table};
 
 /// `list`.
@@ -19,8 +21,25 @@ use crate::views::table::{self, table};
 pub fn run(config: &Path, args: &cli::List) -> Result<(), Failure> {
     let (_, store) = open(config)?;
     watched(&args.watch, || {
-        let listing = store.list()?;
-        let all = rows(&*store, &listing)?;
+        let mut listing = store.list()?;
+        let fleet = store.fleet()?;
+        let host = match (&fleet, &args.host) {
+            (Some(fleet), Some(wanted)) => Some(find_host(fleet, wanted)?),
+            (None, Some(_)) => {
+                let alone = format!("{} is this host's alone: see docs/fleet.md", store.name());
+                return Err(Failure::Usage(alone));
+            }
+            _ => None,
+        };
+        if let Some(fleet) = &fleet
+            && (args.all_hosts || host.is_some())
+        {
+            listing.lvs = fleet.lvs.iter().map(|of| of.lv.clone()).collect();
+        }
+        let mut all = rows(&*store, &listing, fleet.as_ref())?;
+        if host.is_some() {
+            all.rows.retain(|row| row.host == host);
+        }
         for remark in all.remarks() {
             eprintln!("{remark}");
         }
@@ -33,14 +52,49 @@ pub fn run(config: &Path, args: &cli::List) -> Result<(), Failure> {
     })
 }
 
+/// The id of the host that is meant by its beginning.
+fn find_host(fleet: &Fleet, wanted: &str) -> Result<String, Failure> {
+    let all: BTreeSet<&str> = (fleet.hosts.iter().map(|host| host.id.as_str()))
+        .chain(fleet.lvs.iter().filter_map(|of| of.host.as_deref()))
+        .chain([fleet.me.as_str()])
+        .collect();
+    let mut meant = all.iter().filter(|host| host.starts_with(wanted));
+    if all.contains(wanted) {
+        return Ok(wanted.to_owned());
+    }
+    match (meant.next(), meant.next()) {
+        (Some(host), None) => Ok((*host).to_owned()),
+        (Some(_), Some(_)) => Err(Failure::Usage(format!(
+            "{wanted}: several hosts' ids begin so: {}",
+            listed(&all)
+        ))),
+        (None, _) => Err(Failure::NotFound(format!(
+            "{wanted}: no host of that id; there are: {}",
+            listed(&all)
+        ))),
+    }
+}
+
+fn listed(hosts: &BTreeSet<&str>) -> String {
+    hosts.iter().copied().collect::<Vec<_>>().join(", ")
+}
+
 /// All rows, with what usage the store can tell.
-pub(super) fn rows(store: &dyn Store, listing: &Listing) -> Result<Rows, Failure> {
+pub(super) fn rows(
+    store: &dyn Store,
+    listing: &Listing,
+    fleet: Option<&Fleet>,
+) -> Result<Rows, Failure> {
     let usage = store
         .usage()
         .inspect_err(|error| eprintln!("used space is unknown: {error}"))
         .ok();
     let mounts = mount::table().map_err(failed("the mount table"))?;
-    Ok(Rows::new(listing, usage.as_ref(), &mounts))
+    let mut rows = Rows::new(listing, usage.as_ref(), &mounts);
+    if let Some(fleet) = fleet {
+        rows.tell_hosts(fleet);
+    }
+    Ok(rows)
 }
 
 fn fill(store: &str, capacity: Capacity) -> String {
@@ -57,6 +111,7 @@ fn fill(store: &str, capacity: Capacity) -> String {
 
 fn lines(rows: &[Row], now: u64, width: Option<usize>) -> String {
     let heads = ["KIND", "LV", "AGE", "SIZE", "USED", "OWN", "SCOPE", "WHAT"];
+    let hosts = rows.iter().any(|row| row.host.is_some());
     let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "?".into(), |b| Bytes(b).to_string());
     let lines = rows.iter().map(|row| {
         [
@@ -70,7 +125,20 @@ fn lines(rows: &[Row], now: u64, width: Option<usize>) -> String {
             what(row),
         ]
     });
-    table(heads, lines, width)
+    if !hosts {
+        return table(heads, lines, width);
+    }
+    let lines = lines.zip(rows).map(|(line, row)| {
+        let host = row.host.as_deref().map_or("-", short_host);
+        with_host(line, host.to_owned())
+    });
+    table(with_host(heads, "HOST"), lines, width)
+}
+
+/// A line of a fleet's table: the host stands third.
+fn with_host<T>(line: [T; 8], host: T) -> [T; 9] {
+    let [kind, lv, age, size, used, own, scope, what] = line;
+    [kind, lv, host, age, size, used, own, scope, what]
 }
 
 fn what(row: &Row) -> String {
@@ -95,12 +163,14 @@ fn what(row: &Row) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::hosts::Host;
 
     fn row(kind: Kind, name: &str) -> Row {
         Row {
             kind,
             name: name.into(),
             volume: None,
+            host: None,
             tags: Vec::new(),
             scope: None,
             created: None,
@@ -131,5 +201,41 @@ entry  friend-1     1m   1 GiB  5 MiB  1 MiB  -      linux main (pinned)
 ";
         let text = lines(&rows, 1000, None);
         assert_eq!(anstream::adapter::strip_str(&text).to_string(), want);
+    }
+
+    #[test]
+    fn what_is_told_of_hosts() {
+        let mut entry = row(Kind::Entry, "friend-1");
+        entry.host = Some("0123456789abcdef0123456789abcdef".to_owned());
+        let rows = [row(Kind::Base, "friend-base"), entry];
+        let want = "\
+KIND   LV           HOST          AGE  SIZE   USED   OWN    SCOPE  WHAT
+base   friend-base  -             1m   1 GiB  5 MiB  1 MiB  -
+entry  friend-1     0123456789ab  1m   1 GiB  5 MiB  1 MiB  -      (pinned)
+";
+        let text = lines(&rows, 1000, None);
+        assert_eq!(anstream::adapter::strip_str(&text).to_string(), want);
+        let json = serde_json::to_value(&rows).expect("plain data");
+        assert_eq!(json[1]["host"], "0123456789abcdef0123456789abcdef");
+        assert!(json[0].get("host").is_none());
+    }
+
+    #[test]
+    fn hosts_by_how_they_begin() {
+        let host = |id: &str| Host {
+            id: id.to_owned(),
+            lost: false,
+        };
+        let fleet = Fleet {
+            me: "me".to_owned(),
+            hosts: vec![host("ab"), host("abc"), host("b1"), host("b2")],
+            lvs: Vec::new(),
+        };
+        let found = |wanted| find_host(&fleet, wanted).ok();
+        for (wanted, host) in [("ab", "ab"), ("abc", "abc"), ("m", "me"), ("b2", "b2")] {
+            assert_eq!(found(wanted).as_deref(), Some(host));
+        }
+        assert!(matches!(find_host(&fleet, "b"), Err(Failure::Usage(_))));
+        assert!(matches!(find_host(&fleet, "x"), Err(Failure::NotFound(_))));
     }
 }

@@ -54,7 +54,7 @@ struct Ancestor {
 pub fn run(config: &Path, args: &cli::Show) -> Result<(), Failure> {
     let (settings, store) = open(config)?;
     let listing = store.list()?;
-    let all = rows(&*store, &listing)?;
+    let all = rows(&*store, &listing, store.fleet()?.as_ref())?;
     let named: Vec<_> = all
         .rows
         .into_iter()

@@ -60,6 +60,9 @@ fn text(answer: &Stats, now: u64, width: Option<usize>) -> String {
             age(now, stats.since)
         ),
     );
+    if let Some(host) = &stats.host {
+        line("host", printable(host).to_string());
+    }
     line(
         "volumes",
         format!("{}, {} in use", stats.volumes, stats.leases),

@@ -15,7 +15,7 @@ use crate::cli;
 use crate::http::client::{self, ClientError};
 use crate::plugin::wire::Stats;
 use crate::text::{age, unix_now};
-use crate::views::rows::{Kind, Row};
+use crate::views::rows::{Kind, Row, short_host};
 use crate::views::table::{self, table};
 
 /// One object of `tree --json`, each before what was made from it.
@@ -36,7 +36,8 @@ struct Node<'a> {
 pub fn run(config: &Path, args: &cli::Tree) -> Result<(), Failure> {
     let (settings, store) = open(config)?;
     watched(&args.watch, || {
-        let mut rows = rows(&*store, &store.list()?)?.rows;
+        let fleet = store.fleet()?;
+        let mut rows = rows(&*store, &store.list()?, fleet.as_ref())?.rows;
         rows.retain(|row| row.kind != Kind::Volume);
         rows.sort_by_key(|row| row.seq);
         let hits = hits(&settings.socket)?;
@@ -101,6 +102,8 @@ fn text(lines: &[Line<'_>], rows: &[Row], hits: Option<&Counts>, now: u64) -> St
             words.extend(row.cache_tags.iter().map(ToString::to_string));
             words.extend(row.scope.as_ref().map(|scope| format!("({scope})")));
             words.extend(row.pinned.then(|| "(pinned)".to_owned()));
+            let by = row.host.as_deref().filter(|_| row.kind == Kind::Entry);
+            words.extend(by.map(|host| format!("by {}", short_host(host))));
             [
                 of(hits, row).map_or_else(|| "-".into(), |hits| hits.to_string()),
                 bytes(row.used),

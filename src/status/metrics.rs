@@ -14,19 +14,24 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Supervisor;
+use super::{Contents, Supervisor};
 use crate::api::runners::{PoolReport, STATES, WAITS, Waits};
 use crate::cache::evict::{Floor, Policy, Space};
 use crate::cache::verdict::Verdict;
 use crate::engine::{Engine, REFUSED, RESTORED, UNPUBLISHED};
 use crate::storage::Listing;
+use crate::storage::hosts::Fleet;
 use crate::views::rows::{Kind, Rows};
 
 type Labels = Vec<(&'static str, String)>;
 
 /// All metrics. Without a listing those of the store are left out: a value of another time would
 /// be taken for the present one. So are the supervisor's while it is away.
-pub fn text(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supervisor) -> String {
+pub(super) fn text(
+    engine: &Engine,
+    contents: Result<Contents, String>,
+    supervisor: &Supervisor,
+) -> String {
     let stats = engine.stats();
     let tally = engine.tally();
     let mut all = Registry::with_prefix("lvm_cache_friend");
@@ -143,10 +148,13 @@ pub fn text(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supe
         "store_up",
         "Whether the store answers",
         None,
-        f64::from(listing.is_ok()),
+        f64::from(contents.is_ok()),
     );
-    if let Ok(listing) = listing {
-        store(&mut all, &listing, engine.policy());
+    if let Ok(contents) = contents {
+        store(&mut all, &contents.listing, engine.policy());
+        if let Some(fleet) = &contents.fleet {
+            hosts(&mut all, fleet);
+        }
     }
     supervised(&mut all, supervisor);
     let mut text = String::new();
@@ -215,6 +223,17 @@ fn store(all: &mut Registry, listing: &Listing, policy: &Policy) {
         None,
         rows.unclear.len() as f64,
     );
+}
+
+fn hosts(all: &mut Registry, fleet: &Fleet) {
+    let family = Family::<Labels, Gauge>::default();
+    for (state, lost) in [("joined", false), ("lost", true)] {
+        let of = fleet.hosts.iter().filter(|host| host.lost == lost);
+        let labels = vec![("state", state.to_owned())];
+        family.get_or_create(&labels).set(of.count() as i64);
+    }
+    let help = "Hosts that share the store: whose daemon was started, and that other hosts took for lost since";
+    all.register("hosts", help, family);
 }
 
 fn supervised(all: &mut Registry, supervisor: &Supervisor) {

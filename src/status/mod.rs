@@ -30,6 +30,7 @@ use crate::http::answer::{Refusal, ok};
 use crate::http::body::Payload;
 use crate::plugin::not_a_post;
 use crate::storage::Listing;
+use crate::storage::hosts::Fleet;
 
 /// How long a page waits for the store.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -72,8 +73,15 @@ enum Supervisor {
     Says(Report),
 }
 
-/// What is made of a listing, or of the reason that there is none, and of the supervisor.
-type Maker = fn(&Engine, Result<Listing, String>, &Supervisor) -> String;
+/// What the store holds.
+struct Contents {
+    listing: Listing,
+    /// Of a fleet: its hosts.
+    fleet: Option<Fleet>,
+}
+
+/// What is made of that, or of the reason that it is not known, and of the supervisor.
+type Maker = fn(&Engine, Result<Contents, String>, &Supervisor) -> String;
 
 /// The two endpoints, and the supervisor's.
 pub fn router(status: &Arc<Status>) -> Router {
@@ -182,8 +190,12 @@ impl Status {
         tokio::spawn(async move {
             // On a thread of its own, and the making too: the runtime has but one.
             let made = tokio::task::spawn_blocking(move || {
-                let listing = engine.listing().map_err(|error| error.to_string());
-                make(&engine, listing, &supervisor)
+                let contents = engine.listing().and_then(|listing| {
+                    let fleet = engine.fleet()?;
+                    Ok(Contents { listing, fleet })
+                });
+                let contents = contents.map_err(|error| error.to_string());
+                make(&engine, contents, &supervisor)
             });
             if let Ok(made) = made.await {
                 let _ = done.send(made);

@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
-use super::Supervisor;
 use super::picture::{Label, picture};
+use super::{Contents, Supervisor};
 use crate::api::runners::Row as Slot;
 use crate::cache::evict::Policy;
 use crate::cache::lineage::{What, draw};
+use crate::cache::record::Role;
 use crate::cache::units::Bytes;
 use crate::engine::{Engine, Hits, Stats, VolumeView};
 use crate::mount;
-use crate::storage::{Capacity, Listing};
+use crate::storage::Capacity;
+use crate::storage::hosts::Fleet;
 use crate::text::{age, printable, rfc3339, unix_now};
 use crate::views::rows::{Kind, Row, Rows};
 
@@ -27,28 +29,47 @@ const TAGS: usize = 30;
 /// How many slots are.
 const SLOTS: usize = 200;
 
+/// How many hosts are.
+const HOSTS: usize = 200;
+
 /// Longest label in the picture, in characters.
 const LABEL: usize = 100;
 
 const STYLE: &str = include_str!("style.css");
 
 /// The page. Without a listing it says why there is none, and shows the rest.
-pub fn page(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supervisor) -> String {
+pub(super) fn page(
+    engine: &Engine,
+    contents: Result<Contents, String>,
+    supervisor: &Supervisor,
+) -> String {
     let now = unix_now();
     let stats = engine.stats();
     let mut volumes = engine.list();
     volumes.retain(|volume| volume.mountpoint.is_some());
     volumes.sort_by(|a, b| a.name.as_str().cmp(b.name.as_str()));
-    let listing = listing.map(|listing| {
+    let mut fleet = None;
+    let listing = contents.map(|contents| {
         let mounts = mount::table().unwrap_or_default();
+        fleet = contents.fleet;
+        let listing = contents.listing;
         (listing.capacity, Rows::new(&listing, None, &mounts))
     });
+    let sections = [
+        ("pool", "Pool"),
+        ("leases", "In use"),
+        ("hosts", "Hosts"),
+        ("runners", "Runners"),
+        ("counts", "Since the start"),
+        ("lineage", "Lineage"),
+        ("failures", "Failures"),
+    ];
     let body = html! {
         header {
             h1 { "lvm-cache-friend" }
             p { "Store " b { (engine.store_name()) } ", version " (env!("CARGO_PKG_VERSION")) ", up since " (time(stats.since)) " (" (age(now, stats.since)) ")" }
             nav aria-label="Sections" {
-                @for (id, name) in [("pool", "Pool"), ("leases", "In use"), ("runners", "Runners"), ("counts", "Since the start"), ("lineage", "Lineage"), ("failures", "Failures")] {
+                @for (id, name) in sections.iter().filter(|(id, _)| *id != "hosts" || fleet.is_some()) {
                     a href={"#" (id)} { (name) } " "
                 }
             }
@@ -59,6 +80,9 @@ pub fn page(engine: &Engine, listing: Result<Listing, String>, supervisor: &Supe
                 Err(why) => html! { p.alert { strong { "The store cannot be read: " } (printable(why)) } },
             }))
             (section("leases", "In use", &leases(&volumes, stats.volumes)))
+            @if let Some(fleet) = &fleet {
+                (section("hosts", "Hosts", &hosts(fleet)))
+            }
             (section("runners", "Runners", &runners(supervisor, now)))
             (section("counts", "Since the start", &counts(&stats)))
             @if let Ok((_, rows)) = &listing {
@@ -165,6 +189,49 @@ fn leases(volumes: &[VolumeView], all: usize) -> Markup {
                 }
             }))
         }
+    }
+}
+
+fn hosts(fleet: &Fleet) -> Markup {
+    let lines = fleet.hosts.iter().take(HOSTS).map(|host| {
+        let of = |kind: fn(&Role) -> bool| {
+            let here = fleet
+                .lvs
+                .iter()
+                .filter(|of| of.host.as_ref() == Some(&host.id));
+            here.filter(|of| kind(&Role::from_tags(&of.lv.tags)))
+                .count()
+        };
+        let leased = of(|role| matches!(role, Role::Volume { lease: Some(_), .. }));
+        let volumes = of(|role| matches!(role, Role::Volume { .. }));
+        let entries = of(|role| matches!(role, Role::Entry { .. }));
+        let state = match (host.lost, host.id == fleet.me) {
+            (true, _) => "lost",
+            (false, true) => "this host",
+            (false, false) => "joined",
+        };
+        (printable(&host.id), state, [volumes, leased, entries])
+    });
+    html! {
+        p {
+            (fleet.hosts.len()) " hosts share the store"
+            @if fleet.hosts.len() > HOSTS { ", of which " (HOSTS) " are shown" }
+            "."
+        }
+        (scrolled("Hosts that share the store", &html! {
+            table {
+                thead { tr {
+                    @for head in ["Host", "State", "Volumes", "Leases to publish", "Entries published"] {
+                        th scope="col" { (head) }
+                    }
+                } }
+                tbody { @for (id, state, counts) in lines { tr {
+                    th scope="row" { code { (id) } }
+                    td { (state) }
+                    @for n in counts { td.number { (n) } }
+                } } }
+            }
+        }))
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::record::{Role, place};
 use crate::mount::MountPoint;
+use crate::storage::hosts::Fleet;
 use crate::storage::{Listing, Lv, Usage};
 use crate::text::rfc3339;
 
@@ -40,6 +41,9 @@ pub struct Row {
     /// The volume's name; none of an entry, nor of a volume that was removed while
     /// its last lease was being settled.
     pub volume: Option<String>,
+    /// Of a fleet: the id of the host that has the volume, or published the entry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// As the store has them.
     pub tags: Vec<String>,
     pub scope: Option<String>,
@@ -70,6 +74,14 @@ pub struct Row {
     /// Without their prefix.
     #[serde(skip)]
     pub cache_tags: Vec<Tag>,
+}
+
+/// How much of a host's id tables have.
+const SHORT_HOST: usize = 12;
+
+/// A host's id in a table.
+pub fn short_host(id: &str) -> &str {
+    id.get(..SHORT_HOST).unwrap_or(id)
 }
 
 /// A whole store.
@@ -112,6 +124,16 @@ impl Rows {
                 .then_with(|| b.seq.cmp(&a.seq))
         });
         all
+    }
+
+    /// Says of each row which host has it.
+    pub fn tell_hosts(&mut self, fleet: &Fleet) {
+        let hosts: HashMap<&str, &String> = (fleet.lvs.iter())
+            .filter_map(|of| Some((of.lv.name.as_str(), of.host.as_ref()?)))
+            .collect();
+        for row in &mut self.rows {
+            row.host = hosts.get(row.name.as_str()).map(|host| (*host).clone());
+        }
     }
 
     /// What is not among the rows, a line each.
@@ -162,6 +184,7 @@ fn row(lv: &Lv, role: Role, usage: Option<&HashMap<LvName, Usage>>, mounts: &[Mo
         kind,
         name: lv.name.to_string(),
         volume: volume.map(|v| v.to_string()),
+        host: None,
         tags: lv.tags.iter().map(Tag::to_string).collect(),
         scope: scope.map(|s| s.to_string()),
         created: rfc3339(lv.created),
