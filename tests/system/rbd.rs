@@ -2,6 +2,7 @@
 //! The store on Ceph: one monitor, one OSD and a kernel's client in a guest, with cephx and a user who may use one namespace.
 
 mod daemon;
+mod hosts;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -34,7 +35,7 @@ pub fn tests() -> Vec<Test> {
         ("half_made", half_made),
         ("deep", deep),
     ];
-    let all = own.into_iter().chain(daemon::TESTS);
+    let all = own.into_iter().chain(hosts::TESTS).chain(daemon::TESTS);
     tests.extend(all.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
     tests
 }
@@ -214,7 +215,7 @@ fn one_id_twice() {
     one.join().unwrap();
     let clone = RbdStore::open(&place(), HOST, Path::new("/run/of-a-clone")).unwrap();
     match clone.join() {
-        Err(StoreError::OutOfService { detail, .. }) => {
+        Err(StoreError::ShutOut { detail, .. }) => {
             assert!(detail.contains("/etc/machine-id"), "{detail}");
         }
         other => panic!("{other:?}"),

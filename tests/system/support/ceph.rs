@@ -29,7 +29,7 @@ pub const RUN: &str = "/run/lvm-cache-friend";
 pub const HOSTS: [&str; 2] = ["one", "two"];
 
 /// What the store's index is called.
-const INDEX: &str = "lvm-cache-friend.index";
+pub const INDEX: &str = "lvm-cache-friend.index";
 
 pub fn place() -> Place {
     Place {
