@@ -36,8 +36,8 @@
 //! - [`fs`](mod@fs): what is on a block device: made, checked, grown.
 //! - [`mount`]: where it shows, and the kernel's mount table.
 //! - [`storage`] hands out block devices and holds tags: LVM thin pools, image
-//!   files with reflinks, or images on Ceph. What LVM reports is read in `storage::lvm::report`; a file system in use is frozen for its
-//!   copy in `storage::freeze`.
+//!   files with reflinks, or images on Ceph, which several hosts share ([`storage::hosts`]). What LVM reports is read in
+//!   `storage::lvm::report`; a file system in use is frozen for its copy in `storage::freeze`.
 //! - [`http`]: server, sockets, locks, and the other end of the connection.
 //! - `api`: what the daemon, the supervisor and the commands send to each other.
 //! - [`config`]: the settings.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The devices of images on this host: mapped and unmapped, held, and frozen for a snapshot.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tracing::{info, warn};
 
 use super::fleet;
+use super::index::{Content, Volume};
 use super::kernel::Device;
 use super::{LOCK, Shared, io_failed};
 use crate::cache::names::LvName;
@@ -49,19 +50,23 @@ impl Shared {
         (self.kernel.devices()).map_err(|error| self.io("looking for devices of", "", error))
     }
 
-    /// Unmaps what is mapped on this host and is none of its volumes, as it had them before it was declared lost. Gives whether some of
-    /// it is in use still.
+    /// Unmaps what is mapped on this host and is no volume any more: this host had it when it was declared lost, and another one
+    /// removed it. Gives whether there may be more: some of it is in use still, or not removed yet.
     pub(super) fn unmap_strays(&self) -> Result<bool, StoreError> {
         // First these: a volume is in the index before its image is mapped.
         let devices = self.devices()?;
         let index = self.view()?;
-        let own: BTreeSet<&str> = fleet::seen_by(&index, &self.me.host)
-            .map(|(_, volume)| volume.content.image())
+        let heads: BTreeMap<&str, &Volume> = (index.volumes.values())
+            .filter(|volume| matches!(volume.content, Content::Own { .. }))
+            .map(|volume| (volume.content.image(), volume))
             .collect();
         let mut left = false;
         for (image, device) in devices {
+            let volume = heads.get(image.as_str());
+            // Where several hosts are on one machine it may be another one's.
+            left |= volume.is_some_and(|volume| !fleet::is_seen_by(volume, &self.me.host));
             // What the index does not know is others'.
-            if own.contains(image.as_str()) || !index.images.contains_key(&image) {
+            if volume.is_some() || !index.images.contains_key(&image) {
                 continue;
             }
             if device.mounted().is_none() && matches!(self.kernel.unmap(&device), Ok(true)) {
