@@ -130,18 +130,23 @@ impl Pool {
             (rados.rados_release_read_op)(operation);
             result
         };
-        let keys = if found.is_null() {
-            Omap::new()
+        // The iterator begins where the answer is taken in. Of an operation that was given up, or failed, it must not be asked.
+        let keys = if result >= 0 && !found.is_null() {
+            self.taken(found)
         } else {
-            self.taken(found)?
+            Ok(Omap::new())
         };
+        if !found.is_null() {
+            // SAFETY: it is not used again.
+            unsafe { (rados.rados_omap_get_end)(found) };
+        }
         if result == -libc::ENOENT {
             return Ok(Omap::new());
         }
         // The step's own status means something only where the operation was done.
         let result = if result < 0 { result } else { status };
         check(|| format!("reading {object}"), result)?;
-        Ok(keys)
+        keys
     }
 
     fn taken(&self, found: Handle) -> Result<Omap, CephError> {
@@ -173,8 +178,6 @@ impl Pool {
             let name = String::from_utf8_lossy(&bytes(key, key_length)).into_owned();
             keys.insert(name, bytes(value, value_length));
         };
-        // SAFETY: it is not used again.
-        unsafe { (rados.rados_omap_get_end)(found) };
         check(|| "reading keys".to_owned(), end)?;
         Ok(keys)
     }
