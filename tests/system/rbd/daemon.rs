@@ -150,9 +150,53 @@ impl Writer<'_> {
         Ok(())
     }
 
+    /// Ends with its next round.
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     fn has_gone_on(&self) {
         let before = self.rounds.load(Ordering::Relaxed);
         wait_until(|| self.rounds.load(Ordering::Relaxed) > before + 1);
+    }
+}
+
+/// A part of the cluster that is away, until this is dropped.
+enum Lost {
+    Killed(Part),
+    Silent { _until: Away },
+}
+
+impl Lost {
+    fn new(loss: Loss) -> Self {
+        let part = match loss {
+            Loss::Osd => Part::Osd,
+            Loss::Monitor => Part::Monitor,
+            Loss::Everything => {
+                return Self::Silent {
+                    _until: Away::new(),
+                };
+            }
+        };
+        part.kill();
+        Self::Killed(part)
+    }
+}
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        if let Self::Killed(part) = self {
+            part.start();
+        }
+    }
+}
+
+/// Stops a writer, also where the test has failed.
+struct Stopped<'a>(&'a Writer<'a>);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -174,18 +218,9 @@ fn without(loss: Loss) {
     };
     thread::scope(|scope| {
         let job = scope.spawn(|| writer.work());
+        let stopped = Stopped(&writer);
         writer.has_gone_on();
-        let away = match loss {
-            Loss::Osd => {
-                Part::Osd.kill();
-                None
-            }
-            Loss::Monitor => {
-                Part::Monitor.kill();
-                None
-            }
-            Loss::Everything => Some(Away::new()),
-        };
+        let lost = Lost::new(loss);
         let answers = || {
             let mut names = plugin.names();
             names.sort();
@@ -205,25 +240,22 @@ fn without(loss: Loss) {
         let kind = run("stat", ["-f".as_ref(), "-c%T".as_ref(), at.as_os_str()]);
         assert_eq!(kind, "tmpfs\n");
         plugin.unmount("scratch", "x");
-        plugin.remove("scratch");
         answers();
         if loss == Loss::Monitor {
             writer.has_gone_on();
         }
-        match loss {
-            Loss::Osd => Part::Osd.start(),
-            Loss::Monitor => Part::Monitor.start(),
-            Loss::Everything => drop(away),
-        }
+        drop(lost);
         writer.has_gone_on();
-        writer.stop.store(true, Ordering::Relaxed);
+        drop(stopped);
         job.join().unwrap().unwrap();
     });
     for id in ["x", "y"] {
         plugin.unmount("busy", id);
     }
     plugin.create("late", &json!({"restore": "ends"}));
-    plugin.remove("late");
+    for name in ["late", "scratch"] {
+        plugin.remove(name);
+    }
     let census = site.settled(&["busy", "ends", "idle"].map(Known::idle));
     let mut found: Vec<_> = census
         .entries()
