@@ -36,7 +36,7 @@ const CONFIG: &str = "/share/config.toml";
 
 pub fn tests() -> Vec<Test> {
     let mut tests = vec![
-        test(Tier::Driver, "powercut::ten_times", || cuts(10)),
+        test(Tier::Driver, "powercut::three_times", || cuts(3)),
         test(Tier::Driver, "torture::power_is_cut", || cuts(100)),
         test(Tier::Part, "powercut::work", work),
         test(Tier::Part, "powercut::all_whole", all_whole),

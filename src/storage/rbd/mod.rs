@@ -3,7 +3,7 @@
 //!
 //! What there is, and every tag, is in one object beside the images (see [`index`]), so a listing is one read, and all tags of
 //! a volume change in one step. Images, snapshots and clones are made by Ceph's own library ([`ceph`]), devices by the kernel
-//! ([`kernel`]).
+//! (`kernel`).
 //!
 //! An inactive snapshot is no image of its own: only once it is activated it becomes a clone. So publishing costs
 //! one snapshot, whatever it holds, and copies of an entry cost none.
