@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A Create on Ceph by the tool `rbd`, a process for each step, and by Ceph's library, in one run.
+//! A Create on Ceph by the tool `rbd`, a process for each step, and by Ceph's library, in one run; what each step takes on Ceph and
+//! on LVM; and whether a Create takes as long of a deep chain, and among a thousand entries.
 //!
 //! For a machine with a cluster, as `tests/vm/ceph` brings it up in a guest:
 //! `tests/vm/run --tree trixie-ceph --mem 4096 -- sh -c 'tests/vm/ceph /srv/ceph && target/release/deps/rbd-…'` with what
 //! `cargo bench --no-run --bench rbd` names. Each figure is the median of some rounds, in milliseconds.
 
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -12,9 +15,10 @@ use lvm_cache_friend::cache::names::LvName;
 use lvm_cache_friend::cache::spec::FsType;
 use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::mount::Mounted;
+use lvm_cache_friend::storage::lvm::{self, LvmStore};
 use lvm_cache_friend::storage::rbd::ceph::Cluster;
 use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
-use lvm_cache_friend::storage::{Lv, NewLv, Store as _};
+use lvm_cache_friend::storage::{Lv, NewLv, Store};
 
 const ROUNDS: usize = 7;
 
@@ -42,9 +46,7 @@ fn main() {
     println!("open once more: {} ms", opened.elapsed().as_millis());
     println!("memory: {}", resident());
 
-    let is_base = |lv: &Lv| lv.tags.iter().any(|tag| tag.as_str() == "friend:default");
-    let listed = store.list().expect("a listing").lvs;
-    let base = listed.into_iter().find(is_base).expect("a base").name;
+    let base = base_of(&store);
     // Of a run before, what it made may be there still.
     let run = std::process::id();
     let parent = format!("rbd/caches/parent{run}");
@@ -115,40 +117,119 @@ fn main() {
     ];
     print_rows("by rbd", &names, &by_tool);
 
-    let lease = format!("lease{run}");
-    // Publishing: a snapshot of what is written, whatever its size.
-    let mut rows = Vec::new();
-    let path = store
-        .snapshot(&base, &new(&lease, true))
-        .expect("a copy")
-        .expect("its device");
-    let mounted = Mounted::device(&path, FsType::Xfs).expect("a mount");
+    let local = lvm(&lv("friend-pool"), run_dir);
+    let local_base = base_of(&local);
+    let (mut on_ceph, mut on_lvm) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
-        let begun = Instant::now();
-        store
-            .snapshot(&lv(&lease), &new(&format!("entry{run}-{round}"), false))
-            .expect("an entry");
-        let published = since(begun);
-        let begun = Instant::now();
-        store
-            .change_tags(
-                &lv(&lease),
-                &[format!("friend:note:{round}").parse().unwrap()],
-                &[],
-            )
-            .expect("a tag");
-        let tagged = since(begun);
-        let begun = Instant::now();
-        store.list().expect("a listing");
-        rows.push(vec![published, tagged, since(begun)]);
+        let name = format!("{run}-{round}");
+        on_ceph.push(life(&store, &base, &name));
+        on_lvm.push(life(&local, &local_base, &name));
     }
-    drop(mounted);
-    print_rows(
-        "by library",
-        &["publish, mounted", "change tags", "list"],
-        &rows,
-    );
+    print_rows("on Ceph", &LIFE, &on_ceph);
+    print_rows("on LVM", &LIFE, &on_lvm);
+    flat(&store, &base, run);
     println!("memory: {}", resident());
+}
+
+/// A pool in a file, as `init --loop` makes it.
+fn lvm(pool: &LvName, run_dir: &Path) -> LvmStore {
+    let file = Path::new("/var/tmp/friend-bench.img");
+    let (size, base) = (Bytes::mib(3072), Bytes::mib(512));
+    let made = lvm::init_loop(file, size, pool, base, run_dir, &mut |_| {}).expect("a pool");
+    LvmStore::open(made.as_str(), pool.as_str(), run_dir).expect("a store")
+}
+
+fn base_of(store: &dyn Store) -> LvName {
+    let is_base = |lv: &Lv| lv.tags.iter().any(|tag| tag.as_str() == "friend:default");
+    let listed = store.list().expect("a listing").lvs;
+    listed.into_iter().find(is_base).expect("a base").name
+}
+
+const LIFE: [&str; 6] = ["copy", "mount", "publish", "change tags", "list", "remove"];
+
+/// What becomes of a volume, step by step: a copy, a job that writes 1 MiB, an entry of it.
+fn life(store: &dyn Store, from: &LvName, name: &str) -> Vec<f64> {
+    let copy = lv(&format!("copy{name}"));
+    let mut row = Vec::new();
+    let mut step = |begun: Instant| row.push(since(begun));
+    let begun = Instant::now();
+    let path = store.snapshot(from, &new(copy.as_str(), true));
+    let path = path.expect("a copy").expect("its device");
+    step(begun);
+    let begun = Instant::now();
+    let mounted = Mounted::device(&path, FsType::Xfs).expect("a mount");
+    step(begun);
+    write(&mounted, 1);
+    drop(mounted);
+    let begun = Instant::now();
+    let entry = new(&format!("entry{name}"), false);
+    store.snapshot(&copy, &entry).expect("an entry");
+    step(begun);
+    let begun = Instant::now();
+    let note = "friend:note:bench".parse().expect("a tag");
+    store.change_tags(&copy, &[note], &[]).expect("a tag");
+    step(begun);
+    let begun = Instant::now();
+    store.list().expect("a listing");
+    step(begun);
+    let begun = Instant::now();
+    store.remove(&copy).expect("removed");
+    step(begun);
+    row
+}
+
+/// Writes so many MiB to a file of its own.
+fn write(mounted: &Mounted, mib: usize) {
+    let path = format!("/proc/self/fd/{}/bench", mounted.root().as_raw_fd());
+    std::fs::write(path, vec![7; mib << 20]).expect("written");
+    mounted.sync().expect("written");
+}
+
+/// What a copy takes of an entry and of its descendant of the twelfth generation, among a few entries and among a thousand.
+fn flat(store: &RbdStore, base: &LvName, run: u32) {
+    const DEPTH: usize = 12;
+    const MANY: usize = 1000;
+    let mut from = base.clone();
+    let mut first = None;
+    for generation in 1..=DEPTH {
+        let name = format!("{run}-line{generation}");
+        life(store, &from, &name);
+        from = lv(&format!("entry{name}"));
+        first.get_or_insert(from.clone());
+    }
+    let first = first.expect("an entry");
+    let few = store.list().expect("a listing").lvs.len();
+    let depth = [("first", &first), ("twelfth", &from)];
+    let copies = |among: &str| {
+        let mut rows = Vec::new();
+        for round in 0..2 * ROUNDS {
+            let row = depth.map(|(which, entry)| {
+                let name = format!("copy{run}-{among}-{which}-{round}");
+                let took = create(store, entry, &name)[0];
+                store.remove(&lv(&name)).expect("removed");
+                took
+            });
+            rows.push(row.to_vec());
+        }
+        rows
+    };
+    print_rows(
+        &format!("a copy, among {few}"),
+        &["of the first", "of the twelfth"],
+        &copies("few"),
+    );
+    let lease = format!("many{run}");
+    store.snapshot(base, &new(&lease, false)).expect("a copy");
+    for number in few..MANY {
+        let entry = new(&format!("many{run}-{number}"), false);
+        store.snapshot(&lv(&lease), &entry).expect("an entry");
+    }
+    let many = store.list().expect("a listing").lvs.len();
+    print_rows(
+        &format!("a copy, among {many}"),
+        &["of the first", "of the twelfth"],
+        &copies("many"),
+    );
 }
 
 fn create(store: &RbdStore, base: &LvName, name: &str) -> Vec<f64> {
