@@ -217,6 +217,17 @@ fn tree_and_stats() {
     ];
     assert_eq!(drawn, want);
 
+    // No host is told of where there is one.
+    for rows in [&tree, &site.list()] {
+        assert!(rows.iter().all(|row| row.get("host").is_none()), "{rows:?}");
+    }
+    assert!(stats.get("host").is_none(), "{stats}");
+    let ended = site.outcome(&["list", "--host", "x"]);
+    assert!(
+        ended.status == 2 && ended.stderr.contains("this host's alone"),
+        "{ended:?}"
+    );
+
     // What a branch hangs on is shown when it is gone, and nothing needs the daemon.
     site.done(&["remove", &first]);
     wait_until(|| !site.everything().contains(&first));

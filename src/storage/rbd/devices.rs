@@ -60,7 +60,7 @@ impl Shared {
             .filter(|volume| matches!(volume.content, Content::Own { .. }))
             .map(|volume| (volume.content.image(), volume))
             .collect();
-        let mut left = false;
+        let (mut unmapped, mut left) = (false, false);
         for (image, device) in devices {
             let volume = heads.get(image.as_str());
             // Where several hosts are on one machine it may be another one's.
@@ -70,6 +70,7 @@ impl Shared {
                 continue;
             }
             if device.mounted().is_none() && matches!(self.kernel.unmap(&device), Ok(true)) {
+                unmapped = true;
                 info!(
                     image,
                     "unmapped: it is none of this host's volumes any more"
@@ -78,7 +79,7 @@ impl Shared {
                 left = true;
             }
         }
-        if !left {
+        if unmapped {
             // What others could not remove for that.
             self.collect()?;
         }
