@@ -314,6 +314,8 @@ impl Engine {
         let listing = self.store.list()?;
         let plan = self.plan(&listing, None, refused)?;
         if plan.is_empty() {
+            // One that the last round has kept.
+            self.store.end_evicting();
             if self.is_short(&listing.capacity) {
                 self.upkeep.fruitless();
             }
@@ -329,7 +331,10 @@ impl Engine {
         let evicted = (self.store.list())
             .and_then(|listing| self.plan(&listing, None, refused))
             .and_then(|plan| self.evict(plan));
-        self.store.end_evicting();
+        // How much was given back, another host would not see yet either: the turn is this host's until it finds nothing to evict.
+        if !matches!(&evicted, Ok(gone) if !gone.is_empty()) {
+            self.store.end_evicting();
+        }
         evicted.map(Some)
     }
 

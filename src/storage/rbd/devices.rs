@@ -86,16 +86,22 @@ impl Shared {
         Ok(left)
     }
 
-    /// Thaws what a process left frozen that was killed.
-    pub(super) fn thaw(&self) {
+    /// Thaws what an earlier daemon of this host left frozen that was killed. Not while another one runs: it may be at a
+    /// checkpoint.
+    pub(super) fn thaw(&self) -> Result<(), StoreError> {
+        let index = self.view()?;
         let devices = match self.kernel.devices() {
             Ok(devices) => devices,
             Err(error) => {
                 warn!(%error, "whether anything is frozen is not known");
-                return;
+                return Ok(());
             }
         };
         for (image, device) in devices {
+            // Of others.
+            if !index.images.contains_key(&image) {
+                continue;
+            }
             let mounted = device
                 .mounted()
                 .map(|fs| Mounted::device(&device.path(), fs));
@@ -105,6 +111,7 @@ impl Shared {
                 None => {}
             }
         }
+        Ok(())
     }
 
     /// The device of an image, mapped where it is not.

@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::ceph::{Omap, OmapWrite};
-use super::index::{Change, Index, Volume};
+use super::index::{Change, Index, Maker, Volume};
 use crate::cache::names::LvName;
 use crate::cache::tags::DOOMED;
 use crate::storage::hosts::{self, Lost};
@@ -237,12 +237,6 @@ impl Observer {
             .map(|(host, (beat, _))| (host.as_str(), beat))
     }
 
-    /// Whether `host` was declared lost when it was last looked at.
-    #[must_use]
-    pub fn is_lost(&self, host: &str) -> bool {
-        self.seen.get(host).is_some_and(|(beat, _)| beat.lost)
-    }
-
     /// Whether another host may take over the turn to evict that is `turn` now: it is over, or was seen so for so many looks,
     /// [`IDLE`].
     #[must_use]
@@ -282,6 +276,22 @@ pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWri
             change
                 .volumes
                 .insert(name.clone(), Some(orphan(volume, me)));
+        }
+    }
+    // What it was making nobody makes: it may be garbage from this moment on, and what the host makes once it has joined again is not.
+    let is_its = |maker: &Option<Maker>| maker.as_ref().is_some_and(|maker| maker.host == lost);
+    for (name, image) in &index.images {
+        let mut given_up = image.clone();
+        if is_its(&image.maker) {
+            given_up.maker = None;
+        }
+        for snapshot in given_up.snapshots.values_mut() {
+            if is_its(&snapshot.maker) {
+                snapshot.maker = None;
+            }
+        }
+        if given_up != *image {
+            change.images.insert(name.clone(), Some(given_up));
         }
     }
     let mut write = change.write(index);

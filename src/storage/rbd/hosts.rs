@@ -74,6 +74,7 @@ impl RbdStore {
     /// reached.
     pub fn join(&self) -> Result<bool, StoreError> {
         let shared = &self.shared;
+        shared.thaw()?;
         let joined = shared.run.join(format!("joined.{}", shared.me.host));
         let mut beat = shared.beat();
         loop {

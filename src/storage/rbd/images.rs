@@ -18,13 +18,10 @@ use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
 impl Shared {
-    /// Whether a process may still finish what it makes. Of other hosts' the answer is yes, unless they were declared lost: then
-    /// what they make never is in the index.
+    /// Whether a process may still finish what it makes. Of other hosts' the answer is yes: what a host that is declared lost was
+    /// making has no maker any more.
     pub(super) fn may_finish(&self, maker: &Maker) -> bool {
-        if maker.host != self.me.host {
-            return !self.observer().is_lost(&maker.host);
-        }
-        if maker.process == self.me.process {
+        if maker.host != self.me.host || maker.process == self.me.process {
             return true;
         }
         let Ok(file) = File::open(process_file(&self.run, &maker.process)) else {
@@ -121,7 +118,10 @@ impl Shared {
             }
             Ok((change, ()))
         });
-        if let Err(error) = given_up.and_then(|()| self.collect()) {
+        // Where garbage is collected already, a request does not wait for that.
+        let is_free = self.collecting.try_lock().is_ok();
+        let collected = given_up.and_then(|()| if is_free { self.collect() } else { Ok(()) });
+        if let Err(error) = collected {
             warn!(image, %error, "what was half made is left until this process ends");
         }
     }
@@ -134,7 +134,7 @@ impl Shared {
         size: u64,
     ) -> Result<String, StoreError> {
         let name = self.change(|index| {
-            if !parent.is_none_or(|parent| index.has(parent)) {
+            if !parent.is_none_or(|parent| index.keeps(parent, &self.me)) {
                 return Err(StoreError::NotFound(volume.clone()));
             }
             let name = index.fresh_name(volume);

@@ -283,11 +283,19 @@ impl Index {
         format!("{part}~{}", self.generation + 1)
     }
 
-    /// Whether there is such a snapshot.
+    /// Whether there is such a snapshot, and is no garbage that is being removed: something needs it, or `me` has just taken it.
     #[must_use]
-    pub fn has(&self, snapshot: &SnapshotOf) -> bool {
+    pub fn keeps(&self, snapshot: &SnapshotOf, me: &Maker) -> bool {
         let image = self.images.get(&snapshot.image);
-        image.is_some_and(|image| image.snapshots.contains_key(&snapshot.snapshot))
+        let made = image.and_then(|image| image.snapshots.get(&snapshot.snapshot));
+        made.is_some_and(|made| made.maker.as_ref() == Some(me) || self.needs(snapshot))
+    }
+
+    fn needs(&self, snapshot: &SnapshotOf) -> bool {
+        let mut contents = self.volumes.values().map(|volume| &volume.content);
+        let mut parents = self.images.values().map(|image| &image.parent);
+        contents.any(|content| content.snapshot().as_ref() == Some(snapshot))
+            || parents.any(|parent| parent.as_ref() == Some(snapshot))
     }
 
     /// What nothing needs, in the order in which it can be removed; what depends on that is told once it is gone. `alive`

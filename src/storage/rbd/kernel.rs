@@ -42,7 +42,6 @@ const FEATURES: [(u64, &str); 6] = [
 const THREAD_KEYRING: i32 = -1;
 
 /// Images of one pool and namespace as block devices.
-#[derive(Debug)]
 pub struct Kernel {
     fsid: String,
     pool: String,
@@ -50,6 +49,17 @@ pub struct Kernel {
     user: String,
     /// As the kernel takes it: 16 bytes and a head. `None`: the cluster asks for none, or the kernel has it already.
     key: Option<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Kernel {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel")
+            .field("pool", &self.pool)
+            .field("namespace", &self.namespace)
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
 }
 
 /// An image's device.

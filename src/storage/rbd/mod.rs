@@ -231,7 +231,6 @@ impl RbdStore {
                 store.shared.name
             )));
         }
-        store.shared.thaw();
         store.shared.start();
         Ok(store)
     }

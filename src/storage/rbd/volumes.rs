@@ -115,7 +115,7 @@ impl Shared {
                 change.images.insert(image.clone(), Some(made));
             }
             if let Content::At(at) = &content
-                && !index.has(at)
+                && !index.keeps(at, &self.me)
             {
                 // Its last volume was removed meanwhile, by any host.
                 return Err(StoreError::NotFound(new.name.clone()));

@@ -85,7 +85,7 @@ impl Image<'_> {
     pub fn resize(&self, size: u64) -> Result<(), CephError> {
         // SAFETY: an open image, and a callback that looks at no argument.
         let done = unsafe {
-            (self.pool.rbd().rbd_resize2)(self.handle, size, true, no_progress, ptr::null_mut())
+            (self.pool.rbd().rbd_resize2)(self.handle, size, false, no_progress, ptr::null_mut())
         };
         self.check("resizing", done)
     }
