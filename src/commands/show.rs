@@ -191,6 +191,9 @@ fn lines(story: &Story, now: u64) -> String {
         line("volume", volume);
     }
     line("LV", &row.name);
+    if let Some(host) = &row.host {
+        line("host", host);
+    }
     if let Some(created) = &row.created {
         line(
             "created",

@@ -92,7 +92,7 @@ fn of_block_devices() -> [(&'static str, Promise); 5] {
     ]
 }
 
-fn of_any_store() -> [(&'static str, Promise); 17] {
+fn of_any_store() -> [(&'static str, Promise); 18] {
     [
         ("created", created),
         ("snapshot", snapshot),
@@ -110,6 +110,7 @@ fn of_any_store() -> [(&'static str, Promise); 17] {
         ("all_at_once", all_at_once),
         ("used", used),
         ("full", full),
+        ("evicted", evicted),
         ("others_untouched", others_untouched),
     ]
 }
@@ -795,6 +796,36 @@ fn full(ground: &dyn Ground) {
         Err(StoreError::Full { .. }) => false,
         Err(error) => panic!("{error}"),
     });
+}
+
+/// Whatever hosts there are, one that has the turn marks an entry, which it is to remove then; and a store that is of one host
+/// alone says so.
+fn evicted(ground: &dyn Ground) {
+    let store = ground.open();
+    for name in ["one", "two"] {
+        let entry = new(name, &["friend:snapshot", "friend:cache:a"]);
+        store.create(&entry, SIZE).unwrap();
+    }
+    assert!(store.begin_evicting().unwrap());
+    assert!(store.evict(&lv("one")).unwrap());
+    store.end_evicting();
+    assert!(tags_of(&*store, "one").contains("friend:doomed"));
+    assert!(!tags_of(&*store, "two").contains("friend:doomed"));
+    store.remove(&lv("one")).unwrap();
+    // Again, and what is gone already.
+    assert!(store.begin_evicting().unwrap());
+    assert!(store.evict(&lv("one")).unwrap());
+    store.end_evicting();
+    assert!(find(&*store, "one").is_none() && find(&*store, "two").is_some());
+
+    assert!(store.take_lost().unwrap().is_empty());
+    let fleet = store.fleet().unwrap();
+    assert_eq!(fleet.as_ref().map(|fleet| &*fleet.me), store.host());
+    for fleet in &fleet {
+        let mut all = fleet.lvs.iter();
+        let of = all.find(|of| of.lv.name.as_str() == "two").unwrap();
+        assert_eq!(of.host.as_deref(), store.host());
+    }
 }
 
 fn others_untouched(ground: &dyn Ground) {

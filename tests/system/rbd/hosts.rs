@@ -209,7 +209,7 @@ fn two_daemons() {
     let mounts = site.dir.path().join("two");
     let settings = format!("socket = {socket:?}\nmount-dir = {mounts:?}\n");
     fs::write(&config, settings + &text).unwrap();
-    let serve = || Daemon::start_with(&config, &socket, &[]);
+    let serve = || Daemon::start_with(&config, &socket, &[("RUST_LOG", "debug")]);
     let two = serve();
 
     let published = |plugin: &Plugin, text: &str| {
