@@ -821,7 +821,7 @@ fn evicted(ground: &dyn Ground) {
     assert!(store.take_lost().unwrap().is_empty());
     let fleet = store.fleet().unwrap();
     assert_eq!(fleet.as_ref().map(|fleet| &*fleet.me), store.host());
-    for fleet in &fleet {
+    if let Some(fleet) = &fleet {
         let mut all = fleet.lvs.iter();
         let of = all.find(|of| of.lv.name.as_str() == "two").unwrap();
         assert_eq!(of.host.as_deref(), store.host());

@@ -53,6 +53,8 @@ impl Shared {
     /// Unmaps what is mapped on this host and is no volume any more: this host had it when it was declared lost, and another one
     /// removed it. Gives whether there may be more: some of it is in use still, or not removed yet.
     pub(super) fn unmap_strays(&self) -> Result<bool, StoreError> {
+        // The kernel gives the number of a device that is gone to the next one.
+        let lock = self.lock_maps()?;
         // First these: a volume is in the index before its image is mapped.
         let devices = self.devices()?;
         let index = self.view()?;
@@ -79,6 +81,7 @@ impl Shared {
                 left = true;
             }
         }
+        drop(lock);
         if unmapped {
             // What others could not remove for that.
             self.collect()?;
@@ -116,15 +119,7 @@ impl Shared {
 
     /// The device of an image, mapped where it is not.
     pub(super) fn map(&self, image: &str) -> Result<PathBuf, StoreError> {
-        let path = self.run.join(LOCK);
-        let lock = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into()))
-            .map_err(io_failed("locking", &path))?;
+        let lock = self.lock_maps()?;
         let mapped = match self.kernel.device(image) {
             Ok(Some(device)) => Ok(device),
             Ok(None) => self.kernel.map(self.pool.cluster(), image),
@@ -134,6 +129,19 @@ impl Shared {
         mapped
             .map(|device| device.path())
             .map_err(|error| self.io("mapping", image, error))
+    }
+
+    /// While this is held no process of this host maps anything.
+    fn lock_maps(&self) -> Result<Flock<File>, StoreError> {
+        let path = self.run.join(LOCK);
+        File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into()))
+            .map_err(io_failed("locking", &path))
     }
 
     /// Has the device of an image go, where it has one.
