@@ -39,6 +39,15 @@ pub fn tests() -> Vec<Test> {
             body(Kind::Lvm);
         })
     };
+    let ceph = |name: &str, body: fn(Kind)| {
+        test(
+            Tier::Guest(Group::Ceph),
+            format!("cli::{name}"),
+            move || {
+                body(Kind::Rbd);
+            },
+        )
+    };
     vec![
         reflink("init_again_changes_nothing", init_again),
         reflink("list_and_show_without_a_daemon", list_and_show),
@@ -55,6 +64,10 @@ pub fn tests() -> Vec<Test> {
         lvm("import_keeps_everything", import_keeps_everything),
         lvm("remove", remove),
         lvm("what_is_not_ours_stays", foreign),
+        ceph("init_again_changes_nothing", init_again),
+        ceph("list_and_show_without_a_daemon", list_and_show),
+        ceph("import_keeps_everything", import_keeps_everything),
+        ceph("remove", remove),
     ]
 }
 

@@ -55,6 +55,15 @@ pub fn tests() -> Vec<Test> {
             body(Kind::Lvm);
         })
     };
+    let ceph = |name: &str, body: fn(Kind)| {
+        test(
+            Tier::Guest(Group::Ceph),
+            format!("raw::{name}"),
+            move || {
+                body(Kind::Rbd);
+            },
+        )
+    };
     vec![
         reflink("what_is_not_understood_is_refused", refusals),
         reflink("bad_options_are_refused_by_name", options),
@@ -74,6 +83,10 @@ pub fn tests() -> Vec<Test> {
         lvm("a_client_that_hangs_up_stops_nothing", hang_up),
         lvm("list_answers_while_the_store_is_stuck", stuck),
         lvm("one_daemon_at_a_time", one_daemon),
+        ceph("eight_at_once", eight_at_once),
+        ceph("a_client_that_hangs_up_stops_nothing", hang_up),
+        ceph("list_answers_while_the_store_is_stuck", stuck),
+        ceph("one_daemon_at_a_time", one_daemon),
         reflink("a_command_is_waited_for", waits_for_a_command),
     ]
 }

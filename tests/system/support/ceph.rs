@@ -11,7 +11,7 @@ use lvm_cache_friend::cache::record::Role;
 use lvm_cache_friend::cache::units::Bytes;
 use lvm_cache_friend::storage::Store as _;
 use lvm_cache_friend::storage::rbd::ceph::{Cluster, Omap, OmapWrite, Pool};
-use lvm_cache_friend::storage::rbd::{self, Place, RbdStore};
+use lvm_cache_friend::storage::rbd::{Place, RbdStore};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -70,20 +70,51 @@ pub fn clear(base: Option<Bytes>) {
     if keys().is_empty() {
         return;
     }
-    let own = rbd::machine_id().unwrap();
-    for host in [own.as_str(), HOSTS[0], HOSTS[1]] {
-        let store = RbdStore::open(&place(), host, Path::new(RUN)).unwrap();
+    for host in hosts(base) {
+        let store = RbdStore::open(&place(), &host, Path::new(RUN)).unwrap();
         for lv in store.list().unwrap().lvs {
             if Role::from_tags(&lv.tags) != Role::Base || Some(lv.size) != base {
                 super::wait_until(|| store.remove(&lv.name).is_ok());
             }
         }
-        store.clear_away().unwrap();
+        // What a daemon had open that was killed is busy for half a minute: `osd_client_watch_timeout`.
+        super::wait_until(|| store.clear_away().is_ok());
     }
     if base.is_none() || !keys().keys().any(|key| key.starts_with("volume/")) {
         let namespace = ["--id", USER, "-p", "rbd", "--namespace", "caches"];
         run("rados", [&namespace[..], &["rm", INDEX]].concat());
     }
+}
+
+/// The hosts that have something in the store beside a base of this size.
+fn hosts(base: Option<Bytes>) -> BTreeSet<String> {
+    let (volumes, images) = (listed("volume"), listed("image"));
+    let is_base = |volume: &Value| {
+        let tags = volume["tags"].as_array().unwrap();
+        let size = volume["size"].as_u64().map(Bytes);
+        tags.iter().any(|tag| tag == "friend:default") && size == base
+    };
+    let of_volumes = volumes.values().filter(|volume| !is_base(volume));
+    let host = |value: &Value| value["host"].as_str().map(str::to_owned);
+    let of_images = images.values().flat_map(|image| {
+        let snapshots = image["snapshots"].as_object();
+        let of_snapshots = snapshots
+            .into_iter()
+            .flat_map(|snapshots| snapshots.values());
+        let makers = of_snapshots.map(|snapshot| host(&snapshot["maker"]));
+        makers.chain([host(&image["maker"])]).flatten()
+    });
+    let is_used = |name: &str| {
+        volumes.values().any(|volume| image_of(volume).0 == name)
+            || images
+                .values()
+                .any(|image| image["parent"]["image"] == name)
+    };
+    // What nothing needs any more, anybody may remove.
+    let unused = images.keys().any(|name| !is_used(name));
+    let any = unused.then(|| HOSTS[0].to_owned());
+    let of_volumes = of_volumes.filter_map(host);
+    of_volumes.chain(of_images).chain(any).collect()
 }
 
 /// The namespace, as its user sees it.

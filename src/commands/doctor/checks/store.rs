@@ -174,12 +174,16 @@ pub fn ceph(facts: &Facts) -> Vec<Judged> {
     or_ok(
         found,
         format!(
-            "client.{}, host {}, librbd {}, OSDs of {} or later, {} monitors, {} images, at most {} clones deep",
+            "client.{}, host {}, librbd {}, OSDs of {} or later, monitors: {}; {} images, at most {} clones deep",
             report.user,
             report.host,
             report.librbd,
             report.release,
-            monitors.len(),
+            monitors
+                .iter()
+                .map(|(name, _)| name.as_str())
+                .collect::<Vec<_>>()
+                .join(", "),
             report.images,
             report.deepest
         ),

@@ -286,7 +286,7 @@ impl Cluster {
         (read >= 0).then(|| until_nul(&buffer))
     }
 
-    /// The version of librbd's interface, such as `1.19.0` of Ceph 18.
+    /// The version of librbd's interface, such as `1.18.0` of Ceph 18.
     #[must_use]
     pub fn librbd(&self) -> String {
         let (mut major, mut minor, mut extra) = (0, 0, 0);
