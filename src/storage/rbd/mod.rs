@@ -74,6 +74,9 @@ const LIMIT: f64 = 90.0;
 /// 2 (`mgr_tick_period`). Ceph's own tests wait 12.
 const LAG: Duration = Duration::from_secs(15);
 
+/// How often a copy is begun anew whose beginning others removed.
+const ATTEMPTS: usize = 5;
+
 /// From how many parents on an image that is cloned is made free of them, in the background. The kernel opens 16 at most
 /// (`RBD_MAX_PARENT_CHAIN_LEN`, drivers/block/rbd.c), and each one with every map.
 const DEEP: usize = 8;
@@ -466,52 +469,14 @@ impl Store for RbdStore {
     }
 
     fn snapshot(&self, origin: &LvName, new: &NewLv) -> Result<Option<PathBuf>, StoreError> {
-        let shared = &self.shared;
-        let index = shared.view()?;
-        shared.get(&index, origin)?;
-        if index.volumes.contains_key(&new.name) {
-            return Err(StoreError::Exists(new.name.clone()));
-        }
-        shared.check_room()?;
-        let source = shared.source(origin, &new.name)?;
-        if let Err(error) = shared.keep_shallow(&index, &source.at.image) {
-            if source.taken.is_some() {
-                shared.give_up(&source.at.image, Some(&source.at.snapshot));
-            }
-            return Err(error);
-        }
-        let content = if new.active {
-            shared
-                .make_image(&new.name, Some(&source.at), source.size)
-                .map(|image| Content::Own {
-                    image,
-                    same: None,
-                    active: 0,
-                    live: true,
-                })
-        } else {
-            Ok(Content::At(source.at.clone()))
-        };
-        let made = content.and_then(|content| {
-            let appeared = shared.appear(new, source.size, Some(&source), &content);
-            if let (Err(_), Content::Own { image, .. }) = (&appeared, &content) {
-                shared.give_up(image, None);
-            }
-            appeared.map(|()| content)
-        });
-        match made {
-            Ok(content) => shared.ready(new, &content),
-            Err(error) => {
-                if source.taken.is_some() {
-                    shared.give_up(&source.at.image, Some(&source.at.snapshot));
-                }
-                // Another host may have removed it meanwhile: then that is what the caller is to know, to choose another.
-                match shared.volume(origin) {
-                    Err(gone @ StoreError::NotFound(_)) => Err(gone),
-                    _ => Err(error),
-                }
+        for _ in 1..ATTEMPTS {
+            match self.shared.copy(origin, new) {
+                // The snapshot that it was to start from was of volumes that were all removed meanwhile; the origin is there.
+                Err(StoreError::NotFound(lv)) if lv == new.name => {}
+                done => return done,
             }
         }
+        self.shared.copy(origin, new)
     }
 
     fn create(&self, new: &NewLv, size: Bytes) -> Result<Option<PathBuf>, StoreError> {

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use tracing::warn;
@@ -78,6 +79,58 @@ impl Shared {
             change.volumes.insert(lv.clone(), Some(volume));
         }
         Ok((change, ()))
+    }
+
+    /// Makes `new` a copy of `origin`, once.
+    pub(super) fn copy(
+        self: &Arc<Self>,
+        origin: &LvName,
+        new: &NewLv,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        let index = self.view()?;
+        self.get(&index, origin)?;
+        if index.volumes.contains_key(&new.name) {
+            return Err(StoreError::Exists(new.name.clone()));
+        }
+        self.check_room()?;
+        let source = self.source(origin, &new.name)?;
+        if let Err(error) = self.keep_shallow(&index, &source.at.image) {
+            if source.taken.is_some() {
+                self.give_up(&source.at.image, Some(&source.at.snapshot));
+            }
+            return Err(error);
+        }
+        let content = if new.active {
+            self.make_image(&new.name, Some(&source.at), source.size)
+                .map(|image| Content::Own {
+                    image,
+                    same: None,
+                    active: 0,
+                    live: true,
+                })
+        } else {
+            Ok(Content::At(source.at.clone()))
+        };
+        let made = content.and_then(|content| {
+            let appeared = self.appear(new, source.size, Some(&source), &content);
+            if let (Err(_), Content::Own { image, .. }) = (&appeared, &content) {
+                self.give_up(image, None);
+            }
+            appeared.map(|()| content)
+        });
+        match made {
+            Ok(content) => self.ready(new, &content),
+            Err(error) => {
+                if source.taken.is_some() {
+                    self.give_up(&source.at.image, Some(&source.at.snapshot));
+                }
+                // Another host may have removed it meanwhile: then that is what the caller is to know, to choose another.
+                match self.volume(origin) {
+                    Err(gone @ StoreError::NotFound(_)) => Err(gone),
+                    _ => Err(error),
+                }
+            }
+        }
     }
 
     /// Has a volume appear that was made, with all its tags.
