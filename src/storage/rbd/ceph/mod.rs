@@ -178,10 +178,26 @@ fn dl_error(file: &str) -> String {
     text.unwrap_or_else(|| format!("{file} cannot be loaded"))
 }
 
+unsafe extern "C" {
+    /// Of glibc: on_exit(3).
+    fn on_exit(function: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
+}
+
+/// Ends the process before Ceph's libraries take down what they have in common: a thread may be in them still, and would crash.
+extern "C" fn leave(status: c_int, _: *mut c_void) {
+    // SAFETY: it does not return. What is written to standard output was flushed before exit(3).
+    unsafe { libc::_exit(status) }
+}
+
 fn libraries() -> Result<&'static (Rados, Librbd), ConnectError> {
     static LOADED: OnceLock<Result<(Rados, Librbd), String>> = OnceLock::new();
     LOADED
-        .get_or_init(|| Ok((Rados::load()?, Librbd::load()?)))
+        .get_or_init(|| {
+            let loaded = (Rados::load()?, Librbd::load()?);
+            // SAFETY: a function that lives as long as the process. What was registered last is called first.
+            unsafe { on_exit(leave, ptr::null_mut()) };
+            Ok(loaded)
+        })
         .as_ref()
         .map_err(|error| ConnectError::NoLibrary(error.clone()))
 }
