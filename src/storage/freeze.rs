@@ -143,7 +143,7 @@ fn start(fs: BorrowedFd<'_>, mut below: Option<Below>) -> io::Result<(UnixStream
 }
 
 /// All that the helper does. Its answers are error numbers, 0 for success.
-fn help(fs: RawFd, socket: RawFd, below: Option<&mut Below>) -> ! {
+fn help(fs: RawFd, socket: RawFd, mut below: Option<&mut Below>) -> ! {
     const FS: RawFd = 0;
     const SOCKET: RawFd = 1;
     const CONTROL: RawFd = 2;
@@ -166,27 +166,25 @@ fn help(fs: RawFd, socket: RawFd, below: Option<&mut Below>) -> ! {
     };
     let mut unused = 0;
     // SAFETY: FIFREEZE looks at no argument.
-    let mut done = unsafe { ioctl::freeze(FS, &raw mut unused) }.map(drop);
-    let frozen = done.is_ok();
-    if let Some(below) = below {
-        done = done.and_then(|()| below.suspend.make(control));
-        tell(done);
-        if done.is_ok() {
-            if is_told_to_go_on(SOCKET) {
+    let frozen = unsafe { ioctl::freeze(FS, &raw mut unused) }.map(drop);
+    let ready = match &mut below {
+        Some(below) => frozen.and_then(|()| below.suspend.make(control)),
+        None => frozen,
+    };
+    tell(ready);
+    if ready.is_ok() {
+        let goes_on = is_told_to_go_on(SOCKET);
+        if let Some(below) = below {
+            if goes_on {
                 let mut messages = below.messages.iter_mut();
                 tell(messages.try_for_each(|message| message.make(control)));
             }
             let _ = below.resume.make(control);
         }
-    } else {
-        tell(done);
-        if done.is_ok() {
-            is_told_to_go_on(SOCKET);
-        }
     }
     // SAFETY: FITHAW looks at no argument; and _exit(2) runs nothing of the daemon's.
     unsafe {
-        if frozen {
+        if frozen.is_ok() {
             let _ = ioctl::thaw(FS, &raw mut unused);
         }
         libc::_exit(0)

@@ -17,7 +17,7 @@ pub mod memory;
 pub mod rbd;
 pub mod reflink;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -158,6 +158,18 @@ pub struct Trouble {
     pub finding: String,
     /// What to do about it, a command mostly.
     pub fix: String,
+}
+
+/// Tags as a store keeps them, of which some are added and some deleted: each once, where it first was.
+fn retagged(tags: &[String], add: &[Tag], del: &[Tag]) -> Vec<String> {
+    let kept = tags
+        .iter()
+        .filter(|tag| del.iter().all(|del| del.as_str() != *tag));
+    let mut seen = BTreeSet::new();
+    kept.cloned()
+        .chain(add.iter().map(Tag::to_string))
+        .filter(|tag| seen.insert(tag.clone()))
+        .collect()
 }
 
 /// Commits that a volume is to be removed: it is out of every choice then, and whatever becomes of its removal, the next daemon

@@ -19,56 +19,56 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::{Test, Tier, test};
 use crate::support::census::Known;
 use crate::support::command::{Outcome, outcome, run};
 use crate::support::daemon::Plugin;
 use crate::support::reflink::ReflinkFs;
-use crate::support::site::{Kind, Site};
+use crate::support::site::{Kind, Site, with_store};
 use crate::support::{PROGRAM, temp_dir, wait_until};
 
 pub fn tests() -> Vec<Test> {
-    let reflink = |name: &str, body: fn(Kind)| {
-        test(Tier::Reflink, format!("cli::{name}"), move || {
-            body(Kind::Reflink);
-        })
-    };
+    let mut tests = with_store(
+        Kind::Reflink,
+        "cli",
+        &[
+            ("init_again_changes_nothing", init_again),
+            ("list_and_show_without_a_daemon", list_and_show),
+            ("import_keeps_everything", import_keeps_everything),
+            ("import_is_newest", import_is_newest),
+            ("import_leaves_nothing_when_it_fails", import_fails),
+            ("remove", remove),
+            ("exit_codes", exit_codes),
+        ],
+    );
     // What is of LVM itself, or goes through it in a way of its own.
-    let lvm = |name: &str, body: fn(Kind)| {
-        test(Tier::Guest(Group::Lvm), format!("cli::{name}"), move || {
-            body(Kind::Lvm);
-        })
-    };
-    let ceph = |name: &str, body: fn(Kind)| {
-        test(
-            Tier::Guest(Group::Ceph),
-            format!("cli::{name}"),
-            move || {
-                body(Kind::Rbd);
-            },
-        )
-    };
-    vec![
-        reflink("init_again_changes_nothing", init_again),
-        reflink("list_and_show_without_a_daemon", list_and_show),
-        reflink("import_keeps_everything", import_keeps_everything),
-        reflink("import_is_newest", import_is_newest),
-        reflink("import_leaves_nothing_when_it_fails", import_fails),
-        reflink("remove", remove),
-        reflink("exit_codes", exit_codes),
+    tests.extend(with_store(
+        Kind::Lvm,
+        "cli",
+        &[
+            ("init_again_changes_nothing", init_again),
+            ("init_loop", init_loop),
+            ("list_and_show_without_a_daemon", list_and_show),
+            ("import_keeps_everything", import_keeps_everything),
+            ("remove", remove),
+            ("what_is_not_ours_stays", foreign),
+        ],
+    ));
+    tests.extend(with_store(
+        Kind::Rbd,
+        "cli",
+        &[
+            ("init_again_changes_nothing", init_again),
+            ("list_and_show_without_a_daemon", list_and_show),
+            ("import_keeps_everything", import_keeps_everything),
+            ("remove", remove),
+        ],
+    ));
+    tests.extend([
         test(Tier::Host, "cli::hooks_wait_for_no_daemon", hooks),
         test(Tier::Reflink, "cli::a_slow_end_is_told", slow_end),
-        lvm("init_again_changes_nothing", init_again),
-        lvm("init_loop", init_loop),
-        lvm("list_and_show_without_a_daemon", list_and_show),
-        lvm("import_keeps_everything", import_keeps_everything),
-        lvm("remove", remove),
-        lvm("what_is_not_ours_stays", foreign),
-        ceph("init_again_changes_nothing", init_again),
-        ceph("list_and_show_without_a_daemon", list_and_show),
-        ceph("import_keeps_everything", import_keeps_everything),
-        ceph("remove", remove),
-    ]
+    ]);
+    tests
 }
 
 #[track_caller]

@@ -15,10 +15,10 @@ use lvm_cache_friend::plugin::MAX_WORK;
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
-use crate::harness::{Group, Test, Tier, test};
+use crate::harness::Test;
 use crate::support::command::outcome;
 use crate::support::daemon::{Daemon, Plugin, SOCKET};
-use crate::support::site::{Kind, MOUNT_DIR, Site, Stuck, mounts_at};
+use crate::support::site::{Kind, MOUNT_DIR, Site, Stuck, mounts_at, with_store};
 use crate::support::{PROGRAM, wait_until};
 
 const ENDPOINTS: [&str; 9] = [
@@ -44,51 +44,49 @@ const NAMED: [&str; 6] = [
 ];
 
 pub fn tests() -> Vec<Test> {
-    let reflink = |name: &str, body: fn(Kind)| {
-        test(Tier::Reflink, format!("raw::{name}"), move || {
-            body(Kind::Reflink);
-        })
-    };
+    let mut tests = with_store(
+        Kind::Reflink,
+        "raw",
+        &[
+            ("what_is_not_understood_is_refused", refusals),
+            ("bad_options_are_refused_by_name", options),
+            ("clients_differ", clients),
+            ("eight_at_once", eight_at_once),
+            ("many_ids_on_one_volume", many_ids),
+            ("a_client_that_hangs_up_stops_nothing", hang_up),
+            ("list_answers_while_the_store_is_stuck", stuck),
+            ("one_daemon_at_a_time", one_daemon),
+            ("told_to_stop", told_to_stop),
+            ("a_thousand_silent_connections", silent),
+            ("a_socket_from_systemd", from_systemd),
+            ("log_is_printable", log_is_printable),
+            ("ids_of_a_container", ids),
+            ("a_command_is_waited_for", waits_for_a_command),
+        ],
+    );
     // What goes through the store.
-    let lvm = |name: &str, body: fn(Kind)| {
-        test(Tier::Guest(Group::Lvm), format!("raw::{name}"), move || {
-            body(Kind::Lvm);
-        })
-    };
-    let ceph = |name: &str, body: fn(Kind)| {
-        test(
-            Tier::Guest(Group::Ceph),
-            format!("raw::{name}"),
-            move || {
-                body(Kind::Rbd);
-            },
-        )
-    };
-    vec![
-        reflink("what_is_not_understood_is_refused", refusals),
-        reflink("bad_options_are_refused_by_name", options),
-        reflink("clients_differ", clients),
-        reflink("eight_at_once", eight_at_once),
-        reflink("many_ids_on_one_volume", many_ids),
-        reflink("a_client_that_hangs_up_stops_nothing", hang_up),
-        reflink("list_answers_while_the_store_is_stuck", stuck),
-        reflink("one_daemon_at_a_time", one_daemon),
-        reflink("told_to_stop", told_to_stop),
-        reflink("a_thousand_silent_connections", silent),
-        reflink("a_socket_from_systemd", from_systemd),
-        reflink("log_is_printable", log_is_printable),
-        reflink("ids_of_a_container", ids),
-        lvm("bad_options_are_refused_by_name", options),
-        lvm("eight_at_once", eight_at_once),
-        lvm("a_client_that_hangs_up_stops_nothing", hang_up),
-        lvm("list_answers_while_the_store_is_stuck", stuck),
-        lvm("one_daemon_at_a_time", one_daemon),
-        ceph("eight_at_once", eight_at_once),
-        ceph("a_client_that_hangs_up_stops_nothing", hang_up),
-        ceph("list_answers_while_the_store_is_stuck", stuck),
-        ceph("one_daemon_at_a_time", one_daemon),
-        reflink("a_command_is_waited_for", waits_for_a_command),
-    ]
+    tests.extend(with_store(
+        Kind::Lvm,
+        "raw",
+        &[
+            ("bad_options_are_refused_by_name", options),
+            ("eight_at_once", eight_at_once),
+            ("a_client_that_hangs_up_stops_nothing", hang_up),
+            ("list_answers_while_the_store_is_stuck", stuck),
+            ("one_daemon_at_a_time", one_daemon),
+        ],
+    ));
+    tests.extend(with_store(
+        Kind::Rbd,
+        "raw",
+        &[
+            ("eight_at_once", eight_at_once),
+            ("a_client_that_hangs_up_stops_nothing", hang_up),
+            ("list_answers_while_the_store_is_stuck", stuck),
+            ("one_daemon_at_a_time", one_daemon),
+        ],
+    ));
+    tests
 }
 
 fn assert_refused(what: &str, (status, answer): &(u16, Value)) {

@@ -281,34 +281,10 @@ fn half_made() {
         ),
     ] {
         if !name.starts_with("never") {
-            run(
-                "rbd",
-                [
-                    "--id",
-                    "cache",
-                    "create",
-                    "--size",
-                    "16M",
-                    &format!("rbd/caches/{name}"),
-                ],
-            );
+            ceph::rbd(&["create", "--size", "16M", &format!("rbd/caches/{name}")]);
         }
         let (key, value) = (format!("image/{name}"), image.to_string());
-        run(
-            "rados",
-            [
-                "--id",
-                "cache",
-                "-p",
-                "rbd",
-                "--namespace",
-                "caches",
-                "setomapval",
-                "lvm-cache-friend.index",
-                &key,
-                &value,
-            ],
-        );
+        ceph::rados(&["setomapval", ceph::INDEX, &key, &value]);
     }
     // As any change does.
     store
@@ -320,47 +296,13 @@ fn half_made() {
         !left.contains("dead~1") && left.contains("others~3") && left.contains("one~"),
         "{left}"
     );
-    let keys = run(
-        "rados",
-        [
-            "--id",
-            "cache",
-            "-p",
-            "rbd",
-            "--namespace",
-            "caches",
-            "listomapkeys",
-            "lvm-cache-friend.index",
-        ],
-    );
+    let keys = ceph::rados(&["listomapkeys", ceph::INDEX]);
     assert!(
         !keys.contains("never-made~2") && keys.contains("others~3"),
         "{keys}"
     );
-    run(
-        "rbd",
-        [
-            "--id",
-            "cache",
-            "rm",
-            "--no-progress",
-            "rbd/caches/others~3",
-        ],
-    );
-    run(
-        "rados",
-        [
-            "--id",
-            "cache",
-            "-p",
-            "rbd",
-            "--namespace",
-            "caches",
-            "rmomapkey",
-            "lvm-cache-friend.index",
-            "image/others~3",
-        ],
-    );
+    ceph::rbd(&["rm", "--no-progress", "rbd/caches/others~3"]);
+    ceph::rados(&["rmomapkey", ceph::INDEX, "image/others~3"]);
 }
 
 /// A chain of entries, each of a job that restored the one before, longer than the kernel follows.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::ceph::{self, CephError, PATIENCE};
+use super::ceph::{CephError, Omap, OmapWrite, PATIENCE};
 use super::fleet::{self, Evictor};
 use super::index::{self, Change, GENERATION, Index, Volume};
 use super::{INDEX, PAGE, Shared, TURN};
@@ -24,10 +24,7 @@ impl Shared {
         let joined = self.beat().is_some();
         let host = fleet::key(&self.me.host);
         let wanted = [GENERATION, &host];
-        let keys = self
-            .pool
-            .keys(INDEX, if joined { &wanted } else { &wanted[..1] })
-            .map_err(|error| self.failed(&error))?;
+        let keys = self.keys(if joined { &wanted } else { &wanted[..1] })?;
         if joined {
             let found = fleet::hosts(&keys).remove(&self.me.host);
             self.check_beat(found, &mut self.beat())?;
@@ -36,6 +33,20 @@ impl Shared {
         Ok(value
             .and_then(|value| index::generation(value))
             .unwrap_or(0))
+    }
+
+    /// These keys of the index, as far as they are there.
+    pub(super) fn keys(&self, wanted: &[&str]) -> Result<Omap, StoreError> {
+        self.pool
+            .keys(INDEX, wanted)
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// Writes to the index. `false`: something in it was not as the write demands.
+    pub(super) fn write(&self, write: &OmapWrite) -> Result<bool, StoreError> {
+        self.pool
+            .write(INDEX, write)
+            .map_err(|error| self.failed(&error))
     }
 
     pub(super) fn known(&self) -> MutexGuard<'_, Arc<Index>> {
@@ -62,7 +73,7 @@ impl Shared {
         let deadline = Instant::now() + TURN;
         loop {
             let before = self.generation()?;
-            let mut keys = ceph::Omap::new();
+            let mut keys = Omap::new();
             loop {
                 let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
                 let (page, more) = self
@@ -128,11 +139,7 @@ impl Shared {
             if let Some(turn) = turn {
                 fleet::guard_eviction(&mut write, turn);
             }
-            let written = self
-                .pool
-                .write(INDEX, &write)
-                .map_err(|error| self.failed(&error))?;
-            if written {
+            if self.write(&write)? {
                 let mut known = self.known();
                 if known.generation == index.generation {
                     drop(index);

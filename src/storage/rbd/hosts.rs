@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use ring::hmac;
 use tracing::{debug, error, info, warn};
 
-use super::ceph::{Omap, OmapWrite};
+use super::ceph::Omap;
 use super::fleet::{self, Beat, Observer};
 use super::index::{Content, Index};
 use super::{INDEX, LOOK, PAGE, RbdStore, SEEN, Shared, io_failed};
@@ -63,7 +63,8 @@ fn hashed(machine_id: &str) -> Option<String> {
 
 impl RbdStore {
     /// Has this process be the host's daemon: from now on it counts on, other hosts see whether it does, and it sees whether
-    /// they do. What a host had that is lost becomes its own, to be removed. `true`: this host itself was declared lost since
+    /// they do. What a host had that is lost becomes its own, to be removed; and what this host's last daemon left frozen is
+    /// thawed. `true`: this host itself was declared lost since
     /// its last daemon joined, and what that had is gone.
     ///
     /// Where the last daemon of this host's id is none that this machine has had since it booted, that is looked at for 20 s
@@ -91,11 +92,7 @@ impl RbdStore {
                 lost: false,
             };
             let write = fleet::beat(&shared.me.host, was.as_ref(), &now);
-            if shared
-                .pool
-                .write(INDEX, &write)
-                .map_err(|error| shared.failed(&error))?
-            {
+            if shared.write(&write)? {
                 fs::write(&joined, &shared.me.process).map_err(io_failed("writing", &joined))?;
                 *beat = Some(now);
                 return Ok(was.is_some_and(|was| was.lost));
@@ -194,11 +191,7 @@ impl Shared {
             let mut write = fleet::declare_lost(&index, &host, &beat, &self.me.host);
             fleet::guard(&mut write, &self.me.host, &mine);
             // Where another change came first, at the next look.
-            if self
-                .pool
-                .write(INDEX, &write)
-                .map_err(|error| self.failed(&error))?
-            {
+            if self.write(&write)? {
                 warn!(host, "a host is lost: what it had is removed");
             }
         }
@@ -246,12 +239,6 @@ impl Shared {
         }
     }
 
-    pub(super) fn write(&self, write: &OmapWrite) -> Result<bool, StoreError> {
-        self.pool
-            .write(INDEX, write)
-            .map_err(|error| self.failed(&error))
-    }
-
     pub(super) fn host_keys(&self) -> Result<Omap, StoreError> {
         let page = self.pool.page(INDEX, fleet::HOST, "", PAGE);
         page.map(|(keys, _)| keys)
@@ -262,10 +249,7 @@ impl Shared {
     pub(super) fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
         let key = fleet::left_key(&self.me.host);
         loop {
-            let keys = self
-                .pool
-                .keys(INDEX, &[&key])
-                .map_err(|error| self.failed(&error))?;
+            let keys = self.keys(&[&key])?;
             if !keys.contains_key(&key) {
                 return Ok(Vec::new());
             }
@@ -277,11 +261,7 @@ impl Shared {
 
     /// This host's key, as it is in the index.
     fn own_key(&self) -> Result<Option<Beat>, StoreError> {
-        let key = fleet::key(&self.me.host);
-        let keys = self
-            .pool
-            .keys(INDEX, &[&key])
-            .map_err(|error| self.failed(&error))?;
+        let keys = self.keys(&[&fleet::key(&self.me.host)])?;
         Ok(fleet::hosts(&keys).remove(&self.me.host))
     }
 

@@ -62,17 +62,6 @@ impl Shared {
             Err(error) if error.errno == Errno::ENOENT => Ok(()),
             done => done.map_err(|error| self.failed(&error)),
         };
-        let change_image = |image: &str, change: &dyn Fn(&mut index::Image)| {
-            self.change(|index| {
-                let mut changed = Change::default();
-                if let Some(found) = index.images.get(image) {
-                    let mut found = found.clone();
-                    change(&mut found);
-                    changed.images.insert(image.to_owned(), Some(found));
-                }
-                Ok((changed, ()))
-            })
-        };
         match garbage {
             Garbage::Snapshot(SnapshotOf { image, snapshot }) => {
                 let removed = self
@@ -80,7 +69,7 @@ impl Shared {
                     .image(image)
                     .and_then(|image| image.remove_snapshot(snapshot));
                 gone(removed)?;
-                change_image(image, &|image| _ = image.snapshots.remove(snapshot))
+                self.change_image(image, |image| _ = image.snapshots.remove(snapshot))
             }
             Garbage::Image(image) => {
                 let snapshots = index.images.get(image).map(|image| &image.snapshots);
@@ -100,23 +89,34 @@ impl Shared {
         }
     }
 
+    /// Changes what the index says of an image, where there is one and that is something else.
+    fn change_image(
+        &self,
+        image: &str,
+        change: impl Fn(&mut index::Image),
+    ) -> Result<(), StoreError> {
+        self.change(|index| {
+            let mut changed = Change::default();
+            if let Some(before) = index.images.get(image) {
+                let mut after = before.clone();
+                change(&mut after);
+                if after != *before {
+                    changed.images.insert(image.to_owned(), Some(after));
+                }
+            }
+            Ok((changed, ()))
+        })
+    }
+
     /// After a failure: what this process was to make is made no more.
     pub(super) fn give_up(&self, image: &str, snapshot: Option<&str>) {
-        let given_up = self.change(|index| {
-            let mut change = Change::default();
-            if let Some(found) = index.images.get(image) {
-                let mut found = found.clone();
-                match snapshot {
-                    None => found.maker = None,
-                    Some(snapshot) => {
-                        if let Some(snapshot) = found.snapshots.get_mut(snapshot) {
-                            snapshot.maker = None;
-                        }
-                    }
+        let given_up = self.change_image(image, |image| match snapshot {
+            None => image.maker = None,
+            Some(snapshot) => {
+                if let Some(snapshot) = image.snapshots.get_mut(snapshot) {
+                    snapshot.maker = None;
                 }
-                change.images.insert(image.to_owned(), Some(found));
             }
-            Ok((change, ()))
         });
         // Where garbage is collected already, a request does not wait for that.
         let is_free = self.collecting.try_lock().is_ok();
@@ -211,17 +211,7 @@ impl Shared {
             Err(error) if matches!(error.errno, Errno::EINVAL | Errno::ENOENT) => {}
             Err(error) => return Err(self.failed(&error)),
         }
-        self.change(|index| {
-            let mut change = Change::default();
-            if let Some(found) = index.images.get(image)
-                && found.parent.is_some()
-            {
-                let mut found = found.clone();
-                found.parent = None;
-                change.images.insert(image.to_owned(), Some(found));
-            }
-            Ok((change, ()))
-        })?;
+        self.change_image(image, |image| image.parent = None)?;
         // What only it needed.
         self.collect()
     }

@@ -43,13 +43,14 @@ pub use self::hosts::machine_id;
 use self::index::{Change, Content, GENERATION, Index, Maker, Volume};
 use self::kernel::Kernel;
 pub use self::report::Report;
-use self::volumes::{as_listed, unix_now};
+use self::volumes::as_listed;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::FsType;
 use crate::cache::tags::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::storage::hosts::{Fleet, Host, HostLv, Lost};
 use crate::storage::{Capacity, Listing, NewLv, Store, StoreError, Usage, Watch};
+use crate::text::unix_now;
 
 /// The object that is the index, in the images' namespace.
 const INDEX: &str = "lvm-cache-friend.index";
@@ -222,7 +223,7 @@ pub fn init(
 }
 
 impl RbdStore {
-    /// Opens a namespace that [`init`] prepared, and thaws what a process of this host left frozen that was killed.
+    /// Opens a namespace that [`init`] prepared.
     ///
     /// # Errors
     /// [`StoreError::Unusable`] where it is not prepared, or the cluster cannot be reached.

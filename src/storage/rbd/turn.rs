@@ -5,18 +5,14 @@ use std::sync::{MutexGuard, PoisonError};
 
 use tracing::debug;
 
+use super::Shared;
 use super::fleet::{self, EVICTOR, Evictor};
-use super::{INDEX, Shared};
 use crate::storage::StoreError;
 
 impl Shared {
     /// The turn to evict that there is, or was last.
     pub(super) fn turn(&self) -> Result<Option<Evictor>, StoreError> {
-        let keys = self
-            .pool
-            .keys(INDEX, &[EVICTOR])
-            .map_err(|error| self.failed(&error))?;
-        Ok(fleet::evictor(&keys))
+        Ok(fleet::evictor(&self.keys(&[EVICTOR])?))
     }
 
     /// Takes the turn to evict, where no other host has it.

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Volumes in the index: how one appears, what another is made of, when it gets an image of its own, and how it is taken away.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tracing::warn;
 
@@ -15,7 +14,8 @@ use super::kernel::Device;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::tags::DOOMED;
 use crate::cache::units::Bytes;
-use crate::storage::{Lv, NewLv, StoreError};
+use crate::storage::{Lv, NewLv, StoreError, retagged};
+use crate::text::unix_now;
 
 /// A snapshot to make a volume of.
 pub(super) struct Source {
@@ -64,18 +64,15 @@ impl Shared {
         del: &[Tag],
     ) -> Result<(Change, ()), StoreError> {
         let mut volume = self.get(index, lv)?.clone();
-        let before = volume.tags.clone();
-        volume
-            .tags
-            .retain(|tag| del.iter().all(|del| del.as_str() != tag));
-        volume.tags.extend(add.iter().map(Tag::to_string));
-        volume.tags = distinct(volume.tags);
+        let tags = retagged(&volume.tags, add, del);
+        let changed = tags != volume.tags;
+        volume.tags = tags;
         if add.iter().any(|tag| tag.as_str() == DOOMED) {
             // The host that dooms an entry has it to remove.
             volume.host = Some(self.me.host.clone());
         }
         let mut change = Change::default();
-        if volume.tags != before {
+        if changed {
             change.volumes.insert(lv.clone(), Some(volume));
         }
         Ok((change, ()))
@@ -182,7 +179,7 @@ impl Shared {
                     seq,
                     created: unix_now(),
                     size,
-                    tags: distinct(new.tags.iter().map(Tag::to_string)),
+                    tags: retagged(&[], &new.tags, &[]),
                     origin: source.map(|source| source.origin.clone()),
                     host: Some(self.me.host.clone()),
                     content,
@@ -409,18 +406,4 @@ impl Shared {
         }
         Ok(())
     }
-}
-
-/// Each tag once, where it first was.
-pub(super) fn distinct(tags: impl IntoIterator<Item = String>) -> Vec<String> {
-    let mut seen = BTreeSet::new();
-    tags.into_iter()
-        .filter(|tag| seen.insert(tag.clone()))
-        .collect()
-}
-
-pub(super) fn unix_now() -> u64 {
-    SystemTime::UNIX_EPOCH
-        .elapsed()
-        .map_or(0, |since| since.as_secs())
 }

@@ -2,7 +2,6 @@
 //! The store's directory: what is in it under which names, the records beside the images, and how much room
 //! its file system has. What is here knows nothing of devices.
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -224,14 +223,6 @@ pub fn remove_tree(path: &Path) -> Result<(), StoreError> {
         Err(error) if !is_absent(&error) => Err(failed("removing", path)(error)),
         _ => Ok(()),
     }
-}
-
-/// Each tag once, where it first was.
-pub fn distinct(tags: impl IntoIterator<Item = String>) -> Vec<String> {
-    let mut seen = BTreeSet::new();
-    tags.into_iter()
-        .filter(|tag| seen.insert(tag.clone()))
-        .collect()
 }
 
 pub fn is_absent(error: &io::Error) -> bool {

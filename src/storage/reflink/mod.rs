@@ -45,13 +45,13 @@ use rustix::fs::{CWD, RenameFlags};
 use tracing::warn;
 
 use self::dir::{
-    Dir, IMAGE, NAME, NEW, NEW_TAGS, OLD, Origin, Record, SEQ, TAGS, distinct, failed, is_absent,
-    is_old, not_prepared, remove_tree, sync_dir, write_record,
+    Dir, IMAGE, NAME, NEW, NEW_TAGS, OLD, Origin, Record, SEQ, TAGS, failed, is_absent, is_old,
+    not_prepared, remove_tree, sync_dir, write_record,
 };
 use self::loops::Loop;
 use self::turn::Turn;
 use super::freeze::{self, Frozen};
-use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch};
+use super::{Capacity, Listing, Lv, NewLv, Store, StoreError, Usage, Watch, retagged};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::FsType;
 use crate::cache::tags::{DEFAULT, SNAPSHOT};
@@ -298,7 +298,7 @@ impl ReflinkStore {
                 seq,
                 created: unix_now(),
                 origin,
-                tags: distinct(new.tags.iter().map(Tag::to_string)),
+                tags: retagged(&[], &new.tags, &[]),
             };
             write_record(&unfinished.join(TAGS), &record)?;
             sync_dir(&unfinished)?;
@@ -479,15 +479,11 @@ impl Store for ReflinkStore {
     fn change_tags(&self, lv: &LvName, add: &[Tag], del: &[Tag]) -> Result<(), StoreError> {
         let turn = self.lock()?;
         let mut record = self.dir.known(lv)?;
-        let before = record.tags.clone();
-        record
-            .tags
-            .retain(|tag| del.iter().all(|del| del.as_str() != tag));
-        record.tags.extend(add.iter().map(Tag::to_string));
-        record.tags = distinct(record.tags);
-        if record.tags == before {
+        let tags = retagged(&record.tags, add, del);
+        if tags == record.tags {
             return Ok(());
         }
+        record.tags = tags;
         let dir = self.dir.lv(lv);
         let (new, old) = (dir.join(NEW_TAGS), dir.join(TAGS));
         let written = write_record(&new, &record)

@@ -81,9 +81,21 @@ pub fn clear(base: Option<Bytes>) {
         super::wait_until(|| store.clear_away().is_ok());
     }
     if base.is_none() || !keys().keys().any(|key| key.starts_with("volume/")) {
-        let namespace = ["--id", USER, "-p", "rbd", "--namespace", "caches"];
-        run("rados", [&namespace[..], &["rm", INDEX]].concat());
+        rados(&["rm", INDEX]);
     }
+}
+
+/// Ceph's tool for images, as the store's user.
+#[track_caller]
+pub fn rbd(arguments: &[&str]) -> String {
+    run("rbd", [&["--id", USER][..], arguments].concat())
+}
+
+/// Its tool for objects, in the store's namespace.
+#[track_caller]
+pub fn rados(arguments: &[&str]) -> String {
+    let namespace = ["--id", USER, "-p", "rbd", "--namespace", "caches"];
+    run("rados", [&namespace[..], arguments].concat())
 }
 
 /// The hosts that have something in the store beside a base of this size.
@@ -203,8 +215,8 @@ impl Mapped {
             None => format!("{STORE}/{image}"),
         };
         // Without udev, `rbd map` would wait for it.
-        let map = ["--id", USER, "device", "map", "--options", "noudev", &spec];
-        let device = run("rbd", [&map[..], options].concat());
+        let map = ["device", "map", "--options", "noudev", &spec];
+        let device = rbd(&[&map[..], options].concat());
         Self(device.trim().into())
     }
 }

@@ -58,6 +58,16 @@ const LOCAL: [(Tier, Kind); 2] = [
     (Tier::Guest(Group::Lvm), Kind::Lvm),
 ];
 
+/// Tests with one kind of store alone.
+pub fn with_store(kind: Kind, part: &str, bodies: &[Body]) -> Vec<Test> {
+    let tier = match kind {
+        Kind::Reflink => Tier::Reflink,
+        Kind::Lvm => Tier::Guest(Group::Lvm),
+        Kind::Rbd => Tier::Guest(Group::Ceph),
+    };
+    with_stores(&[(tier, kind)], part, bodies)
+}
+
 fn with_stores(stores: &[(Tier, Kind)], part: &str, bodies: &[Body]) -> Vec<Test> {
     let tests = stores.iter().flat_map(|&(tier, kind)| {
         let of =

@@ -191,20 +191,9 @@ impl Pool {
         let rados = self.rados();
         let name = c_string(object);
         let mut statuses = vec![0; change.compare.len()];
-        let keys: Vec<*const c_char> = change.set.keys().map(|key| key.as_ptr().cast()).collect();
-        let values: Vec<*const c_char> = change
-            .set
-            .values()
-            .map(|value| value.as_ptr().cast())
-            .collect();
-        let key_lengths: Vec<usize> = change.set.keys().map(String::len).collect();
-        let value_lengths: Vec<usize> = change.set.values().map(Vec::len).collect();
-        let removed: Vec<*const c_char> = change
-            .remove
-            .iter()
-            .map(|key| key.as_ptr().cast())
-            .collect();
-        let removed_lengths: Vec<usize> = change.remove.iter().map(String::len).collect();
+        let (keys, key_lengths) = pieces(change.set.keys());
+        let (values, value_lengths) = pieces(change.set.values());
+        let (removed, removed_lengths) = pieces(&change.remove);
         // SAFETY: librados copies keys and values, whose lengths are said; the statuses are there until the operation is released.
         let result = unsafe {
             let operation = (rados.rados_create_write_op)();
@@ -392,4 +381,12 @@ impl Pool {
             name: name.to_owned(),
         })
     }
+}
+
+/// Where each piece begins, and how long it is, as librados takes lists of keys and values.
+fn pieces<T: AsRef<[u8]>>(of: impl IntoIterator<Item = T>) -> (Vec<*const c_char>, Vec<usize>) {
+    let pieces = of.into_iter();
+    pieces
+        .map(|piece| (piece.as_ref().as_ptr().cast(), piece.as_ref().len()))
+        .unzip()
 }
