@@ -10,11 +10,11 @@ pictures:
 
 # Installs what is missing, then runs every test on one system, and on Debian 13 too what touches the system's own behaviour and what
 # needs a Ceph cluster (.config/nextest.toml); in virtual machines where that is needed.
-test: trees = trixie trixie-ceph
+test: trees = own trixie trixie-ceph
 test: run-tests
 
 # The same, and everything on each system.
-test-all: trees = trixie trixie-ceph forky
+test-all: trees = own trixie trixie-ceph forky
 test-all: options = --ignore-default-filter --filterset 'not test(/::torture::/)'
 test-all: run-tests
 

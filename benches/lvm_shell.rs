@@ -2,8 +2,8 @@
 //! What an LVM command costs: as a process and in one long-lived `lvm` shell, each with and without
 //! LVM's asynchronous I/O. The store (src/storage/lvm) rests on the answer.
 //!
-//! Run as root: `cargo bench --bench lvm_shell`, and with device-mapper, in a guest,
-//! `tests/vm/run -- cargo bench --bench lvm_shell`. It works on a loop device over a file of its
+//! Run as root: `cargo bench --bench lvm_shell`, and with device-mapper, in a guest, what that built:
+//! `tests/vm/run -- target/release/deps/lvm_shell-…`. It works on a loop device over a file of its
 //! own, with a configuration of LVM's of its own, and leaves nothing behind. Without device-mapper only metadata is changed
 //! (`activation=0`), in groups whose volumes exist as text alone. Times are noisy: take the ratios.
 

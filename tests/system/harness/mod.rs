@@ -88,7 +88,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Its name; of what is not this machine's own system, the system's comes first.
+    /// Its name; of another system than this machine's, the system's comes first.
     fn name(self, separator: &str) -> String {
         match self.system {
             System::Own => self.group.name().to_owned(),
@@ -106,12 +106,12 @@ impl Place {
     }
 }
 
-/// What a guest's root is.
+/// What a guest's root is: `tests/vm/tree`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum System {
-    /// This machine's own root.
+    /// A Debian of this machine's release.
     Own,
-    /// That of another Debian, by its name: `tests/vm/tree`.
+    /// Another Debian, by its name.
     Tree(&'static str),
 }
 
