@@ -238,21 +238,25 @@ impl StoreConfig {
         })
     }
 
-    /// The same for the daemon: of a fleet, it is this host's from now on ([`RbdStore::join`]).
+    /// The same for the daemon, which thaws what an earlier one left frozen; of a fleet, it is this host's from now on
+    /// ([`RbdStore::join`]).
     ///
     /// # Errors
     /// As [`StoreConfig::open`]; or another machine's daemon has this host's id.
     pub fn serve(&self) -> Result<Arc<dyn Store>, StoreError> {
-        let Self::Rbd(rbd) = self else {
-            return self.open();
+        let store: Arc<dyn Store> = if let Self::Rbd(rbd) = self {
+            let store = rbd.open()?;
+            if store.join()? {
+                tracing::warn!(
+                    "this host was away for so long that another one took it for lost: what its volumes held is gone"
+                );
+            }
+            Arc::new(store)
+        } else {
+            self.open()?
         };
-        let store = rbd.open()?;
-        if store.join()? {
-            tracing::warn!(
-                "this host was away for so long that another one took it for lost: what its volumes held is gone"
-            );
-        }
-        Ok(Arc::new(store))
+        store.thaw()?;
+        Ok(store)
     }
 }
 

@@ -206,6 +206,8 @@ struct State {
     catalog: Catalog,
     /// Volumes that are no more, and since when: in a listing begun before, LVs have their names still.
     dropped: HashMap<VolumeName, Instant>,
+    /// The store tells of volumes that this host has lost.
+    has_lost: bool,
     /// How full the store was when a lease was last cut off for that, in percent.
     last_cut: Option<f64>,
     stopping: bool,

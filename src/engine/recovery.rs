@@ -33,7 +33,7 @@ impl Engine {
     /// Takes up what an earlier life left: leases that go on, leases that ended,
     /// copies that were not finished.
     pub(super) fn take_up(self: &Arc<Self>) -> Result<(), EngineError> {
-        let lost = self.store.take_lost()?;
+        let lost = self.store.lost()?;
         let table = mount::table().map_err(|source| EngineError::Io {
             what: "reading the mount table".into(),
             source,
@@ -78,6 +78,7 @@ impl Engine {
             let volume = self.take_up_scratch(&name, &m)?;
             volumes.insert(name, Arc::new(volume));
         }
+        lock(&self.state).has_lost = !lost.is_empty();
         for lost in lost {
             if let Some(volume) = take_up_lost(&lost) {
                 let name = volume.name.clone();

@@ -358,6 +358,7 @@ impl Engine {
             }
             if todo.list || todo.recheck {
                 self.refresh_waiting();
+                self.forget_lost();
             }
             if !todo.used.is_empty() {
                 self.write_use(&todo.used);
@@ -378,6 +379,17 @@ impl Engine {
             let now = lock(&volume.now);
             matches!(now.phase(), Phase::Stale(None)) && now.settling.is_empty()
         })
+    }
+
+    /// Once all that this host has lost is in the store again, where a later life finds it, or removed.
+    pub(super) fn forget_lost(&self) {
+        if !lock(&self.state).has_lost || self.has_homeless() {
+            return;
+        }
+        match self.store.forget_lost() {
+            Ok(()) => lock(&self.state).has_lost = false,
+            Err(error) => debug!(%error, "what was lost is told again at the next start"),
+        }
     }
 
     fn removals_thread(self: &Arc<Self>) {

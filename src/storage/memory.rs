@@ -633,10 +633,17 @@ impl Store for Memory {
         self.host.as_deref()
     }
 
-    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
-        let mut held = self.turn()?;
-        let lost = (self.host.as_ref()).and_then(|host| held.lost.remove(host));
-        Ok(lost.unwrap_or_default())
+    fn lost(&self) -> Result<Vec<Lost>, StoreError> {
+        let held = self.turn()?;
+        let lost = (self.host.as_ref()).and_then(|host| held.lost.get(host));
+        Ok(lost.cloned().unwrap_or_default())
+    }
+
+    fn forget_lost(&self) -> Result<(), StoreError> {
+        if let Some(host) = &self.host {
+            self.turn()?.lost.remove(host);
+        }
+        Ok(())
     }
 
     fn fleet(&self) -> Result<Option<Fleet>, StoreError> {

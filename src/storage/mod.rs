@@ -283,12 +283,29 @@ pub trait Store: Send + Sync + 'static {
         None
     }
 
-    /// What this host had when another one took it for lost; it is told once, to the daemon that starts after that.
+    /// What this host had when another one took it for lost, until [`Store::forget_lost`].
     ///
     /// # Errors
-    /// When the store cannot be read or changed.
-    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+    /// When the store cannot be read.
+    fn lost(&self) -> Result<Vec<Lost>, StoreError> {
         Ok(Vec::new())
+    }
+
+    /// Forgets what [`Store::lost`] gave: a later daemon need not know of it.
+    ///
+    /// # Errors
+    /// When the store cannot be changed.
+    fn forget_lost(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Thaws file systems that an earlier daemon of this host's froze and was killed. For a daemon that starts: beside one that runs
+    /// it would thaw what that has frozen for a copy.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn thaw(&self) -> Result<(), StoreError> {
+        Ok(())
     }
 
     /// The hosts that share it, and what each of them has. For views and evictions; `None`: it is one host's alone.

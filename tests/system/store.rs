@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use lvm_cache_friend::cache::names::{LvName, Tag};
 use lvm_cache_friend::cache::spec::FsType;
@@ -201,7 +202,7 @@ fn unmount(mounted: Mounted, device: &Path) {
     drop(mounted);
     // A child that another thread is starting has the descriptor until its exec.
     while lvm_cache_friend::mount::in_use(device).unwrap() {
-        thread::yield_now();
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -587,7 +588,7 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
         let writer = scope.spawn(|| {
             for number in 0..8000 {
                 while number >= allowed.load(Ordering::Acquire) {
-                    thread::yield_now();
+                    thread::sleep(Duration::from_millis(1));
                 }
                 fs::write(inside(&mounted, &number.to_string()), number.to_string()).unwrap();
                 written.store(number + 1, Ordering::Release);
@@ -596,7 +597,7 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
         let wait_for = |number| {
             while written.load(Ordering::Acquire) < number {
                 assert!(!writer.is_finished(), "the writer failed");
-                thread::yield_now();
+                thread::sleep(Duration::from_millis(1));
             }
         };
         for round in 1..=3 {
@@ -818,7 +819,8 @@ fn evicted(ground: &dyn Ground) {
     store.end_evicting();
     assert!(find(&*store, "one").is_none() && find(&*store, "two").is_some());
 
-    assert!(store.take_lost().unwrap().is_empty());
+    assert!(store.lost().unwrap().is_empty());
+    store.forget_lost().unwrap();
     let fleet = store.fleet().unwrap();
     assert_eq!(fleet.as_ref().map(|fleet| &*fleet.me), store.host());
     if let Some(fleet) = &fleet {

@@ -229,10 +229,23 @@ fn a_host_that_is_lost_answers_and_publishes_nothing() {
         assert_eq!(why.is_some_and(|why| why.contains("lost")), lost, "{name}");
     }
     assert!(!next.has_volume("scratch"));
+    // And so has one after that, where it came to nothing.
+    drop(next);
+    let next = started(&a.store, None);
+    for name in ["used", "waits", "keeps"] {
+        assert!(next.has_volume(name), "{name}");
+    }
+    next.engine.forget_lost();
+    assert!(
+        !next.store.lost().unwrap().is_empty(),
+        "they have no copies yet"
+    );
     next.engine.refresh_waiting();
+    next.engine.forget_lost();
+    assert!(next.store.lost().unwrap().is_empty());
     next.settle();
     assert_eq!(next.stored(), ["keeps", "used", "waits"]);
-    // That is told once.
+    // That is told no more then.
     let third = started(&next.store, None);
     assert_eq!(status(&third, "used").get("last_lease"), None);
 }

@@ -154,13 +154,7 @@ impl LvmStore {
             known: Mutex::default(),
             pool_use: Mutex::default(),
         };
-        let state = store.state()?;
-        for lv in state.lvs.iter().filter(|lv| lv.open) {
-            // One that has shut down, say, is no reason to keep the others waiting.
-            if let Ok(Some(mounted)) = store.mounted(&lv.name) {
-                freeze::thaw(&mounted);
-            }
-        }
+        store.state()?;
         store.devices().release_leftover(&store.system_dir)?;
         Ok(store)
     }
@@ -412,6 +406,16 @@ impl Store for LvmStore {
             let disks = disks.filter(|name| name.starts_with('/'));
             Ok(disks.map(PathBuf::from).collect())
         })
+    }
+
+    fn thaw(&self) -> Result<(), StoreError> {
+        for lv in self.state()?.lvs.iter().filter(|lv| lv.open) {
+            // One that has shut down, say, is no reason to keep the others waiting.
+            if let Ok(Some(mounted)) = self.mounted(&lv.name) {
+                freeze::thaw(&mounted);
+            }
+        }
+        Ok(())
     }
 
     fn list(&self) -> Result<Listing, StoreError> {

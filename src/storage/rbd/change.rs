@@ -42,6 +42,22 @@ impl Shared {
             .map_err(|error| self.failed(&error))
     }
 
+    /// All keys of the index that begin so. What changes meanwhile may be in it or not.
+    pub(super) fn pages(&self, prefix: &str) -> Result<Omap, StoreError> {
+        let mut keys = Omap::new();
+        loop {
+            let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
+            let (page, more) = self
+                .pool
+                .page(INDEX, prefix, after, PAGE)
+                .map_err(|error| self.failed(&error))?;
+            keys.extend(page);
+            if !more {
+                return Ok(keys);
+            }
+        }
+    }
+
     /// Writes to the index. `false`: something in it was not as the write demands.
     pub(super) fn write(&self, write: &OmapWrite) -> Result<bool, StoreError> {
         self.pool
@@ -73,18 +89,7 @@ impl Shared {
         let deadline = Instant::now() + TURN;
         loop {
             let before = self.generation()?;
-            let mut keys = Omap::new();
-            loop {
-                let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
-                let (page, more) = self
-                    .pool
-                    .page(INDEX, "", after, PAGE)
-                    .map_err(|error| self.failed(&error))?;
-                keys.extend(page);
-                if !more {
-                    break;
-                }
-            }
+            let keys = self.pages("")?;
             let index = Index::parse(&keys).map_err(StoreError::Unusable)?;
             // In one page it is of one moment anyway.
             if index.generation == before && self.generation()? == before {
@@ -111,6 +116,9 @@ impl Shared {
         turn: Option<&Evictor>,
         work: impl Fn(&Index) -> Result<(Change, T), StoreError>,
     ) -> Result<T, StoreError> {
+        if self.beat().is_none() {
+            self.check_id()?;
+        }
         let deadline = Instant::now() + TURN;
         let mut newest = false;
         loop {

@@ -262,7 +262,7 @@ fn is_shared(volume: &Volume) -> bool {
 }
 
 /// Declares `lost` lost, where its key is still `beat`: all that it alone saw is `me`'s, to be removed. What that was is kept
-/// for it to read when it joins again.
+/// for it to read when it joins again; of a host that had nothing, nothing is.
 #[must_use]
 pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWrite {
     let mut change = Change::default();
@@ -295,15 +295,18 @@ pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWri
         }
     }
     let mut write = change.write(index);
-    write.set.insert(left_key(lost), json(&left));
     write.compare.insert(key(lost), json(beat));
-    write.set.insert(
-        key(lost),
-        json(&Beat {
-            lost: true,
-            ..beat.clone()
-        }),
-    );
+    if left.is_empty() {
+        // Hosts that come and go for good leave nothing.
+        write.remove.push(key(lost));
+        return write;
+    }
+    let was = Beat {
+        lost: true,
+        ..beat.clone()
+    };
+    write.set.insert(left_key(lost), json(&left));
+    write.set.insert(key(lost), json(&was));
     write
 }
 
@@ -568,9 +571,10 @@ mod tests {
         }
 
         fn is_lost(&self, host: usize) -> bool {
+            // One that had nothing has no key any more.
             hosts(&self.keys)
                 .get(&id(host))
-                .is_some_and(|beat| beat.lost)
+                .map_or(self.hosts[host].mine.is_some(), |beat| beat.lost)
         }
 
         fn step(&mut self, step: Step) -> Result<(), TestCaseError> {

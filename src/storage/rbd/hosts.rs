@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -16,9 +16,8 @@ use tracing::{debug, error, info, warn};
 use super::ceph::Omap;
 use super::fleet::{self, Beat, Observer};
 use super::index::{Content, Index};
-use super::{INDEX, LOOK, PAGE, RbdStore, SEEN, Shared, io_failed};
+use super::{LOOK, RbdStore, SEEN, Shared, io_failed};
 use crate::storage::StoreError;
-use crate::storage::hosts::Lost;
 
 /// Where a machine has its id: machine-id(5).
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -63,8 +62,7 @@ fn hashed(machine_id: &str) -> Option<String> {
 
 impl RbdStore {
     /// Has this process be the host's daemon: from now on it counts on, other hosts see whether it does, and it sees whether
-    /// they do. What a host had that is lost becomes its own, to be removed; and what this host's last daemon left frozen is
-    /// thawed. `true`: this host itself was declared lost since
+    /// they do. What a host had that is lost becomes its own, to be removed. `true`: this host itself was declared lost since
     /// its last daemon joined, and what that had is gone.
     ///
     /// Where the last daemon of this host's id is none that this machine has had since it booted, that is looked at for 20 s
@@ -75,15 +73,10 @@ impl RbdStore {
     /// reached.
     pub fn join(&self) -> Result<bool, StoreError> {
         let shared = &self.shared;
-        shared.thaw()?;
-        let joined = shared.run.join(format!("joined.{}", shared.me.host));
         let mut beat = shared.beat();
         loop {
             let was = shared.own_key()?;
-            let ours = |was: &Beat| {
-                was.lost || fs::read_to_string(&joined).is_ok_and(|process| process == was.process)
-            };
-            if let Some(was) = was.as_ref().filter(|was| !ours(was)) {
+            if let Some(was) = was.as_ref().filter(|was| !shared.was_ours(was)) {
                 shared.await_silence(was)?;
             }
             let now = Beat {
@@ -93,6 +86,7 @@ impl RbdStore {
             };
             let write = fleet::beat(&shared.me.host, was.as_ref(), &now);
             if shared.write(&write)? {
+                let joined = shared.joined();
                 fs::write(&joined, &shared.me.process).map_err(io_failed("writing", &joined))?;
                 *beat = Some(now);
                 return Ok(was.is_some_and(|was| was.lost));
@@ -101,7 +95,7 @@ impl RbdStore {
     }
 }
 
-/// Tells those who watch when the index changes, for as long as the store is open.
+/// Counts on, and tells those who watch when the index changes, for as long as the store is open.
 fn look_for_changes(store: &Weak<Shared>) {
     let mut seen = None;
     let mut away = false;
@@ -110,9 +104,8 @@ fn look_for_changes(store: &Weak<Shared>) {
     while let Some(store) = store.upgrade() {
         if begun.elapsed() >= next_beat {
             next_beat = begun.elapsed() + fleet::BEAT;
-            if let Err(error) = store.look_at_hosts(begun.elapsed()) {
-                store.observer().interrupted();
-                debug!(%error, "the other hosts are not seen");
+            if let Err(error) = store.count_on() {
+                debug!(%error, "this host could not count on");
             }
         }
         match store.generation() {
@@ -136,12 +129,28 @@ fn look_for_changes(store: &Weak<Shared>) {
     }
 }
 
+/// Looks at the other hosts, for as long as the store is open. By itself, since it may take minutes to remove what they left, and
+/// this host is to count on meanwhile.
+fn look_at_hosts(store: &Weak<Shared>) {
+    let begun = Instant::now();
+    while let Some(store) = store.upgrade() {
+        if let Err(error) = store.look_at_hosts(begun.elapsed()) {
+            store.observer().interrupted();
+            debug!(%error, "the other hosts are not seen");
+        }
+        drop(store);
+        thread::sleep(fleet::BEAT);
+    }
+}
+
 impl Shared {
-    /// Begins to look for changes by others.
+    /// Begins to count on, and to look at the index and at other hosts.
     pub(super) fn start(self: &Arc<Self>) {
         self.tell(0);
-        let store = Arc::downgrade(self);
-        thread::spawn(move || look_for_changes(&store));
+        for work in [look_for_changes, look_at_hosts] {
+            let store = Arc::downgrade(self);
+            thread::spawn(move || work(&store));
+        }
     }
 
     pub(super) fn tell(&self, generation: u64) {
@@ -159,9 +168,8 @@ impl Shared {
         self.observer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts on and declares lost which hosts do so no more, where this process has joined; and sees whose turn it is to evict.
-    pub(super) fn look_at_hosts(&self, now: Duration) -> Result<(), StoreError> {
-        let mine = self.count_on()?;
+    /// Declares lost which hosts count on no more, where this process has joined; and sees whose turn it is to evict.
+    fn look_at_hosts(&self, now: Duration) -> Result<(), StoreError> {
         let hosts = fleet::hosts(&self.host_keys()?);
         let turn = self.turn()?;
         let silent: Vec<(String, Beat)> = {
@@ -173,9 +181,10 @@ impl Shared {
                 .map(|(host, beat)| (host.to_owned(), beat.clone()))
                 .collect()
         };
-        let Some(mine) = mine else {
+        let mine = || self.beat().clone().filter(|mine| !mine.lost);
+        if mine().is_none() {
             return Ok(());
-        };
+        }
         if self.strays.load(Ordering::Relaxed) {
             self.strays.store(self.unmap_strays()?, Ordering::Relaxed);
         }
@@ -189,6 +198,9 @@ impl Shared {
                 continue;
             }
             let mut write = fleet::declare_lost(&index, &host, &beat, &self.me.host);
+            let Some(mine) = mine() else {
+                return Ok(());
+            };
             fleet::guard(&mut write, &self.me.host, &mine);
             // Where another change came first, at the next look.
             if self.write(&write)? {
@@ -220,11 +232,11 @@ impl Shared {
         Ok(false)
     }
 
-    /// Shows other hosts that this one lives; `None`: this process has not joined, or its host was declared lost.
-    fn count_on(&self) -> Result<Option<Beat>, StoreError> {
+    /// Shows other hosts that this one lives, where this process has joined and the host was not declared lost.
+    fn count_on(&self) -> Result<(), StoreError> {
         let mut beat = self.beat();
         let Some(was) = beat.clone().filter(|was| !was.lost) else {
-            return Ok(None);
+            return Ok(());
         };
         let next = Beat {
             count: was.count + 1,
@@ -232,31 +244,54 @@ impl Shared {
         };
         let write = fleet::beat(&self.me.host, Some(&was), &next);
         if self.write(&write)? {
-            *beat = Some(next.clone());
-            Ok(Some(next))
+            *beat = Some(next);
+            Ok(())
         } else {
-            self.is_here(&mut beat).map(Some)
+            self.is_here(&mut beat).map(drop)
         }
     }
 
     pub(super) fn host_keys(&self) -> Result<Omap, StoreError> {
-        let page = self.pool.page(INDEX, fleet::HOST, "", PAGE);
-        page.map(|(keys, _)| keys)
-            .map_err(|error| self.failed(&error))
+        self.pages(fleet::HOST)
     }
 
-    /// What this host had when it was declared lost, once.
-    pub(super) fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
+    /// Forgets what this host had when it was declared lost.
+    pub(super) fn forget_lost(&self) -> Result<(), StoreError> {
         let key = fleet::left_key(&self.me.host);
         loop {
             let keys = self.keys(&[&key])?;
-            if !keys.contains_key(&key) {
-                return Ok(Vec::new());
-            }
-            if self.write(&fleet::forget_left(&keys, &self.me.host))? {
-                return Ok(fleet::left(&keys, &self.me.host));
+            if !keys.contains_key(&key) || self.write(&fleet::forget_left(&keys, &self.me.host))? {
+                return Ok(());
             }
         }
+    }
+
+    /// The file that says which process of this host's joined last, since the host booted.
+    fn joined(&self) -> PathBuf {
+        self.run.join(format!("joined.{}", self.me.host))
+    }
+
+    /// Whether the process that a key of this host's tells of was one of this machine's, or is known to have ended.
+    fn was_ours(&self, key: &Beat) -> bool {
+        key.lost || fs::read_to_string(self.joined()).is_ok_and(|process| process == key.process)
+    }
+
+    /// Sees that a process that has not joined is one of the host whose id it has.
+    ///
+    /// # Errors
+    /// [`StoreError::ShutOut`] where the last daemon that joined with that is none of this machine's since it booted.
+    pub(super) fn check_id(&self) -> Result<(), StoreError> {
+        if self.is_ours.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if self.own_key()?.is_some_and(|key| !self.was_ours(&key)) {
+            return Err(StoreError::ShutOut {
+                store: self.name.clone(),
+                detail: "the last daemon with this host's id is none that this machine has had since it booted, and nothing is changed until one has found out whether it lives on another machine: systemctl start lvm-cache-friend".to_owned(),
+            });
+        }
+        self.is_ours.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// This host's key, as it is in the index.
@@ -307,7 +342,8 @@ impl Shared {
         match found {
             Some(found) if found.process == self.me.process && !found.lost => Ok(found),
             found => {
-                let error = self.shut_out(found.is_some_and(|found| found.lost));
+                // One that had nothing has no key any more.
+                let error = self.shut_out(found.is_none_or(|found| found.lost));
                 if let Some(beat) = beat
                     && !std::mem::replace(&mut beat.lost, true)
                 {

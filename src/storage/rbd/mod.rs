@@ -31,7 +31,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -153,6 +153,10 @@ struct Shared {
     turn: Mutex<Option<Evictor>>,
     /// Images may be mapped on this host that are none of its volumes.
     strays: AtomicBool,
+    /// How full the pool was, and when that was asked.
+    capacity: Mutex<Option<(Instant, Capacity)>>,
+    /// No other machine has this host's id, as far as a process that has not joined can tell.
+    is_ours: AtomicBool,
     /// Images that are being copied from their parents by this process.
     flattening: Mutex<BTreeSet<String>>,
     /// Which processes of this host live is told by who holds its file.
@@ -331,6 +335,8 @@ impl RbdStore {
                 observer: Mutex::default(),
                 turn: Mutex::default(),
                 strays: AtomicBool::new(true),
+                capacity: Mutex::default(),
+                is_ours: AtomicBool::new(false),
                 flattening: Mutex::default(),
                 _alive: alive,
             }),
@@ -373,8 +379,18 @@ impl Store for RbdStore {
         Some(&self.shared.me.host)
     }
 
-    fn take_lost(&self) -> Result<Vec<Lost>, StoreError> {
-        self.shared.take_lost()
+    fn lost(&self) -> Result<Vec<Lost>, StoreError> {
+        let me = &self.shared.me.host;
+        let keys = self.shared.keys(&[&fleet::left_key(me)])?;
+        Ok(fleet::left(&keys, me))
+    }
+
+    fn forget_lost(&self) -> Result<(), StoreError> {
+        self.shared.forget_lost()
+    }
+
+    fn thaw(&self) -> Result<(), StoreError> {
+        self.shared.thaw()
     }
 
     fn fleet(&self) -> Result<Option<Fleet>, StoreError> {

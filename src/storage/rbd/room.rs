@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How much room there is in the pool, and what a volume takes of it.
 
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 use super::ceph::{CephError, Image};
@@ -9,8 +12,25 @@ use super::{LIMIT, Shared};
 use crate::cache::units::Bytes;
 use crate::storage::{Capacity, StoreError, Usage};
 
+/// How long an answer of `ceph df` is good for: it is some seconds old as it comes ([`super::LAG`]).
+const FRESH: Duration = Duration::from_secs(2);
+
 impl Shared {
+    /// How full the pool is, or was two seconds ago.
     pub(super) fn capacity(&self) -> Result<Capacity, StoreError> {
+        let known = || self.capacity.lock().unwrap_or_else(PoisonError::into_inner);
+        let asked = Instant::now();
+        if let Some((since, capacity)) = &*known()
+            && asked.duration_since(*since) < FRESH
+        {
+            return Ok(*capacity);
+        }
+        let capacity = self.ask_capacity()?;
+        *known() = Some((asked, capacity));
+        Ok(capacity)
+    }
+
+    fn ask_capacity(&self) -> Result<Capacity, StoreError> {
         let answer = self
             .pool
             .cluster()

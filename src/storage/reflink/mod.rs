@@ -22,7 +22,7 @@
 //! even that fails, the change that it announces holds all the same.
 //!
 //! A snapshot of a mounted volume is consistent: its file system is frozen meanwhile, through one more mount of the
-//! same device, before it is this store's turn. What a killed helper leaves frozen is thawed when the store is opened.
+//! same device, before it is this store's turn. What a killed helper leaves frozen is thawed by the next daemon.
 //!
 //! The directory and its records are in `dir`, the lock and the numbers in `turn`, what is done to an image in `image`,
 //! and its device in `loops`. Here volumes are made and taken away.
@@ -138,9 +138,8 @@ impl ReflinkStore {
         })
     }
 
-    /// Removes what a crash left, thaws what it left frozen, and sees that the
-    /// next number is higher than any. Nobody is told of a change where there
-    /// was none.
+    /// Removes what a crash left, and sees that the next number is higher than
+    /// any. Nobody is told of a change where there was none.
     fn recover(&self, turn: &Turn<'_>) -> Result<(), StoreError> {
         let what = failed("clearing away in", self.dir.path());
         for entry in fs::read_dir(self.dir.path()).map_err(&what)? {
@@ -160,7 +159,6 @@ impl ReflinkStore {
                 warn!(path = %entry.path().display(), "not a volume, or one whose {TAGS} is damaged: left alone");
             }
         }
-        let loops = loops::all(IMAGE).map_err(failed("looking for loop devices in", "/sys"))?;
         let mut last = 0;
         for (name, record) in self.dir.records()? {
             last = last.max(record.seq);
@@ -170,15 +168,6 @@ impl ReflinkStore {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed("removing", &unmade)(error));
                 }
-                _ => {}
-            }
-            let device = fs::metadata(self.dir.image(&name))
-                .ok()
-                .and_then(|image| loops.iter().find(|device| device.backs(&image)));
-            match device.map(|device| self.mounted(device)) {
-                Some(Ok(Some(mounted))) => freeze::thaw(&mounted),
-                // One that has shut down, say: no reason to keep the others waiting.
-                Some(Err(error)) => warn!(lv = %name, %error, "whether it is frozen is not known"),
                 _ => {}
             }
         }
@@ -388,6 +377,23 @@ impl Store for ReflinkStore {
 
     fn clear_away(&self) -> Result<(), StoreError> {
         self.dir.sweep()
+    }
+
+    fn thaw(&self) -> Result<(), StoreError> {
+        let _turn = self.lock()?;
+        let loops = loops::all(IMAGE).map_err(failed("looking for loop devices in", "/sys"))?;
+        for (name, _) in self.dir.records()? {
+            let device = fs::metadata(self.dir.image(&name))
+                .ok()
+                .and_then(|image| loops.iter().find(|device| device.backs(&image)));
+            match device.map(|device| self.mounted(device)) {
+                Some(Ok(Some(mounted))) => freeze::thaw(&mounted),
+                // One that has shut down, say: no reason to keep the others waiting.
+                Some(Err(error)) => warn!(lv = %name, %error, "whether it is frozen is not known"),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn list(&self) -> Result<Listing, StoreError> {
