@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A Create on Ceph by the tool `rbd`, a process for each step, and by Ceph's library, in one run; what each step takes on Ceph and
-//! on LVM; and whether a Create takes as long of a deep chain, and among a thousand entries.
+//! on LVM; when another host sees an entry; and whether a Create takes as long of a deep chain, and among a thousand entries.
 //!
 //! For a machine with a cluster, as `tests/vm/ceph` brings it up in a guest:
 //! `tests/vm/run --tree trixie-ceph --mem 4096 -- sh -c 'tests/vm/ceph /srv/ceph && target/release/deps/rbd-…'` with what
@@ -127,6 +127,7 @@ fn main() {
     }
     print_rows("on Ceph", &LIFE, &on_ceph);
     print_rows("on LVM", &LIFE, &on_lvm);
+    seen(&store, &base, &place, run);
     flat(&store, &base, run);
     println!("memory: {}", resident());
 }
@@ -183,6 +184,39 @@ fn write(mounted: &Mounted, mib: usize) {
     let path = format!("/proc/self/fd/{}/bench", mounted.root().as_raw_fd());
     std::fs::write(path, vec![7; mib << 20]).expect("written");
     mounted.sync().expect("written");
+}
+
+/// When another host sees an entry: at its next choice, and by itself.
+fn seen(store: &RbdStore, base: &LvName, place: &Place, run: u32) {
+    let run_dir = Path::new("/run/lvm-cache-friend-other");
+    let other = RbdStore::open(place, "other", run_dir).expect("a store");
+    let told = run_dir.join("rbd/generation");
+    let of = || std::fs::read_to_string(&told).unwrap_or_default();
+    let mut rows = Vec::new();
+    for round in 0..ROUNDS {
+        other.list().expect("a listing");
+        // So that nothing is told of what came before.
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        let before = of();
+        let entry = lv(&format!("seen{run}-{round}"));
+        store
+            .snapshot(base, &new(entry.as_str(), false))
+            .expect("an entry");
+        let begun = Instant::now();
+        let listed = other.list().expect("a listing").lvs;
+        assert!(listed.iter().any(|found| found.name == entry), "not seen");
+        let mut row = vec![since(begun)];
+        while of() == before {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        row.push(since(begun));
+        rows.push(row);
+    }
+    print_rows(
+        "another host",
+        &["its listing, with the entry", "is told by itself"],
+        &rows,
+    );
 }
 
 /// What a copy takes of an entry and of its descendant of the twelfth generation, among a few entries and among a thousand.

@@ -3,6 +3,7 @@
 
 mod daemon;
 mod hosts;
+mod power;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -38,6 +39,7 @@ pub fn tests() -> Vec<Test> {
     ];
     let all = own.into_iter().chain(hosts::TESTS).chain(daemon::TESTS);
     tests.extend(all.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
+    tests.extend(power::tests());
     tests
 }
 

@@ -42,6 +42,11 @@ pub fn place() -> Place {
 
 /// Brings the cluster up, where it is not, and gives the guest an id.
 pub fn up() {
+    up_at("127.0.0.1");
+}
+
+/// The same with daemons at another address of this guest's.
+pub fn up_at(address: &str) {
     static UP: Once = Once::new();
     UP.call_once(|| {
         if !Path::new("/srv/ceph").exists() {
@@ -51,7 +56,7 @@ pub fn up() {
             fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n").unwrap();
         }
         let up = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/ceph"))
-            .arg("/srv/ceph")
+            .args(["/srv/ceph", address])
             .status();
         assert!(up.expect("bash").success(), "no cluster");
         // Room for a test that fills it, and for what is written until that is noticed.
