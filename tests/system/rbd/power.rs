@@ -21,7 +21,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         test(
             Tier::Driver,
-            "rbd::a_host_loses_its_power",
+            "trixie-ceph::rbd::a_host_loses_its_power",
             a_host_loses_its_power,
         ),
         test(Tier::Part, "rbd::with_the_cluster", with_the_cluster),
