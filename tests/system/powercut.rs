@@ -59,9 +59,14 @@ fn cuts(times: u32) {
     for cut in 1..=times {
         let _ = fs::remove_file(share.join("working"));
         let mut guest = start_part(here.path(), &options(), "powercut::work");
+        // So that there is something to lose: by the last cut at the latest.
+        let has_published = || {
+            let told = fs::read_to_string(share.join("told")).unwrap_or_default();
+            told.lines().any(|line| line.starts_with("published "))
+        };
         wait_until(|| {
             assert!(guest.is_running(), "it works until its power is cut");
-            share.join("working").exists()
+            share.join("working").exists() && (cut < times || has_published())
         });
         let after = random.below(LONGEST.as_millis() as u64);
         thread::sleep(Duration::from_millis(after));
