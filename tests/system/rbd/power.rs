@@ -224,6 +224,10 @@ fn second() -> Daemon {
 
 fn without_power_soon() {
     let two = second();
+    // At whichever moment: this is lost.
+    two.plugin().create("held", &json!({"save": "linux held"}));
+    let at = two.plugin().mount("held", "test");
+    fs::write(at.join("number"), "held1").unwrap();
     let mut published = File::options()
         .append(true)
         .create(true)
@@ -244,6 +248,8 @@ fn with_power_again() {
         "{}",
         two.log()
     );
+    let last = &two.plugin().status("held")["last_lease"];
+    assert!(last["why"].as_str().unwrap().contains("lost"), "{last}");
     println!("restored {}", restored(two.plugin(), "linux"));
     publish(two.plugin(), "two", 1000);
     two.stop();
