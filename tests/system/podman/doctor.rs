@@ -107,9 +107,12 @@ impl<'a> Instead<'a> {
         Self(place)
     }
 
-    fn nothing(place: &'a str) -> Self {
-        run("mount", ["-t", "tmpfs", "none", place]);
-        Self(place)
+    /// `None`: nothing is there anyway.
+    fn nothing(place: &'a str) -> Option<Self> {
+        Path::new(place).exists().then(|| {
+            run("mount", ["-t", "tmpfs", "none", place]);
+            Self(place)
+        })
     }
 }
 
