@@ -60,13 +60,9 @@ fn cuts(times: u32) {
         let _ = fs::remove_file(share.join("working"));
         let mut guest = start_part(here.path(), &options(), "powercut::work");
         // So that there is something to lose: by the last cut at the latest.
-        let has_published = || {
-            let told = fs::read_to_string(share.join("told")).unwrap_or_default();
-            told.lines().any(|line| line.starts_with("published "))
-        };
         wait_until(|| {
             assert!(guest.is_running(), "it works until its power is cut");
-            share.join("working").exists() && (cut < times || has_published())
+            share.join("working").exists() && (cut < times || !published(&share).is_empty())
         });
         let after = random.below(LONGEST.as_millis() as u64);
         thread::sleep(Duration::from_millis(after));
@@ -182,8 +178,19 @@ impl Told {
     }
 }
 
+/// The jobs that were published so far, as [`tell`] notes it in this directory, which a guest shares.
+pub fn published(share: &Path) -> Vec<u64> {
+    let told = fs::read_to_string(share.join("told")).unwrap_or_default();
+    // Without a last line that is half there.
+    let whole = told.rfind('\n').map_or("", |end| &told[..end]);
+    let numbers = whole
+        .lines()
+        .filter_map(|line| line.strip_prefix("published "));
+    numbers.map(|number| number.parse().unwrap()).collect()
+}
+
 /// A line that outlives the guest.
-fn tell(line: &str) {
+pub fn tell(line: &str) {
     let path = Path::new(SHARE).join("told");
     let mut file = File::options()
         .create(true)

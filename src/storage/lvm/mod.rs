@@ -154,6 +154,7 @@ impl LvmStore {
             known: Mutex::default(),
             pool_use: Mutex::default(),
         };
+        // The pool is there, and active from now on.
         store.state()?;
         store.devices().release_leftover(&store.system_dir)?;
         Ok(store)

@@ -206,7 +206,7 @@ fn two_daemons() {
         .map(|name| site.dir.path().join(name))
         .into();
     let text = fs::read_to_string(&site.config).unwrap();
-    let text = text.replace("\n[rbd]\n", "\n[rbd]\nhost = \"two\"\n");
+    let text = ceph::config_of("two", &text);
     let mounts = site.dir.path().join("two");
     let settings = format!("socket = {socket:?}\nmount-dir = {mounts:?}\n");
     fs::write(&config, settings + &text).unwrap();

@@ -2,16 +2,17 @@
 //! Two hosts that are two machines, with the cluster on one of them: the other one loses its power while both publish.
 
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::harness::{Test, Tier, test};
+use crate::powercut::{job, published, tell};
 use crate::support::ceph;
 use crate::support::command::sh;
+use crate::support::content::{self, Content, Random};
 use crate::support::daemon::{Daemon, Plugin, SOCKET};
 use crate::support::site::{Kind, Site};
 use crate::support::vm::{boot_part, start_part};
@@ -36,66 +37,44 @@ const ADDRESS: &str = "10.0.3.1";
 /// Until a host is lost: five minutes, on a machine that has as many to spare.
 const LOST: Duration = Duration::from_secs(900);
 
-const MIB: usize = 1 << 20;
+/// The numbers of the second host's jobs begin behind this one.
+const OF_TWO: u64 = 1000;
 
 fn a_host_loses_its_power() {
     let dir = temp_dir();
     let share = dir.path().join("share");
     fs::create_dir(&share).unwrap();
-    let options = |side: &str, memory: &str| -> Vec<String> {
-        let socket = dir.path().join("link");
-        let link = format!("{side}:{}", socket.display());
-        let options = [
-            "--tree",
-            "trixie-ceph",
-            "--timeout",
-            "3000",
-            "--mem",
-            memory,
-            "--link",
-            &link,
-            "--share",
-        ];
-        options
-            .map(str::to_owned)
-            .into_iter()
-            .chain([share.to_str().unwrap().to_owned()])
-            .collect()
+    let options = |side: &str, memory: u32| -> Vec<String> {
+        let [link, share] =
+            ["link", "share"].map(|name| dir.path().join(name).display().to_string());
+        let options = format!(
+            "--tree trixie-ceph --timeout 3000 --mem {memory} --link {side}:{link} --share {share}"
+        );
+        options.split(' ').map(str::to_owned).collect()
     };
-    let both = |name: &str| dir.path().join(name);
-    for name in ["one", "two"] {
-        fs::create_dir(both(name)).unwrap();
-    }
-    let mut one = start_part(
-        &both("one"),
-        &options("listen", "4096"),
-        "rbd::with_the_cluster",
-    );
-    let mut await_file = |name: &str| {
+    // A guest's process id is in a directory of its own.
+    let start = |name: &str, options: &[String], part: &str| {
+        let dir = dir.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        start_part(&dir, options, part)
+    };
+    let mut one = start("one", &options("listen", 4096), "rbd::with_the_cluster");
+    let mut await_it = |what: &str, so: &dyn Fn() -> bool| {
         let since = Instant::now();
-        while !share.join(name).exists() {
-            assert!(
-                one.is_running() && since.elapsed() < 2 * LOST,
-                "there is no {name}"
-            );
+        while !so() {
+            assert!(one.is_running() && since.elapsed() < 2 * LOST, "not {what}");
             sleep(Duration::from_millis(100));
         }
     };
-    await_file("ready");
-    let mut two = start_part(
-        &both("two"),
-        &options("connect", "2048"),
-        "rbd::without_power_soon",
-    );
-    await_file("published-3");
+    await_it("ready", &|| share.join("ready").exists());
+    let mut two = start("two", &options("connect", 2048), "rbd::without_power_soon");
+    await_it("published", &|| published(&share).len() >= 3);
     // At any moment of its fourth lease.
-    sleep(Duration::from_millis(u64::from(
-        getrandom::u32().unwrap() % 4000,
-    )));
+    sleep(Duration::from_millis(Random::from_clock().below(4000)));
     two.cut_power();
     File::create(share.join("cut")).unwrap();
-    await_file("lost");
-    let again = boot_part(&options("connect", "2048"), "rbd::with_power_again");
+    await_it("lost", &|| share.join("lost").exists());
+    let again = boot_part(&options("connect", 2048), "rbd::with_power_again");
     print!("{}{}", again.stdout, again.stderr);
     assert_eq!(again.status, 0);
     File::create(share.join("over")).unwrap();
@@ -107,44 +86,14 @@ fn shared(name: &str) -> PathBuf {
     Path::new("/share").join(name)
 }
 
-/// A job of this number's, of a host's; the entry that it leaves.
-fn publish(plugin: &Plugin, host: &str, number: usize) -> String {
-    let (name, save) = (format!("job{number}"), format!("linux {host}{number}"));
-    plugin.create(&name, &json!({"restore": "linux", "save": save}));
-    let at = plugin.mount(&name, "test");
-    fs::write(at.join("content"), vec![fill(number); 4 * MIB]).unwrap();
-    fs::write(at.join("number"), format!("{host}{number}")).unwrap();
-    plugin.unmount(&name, "test");
-    let mut entry = Value::Null;
-    wait_until(|| {
-        entry = plugin.status(&name)["last_lease"]["published"].clone();
-        entry.is_string()
-    });
-    plugin.remove(&name);
-    entry.as_str().unwrap().to_owned()
-}
-
-fn fill(number: usize) -> u8 {
-    u8::try_from(number % 200 + 1).unwrap()
-}
-
-/// What an entry with these tags holds that a job left: whose it is, and that it is whole.
-fn restored(plugin: &Plugin, tags: &str) -> String {
-    plugin.create("look", &json!({"restore": tags}));
-    let at = plugin.mount("look", "test");
-    let whose = fs::read_to_string(at.join("number")).unwrap();
-    let number = whose
-        .trim_start_matches(char::is_alphabetic)
-        .parse()
-        .unwrap();
-    let content = fs::read(at.join("content")).unwrap();
-    assert!(
-        content == vec![fill(number); 4 * MIB],
-        "{whose} is not whole"
-    );
+/// Sees that the entry of a job is restored, and whole.
+#[track_caller]
+fn assert_restored(plugin: &Plugin, number: u64) {
+    plugin.create("look", &json!({"restore": format!("job-{number}")}));
+    let content = content::read(&plugin.mount("look", "test"));
+    assert_eq!(content, Content::Whole(number));
     plugin.unmount("look", "test");
     plugin.remove("look");
-    whose
 }
 
 /// The first host: it works on as if nothing were, and removes what the other one had.
@@ -159,7 +108,7 @@ fn with_the_cluster() {
     let mut mine = 0;
     let mut work = || {
         mine += 1;
-        publish(plugin, "one", mine)
+        job(plugin, |_| (), "job", mine);
     };
     while !shared("cut").exists() {
         work();
@@ -168,20 +117,14 @@ fn with_the_cluster() {
     work();
     println!("the first publish after the cut took {:?}", begun.elapsed());
     // What was published is served, and each is whole; of the one that was cut off there is nothing.
-    let of_two = |plugin: &Plugin| {
-        let published = fs::read_to_string(shared("published")).unwrap();
-        let entries: Vec<&str> = published.lines().collect();
-        for (number, entry) in entries.iter().enumerate() {
-            let number = number + 1;
-            assert_eq!(
-                restored(plugin, &format!("two{number}")),
-                format!("two{number}"),
-                "{entry}"
-            );
+    let see_those_of_two = || {
+        let published = published(Path::new("/share"));
+        for number in &published {
+            assert_restored(plugin, *number);
         }
-        entries.len()
+        published.len()
     };
-    println!("{} entries of the other host", of_two(plugin));
+    println!("{} entries of the other host", see_those_of_two());
 
     while !one.log().contains("a host is lost: what it had is removed") {
         assert!(begun.elapsed() < LOST, "it is not lost: {}", one.log());
@@ -196,7 +139,7 @@ fn with_the_cluster() {
             .count()
     };
     wait_until(|| leases() == 0);
-    of_two(plugin);
+    see_those_of_two();
     File::create(shared("lost")).unwrap();
     while !shared("over").exists() {
         assert!(
@@ -205,7 +148,7 @@ fn with_the_cluster() {
         );
         sleep(Duration::from_millis(200));
     }
-    assert_eq!(restored(plugin, "two1000"), "two1000");
+    assert_restored(plugin, 2 * OF_TWO);
     one.stop();
 }
 
@@ -214,11 +157,7 @@ fn second() -> Daemon {
     sh("cp -r /share/ceph/. /etc/ceph/ && modprobe rbd single_major=Y");
     let text = fs::read_to_string(shared("config.toml")).unwrap();
     let config = Path::new("/tmp/two.toml");
-    fs::write(
-        config,
-        text.replace("\n[rbd]\n", "\n[rbd]\nhost = \"two\"\n"),
-    )
-    .unwrap();
+    fs::write(config, ceph::config_of("two", &text)).unwrap();
     Daemon::start_with(config, Path::new(SOCKET), &[])
 }
 
@@ -227,16 +166,9 @@ fn without_power_soon() {
     // At whichever moment: this is lost.
     two.plugin().create("held", &json!({"save": "linux held"}));
     let at = two.plugin().mount("held", "test");
-    fs::write(at.join("number"), "held1").unwrap();
-    let mut published = File::options()
-        .append(true)
-        .create(true)
-        .open(shared("published"))
-        .unwrap();
-    for number in 1.. {
-        let entry = publish(two.plugin(), "two", number);
-        writeln!(published, "{entry}").unwrap();
-        File::create(shared(&format!("published-{number}"))).unwrap();
+    content::write(&at, OF_TWO);
+    for number in OF_TWO + 1.. {
+        job(two.plugin(), tell, "job", number);
     }
 }
 
@@ -250,7 +182,6 @@ fn with_power_again() {
     );
     let last = &two.plugin().status("held")["last_lease"];
     assert!(last["why"].as_str().unwrap().contains("lost"), "{last}");
-    println!("restored {}", restored(two.plugin(), "linux"));
-    publish(two.plugin(), "two", 1000);
+    job(two.plugin(), tell, "job", 2 * OF_TWO);
     two.stop();
 }

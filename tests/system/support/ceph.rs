@@ -40,6 +40,11 @@ pub fn place() -> Place {
     }
 }
 
+/// The configuration of another host, of one's.
+pub fn config_of(host: &str, text: &str) -> String {
+    text.replace("\n[rbd]\n", &format!("\n[rbd]\nhost = {host:?}\n"))
+}
+
 /// Brings the cluster up, where it is not, and gives the guest an id.
 pub fn up() {
     up_at("127.0.0.1");
