@@ -763,8 +763,13 @@ fn full(ground: &dyn Ground) {
         .unwrap();
     let room = store.list().unwrap().capacity.data_size;
     let device = store.create(&active("big"), room).unwrap().unwrap();
-    let refused = (0..room.0 / CHUNK).find_map(|number| {
-        // Refused before any write fails.
+    // Up to where it may be refused.
+    let half = room.0 / CHUNK / 2;
+    for number in 0..half {
+        fill(&device, number * CHUNK, CHUNK as usize, 1);
+    }
+    let refused = (half..room.0 / CHUNK).find_map(|number| {
+        // Before any write fails.
         fill(&device, number * CHUNK, CHUNK as usize, 1);
         store
             .snapshot(&lv("entry"), &new(&format!("lv{number}"), &[]))
