@@ -246,29 +246,21 @@ impl Drop for Mapped {
 pub enum Part {
     Monitor,
     Osd,
-    Manager,
 }
 
 impl Part {
-    const ALL: [Self; 3] = [Self::Monitor, Self::Osd, Self::Manager];
-
     fn program(self) -> (&'static str, [&'static str; 2]) {
         match self {
             Self::Monitor => ("ceph-mon", ["--id", "a"]),
             Self::Osd => ("ceph-osd", ["--id", "0"]),
-            Self::Manager => ("ceph-mgr", ["--id", "a"]),
         }
-    }
-
-    fn signal(self, signal: Signal) {
-        let pid = run("pidof", ["-s", self.program().0]);
-        kill(Pid::from_raw(pid.trim().parse().unwrap()), signal).unwrap();
     }
 
     /// `kill -9`.
     pub fn kill(self) {
         let program = self.program().0;
-        self.signal(Signal::SIGKILL);
+        let pid = run("pidof", ["-s", program]);
+        kill(Pid::from_raw(pid.trim().parse().unwrap()), Signal::SIGKILL).unwrap();
         super::wait_until(|| outcome("pidof", [program]).status != 0);
     }
 
@@ -283,22 +275,24 @@ impl Part {
     }
 }
 
-/// The cluster answers nothing, as one behind a network that is cut, until this is dropped.
+/// The network between all that is Ceph's in this machine is cut: packets are lost both ways, until this is dropped.
 pub struct Away(());
 
 impl Away {
     pub fn new() -> Self {
-        for part in Part::ALL {
-            part.signal(Signal::SIGSTOP);
-        }
+        // Of the monitor, by both of its protocols, and of what daemons bind (`ms_bind_port_min` and `_max`).
+        let ports = "{ 3300, 6789, 6800-7568 }";
+        let rules = format!("tcp sport {ports} drop; tcp dport {ports} drop");
+        let hook = "type filter hook input priority filter";
+        sh(&format!(
+            "nft 'table inet away {{ chain input {{ {hook}; {rules}; }}; }}'"
+        ));
         Self(())
     }
 }
 
 impl Drop for Away {
     fn drop(&mut self) {
-        for part in Part::ALL {
-            part.signal(Signal::SIGCONT);
-        }
+        sh("nft delete table inet away");
     }
 }
