@@ -18,8 +18,10 @@ pub mod rbd;
 pub mod reflink;
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::File;
-use std::path::PathBuf;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cache::evict::{Fill, Space};
@@ -463,5 +465,34 @@ pub trait Store: Send + Sync + 'static {
     /// on by itself, and whichever daemon comes next waits for it as for anybody's.
     fn close(&self, _until: Instant) -> bool {
         true
+    }
+}
+
+/// Makes a directory of a store's own in the runtime directory, for root alone, and gives its path. The runtime directory is for others
+/// too: the plugin's socket will be there.
+fn private_dir(run_dir: &Path, name: &str) -> io::Result<PathBuf> {
+    let dir = run_dir.join(name);
+    for (dir, mode) in [(run_dir, 0o755), (&dir, 0o700)] {
+        DirBuilder::new().recursive(true).mode(mode).create(dir)?;
+    }
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// Whichever store comes first there: others than root go by it to the plugin's socket.
+    #[test]
+    fn a_private_dir() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let private = private_dir(&run, "store").unwrap();
+        assert_eq!(private_dir(&run, "store").unwrap(), private);
+        let mode = |dir: &Path| fs::metadata(dir).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&run), mode(&private)), (0o755, 0o700));
     }
 }

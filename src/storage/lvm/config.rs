@@ -26,10 +26,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use super::super::StoreError;
+use super::super::{StoreError, private_dir};
 use super::command::VgName;
 use super::{io_error, process};
 use crate::exec;
@@ -210,19 +210,11 @@ fn stamps(host: &Path) -> BTreeMap<OsString, Option<Stamp>> {
 ///
 /// A daemon that is starting and a command that lists may do so at once.
 fn prepare(host: &Path, runtime_dir: &Path, more: &str) -> Result<PathBuf, StoreError> {
-    let dir = runtime_dir.join("lvm");
     let context = |what: &Path| {
         let what = what.display().to_string();
         move |error| io_error(what, error)
     };
-    // The plugin's socket will be beside it, for others than root too.
-    for (dir, mode) in [(runtime_dir, 0o755), (&dir, 0o700)] {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(mode)
-            .create(dir)
-            .map_err(context(dir))?;
-    }
+    let dir = private_dir(runtime_dir, "lvm").map_err(context(runtime_dir))?;
     for name in LINKS {
         let link = dir.join(name);
         ensure_link(&host.join(name), &link).map_err(context(&link))?;

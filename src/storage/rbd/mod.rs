@@ -25,9 +25,9 @@ mod turn;
 mod volumes;
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -49,7 +49,7 @@ use crate::cache::spec::FsType;
 use crate::cache::tags::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::storage::hosts::{Fleet, Host, HostLv, Lost};
-use crate::storage::{Capacity, Listing, NewLv, Store, StoreError, Usage, Watch};
+use crate::storage::{Capacity, Listing, NewLv, Store, StoreError, Usage, Watch, private_dir};
 use crate::text::unix_now;
 
 /// The object that is the index, in the images' namespace.
@@ -298,13 +298,8 @@ impl RbdStore {
         pool.keys(INDEX, &[GENERATION]).map_err(refused)?;
         let kernel = Kernel::new(&cluster, &place.user, &place.pool, &place.namespace)
             .map_err(|error| unusable(&error))?;
-        let run = run_dir.join(RUN);
+        let run = private_dir(run_dir, RUN).map_err(io_failed("making a directory in", run_dir))?;
         let failed = |what: &str| io_failed(what, &run);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&run)
-            .map_err(failed("making"))?;
         let process = format!(
             "{:016x}",
             getrandom::u64().map_err(|error| StoreError::Failed(error.to_string()))?
