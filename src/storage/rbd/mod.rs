@@ -79,8 +79,9 @@ const LAG: Duration = Duration::from_secs(15);
 const ATTEMPTS: usize = 5;
 
 /// From how many parents on an image that is cloned is made free of them, in the background. The kernel opens 16 at most
-/// (`RBD_MAX_PARENT_CHAIN_LEN`, drivers/block/rbd.c), and each one with every map.
-const DEEP: usize = 8;
+/// (`RBD_MAX_PARENT_CHAIN_LEN`, drivers/block/rbd.c), and each one with every map: benches/rbd.rs has what that costs. ceph-csi
+/// begins at 4 too (`--rbdsoftmaxclonedepth`).
+const DEEP: usize = 4;
 /// From how many on it is not cloned before that.
 const TOO_DEEP: usize = 14;
 
