@@ -28,7 +28,7 @@ use crate::support::wait_until;
 pub fn tests() -> Vec<Test> {
     let tier = Tier::Guest(Group::Ceph);
     let mut tests = store::tests(tier, "rbd", || Box::new(Namespace::fresh()));
-    let own: [(&str, fn()); 7] = [
+    let own: [(&str, fn()); 8] = [
         ("prepared_once", prepared_once),
         ("refusals", refusals),
         ("two_hosts", two_hosts),
@@ -36,6 +36,7 @@ pub fn tests() -> Vec<Test> {
         ("nothing_is_left", nothing_is_left),
         ("half_made", half_made),
         ("deep", deep),
+        ("many_snapshots_of_one_image", many_snapshots),
     ];
     let all = own.into_iter().chain(hosts::TESTS).chain(daemon::TESTS);
     tests.extend(all.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
@@ -349,6 +350,74 @@ fn deep() {
             .read_exact_at(&mut found, u64::from(number) << 12)
             .unwrap();
         assert_eq!(found, [number + 1; 512], "{number}");
+    }
+}
+
+/// The kernel maps no image with more than 510 snapshots: a volume has a new one long before, with all that it held, and no snapshot
+/// is taken that would be one too many.
+fn many_snapshots() {
+    Namespace::fresh();
+    let store = open();
+    let kept = lv("kept");
+    let entry = |name: &str| {
+        let entry = new(name, &["friend:snapshot", "friend:cache:a"], false);
+        store.snapshot(&kept, &entry)
+    };
+    let write = |device: &Path, byte: u8| {
+        let device = File::options().write(true).open(device).unwrap();
+        device
+            .write_all_at(&[byte; 512], u64::from(byte) << 12)
+            .unwrap();
+    };
+    let reads = |device: &Path, byte: u8| {
+        let mut found = [0; 512];
+        let device = File::open(device).unwrap();
+        device
+            .read_exact_at(&mut found, u64::from(byte) << 12)
+            .unwrap();
+        assert_eq!(found, [byte; 512]);
+    };
+    let image = || ceph::image_of(&ceph::listed("volume")["kept"]).0.to_owned();
+    // As far as the index goes. Of another host's, so that they are not collected.
+    let has_more = |image: &str, count: usize| {
+        let mut changed = ceph::listed("image")[image].clone();
+        let snapshots = changed["snapshots"].as_object_mut().unwrap();
+        snapshots.retain(|name, _| !name.starts_with("none~"));
+        for number in 0..count {
+            let maker = json!({"host": "two", "process": "0123456789abcdef"});
+            let snapshot = json!({"at": 1, "maker": maker});
+            snapshots.insert(format!("none~{number}"), snapshot);
+        }
+        ceph::set_key(&format!("image/{image}"), &changed.to_string());
+    };
+
+    let device = store
+        .create(&new("kept", &["friend:snapshot"], true), Bytes::mib(16))
+        .unwrap()
+        .unwrap();
+    write(&device, 1);
+    entry("one").unwrap();
+    let (first, held) = (image(), store.hold(&kept).unwrap());
+    has_more(&first, 249);
+    store.activate(&kept).unwrap();
+    assert_eq!(image(), first, "it is in use");
+    drop(held);
+    let device = store.activate(&kept).unwrap();
+    let second = image();
+    assert_ne!(second, first);
+    reads(&device, 1);
+    write(&device, 2);
+    entry("two").unwrap();
+    has_more(&second, 509);
+    match entry("three") {
+        Err(StoreError::Failed(text)) => assert!(text.contains("more than 510"), "{text}"),
+        other => panic!("{other:?}"),
+    }
+    for image in [&first, &second] {
+        has_more(image, 0);
+    }
+    for (name, byte) in [("one", 1), ("two", 2)] {
+        reads(&store.activate(&lv(name)).unwrap(), byte);
     }
 }
 

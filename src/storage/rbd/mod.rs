@@ -85,6 +85,14 @@ const DEEP: usize = 4;
 /// From how many on it is not cloned before that.
 const TOO_DEEP: usize = 14;
 
+/// The kernel reads so many snapshots of an image, and does not map one that has more, nor write to it
+/// (`RBD_MAX_SNAP_COUNT`, drivers/block/rbd.c).
+const MOST_SNAPSHOTS: usize = 510;
+/// While it is mounted so many are taken of one: the end of what uses it has some left.
+const MOST_WHILE_MOUNTED: usize = 500;
+/// From how many on a volume gets another image when it is activated next.
+const MANY_SNAPSHOTS: usize = 250;
+
 /// In the runtime directory: this store's files.
 const RUN: &str = "rbd";
 /// Written when the index has changed, for those who watch.
@@ -568,30 +576,13 @@ impl Store for RbdStore {
     }
 
     fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError> {
+        self.shared.renew(lv)?;
         let image = self.shared.own_image(lv, true)?;
         self.shared.map(&image)
     }
 
     fn deactivate(&self, lv: &LvName) -> Result<(), StoreError> {
-        let volume = self.shared.volume(lv)?;
-        let Content::Own { image, live, .. } = &volume.content else {
-            return Ok(());
-        };
-        self.shared.unmap(lv, image)?;
-        if !live {
-            return Ok(());
-        }
-        self.shared.change(|index| {
-            let mut volume = self.shared.get(index, lv)?.clone();
-            let mut change = Change::default();
-            if let Content::Own { live, .. } = &mut volume.content
-                && *live
-            {
-                *live = false;
-                change.volumes.insert(lv.clone(), Some(volume));
-            }
-            Ok((change, ()))
-        })
+        self.shared.rest(lv)
     }
 
     fn hold(&self, lv: &LvName) -> Result<File, StoreError> {

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::Shared;
 use super::devices::is_held;
-use super::index::{Change, Content, Index, Origin, Snapshot, SnapshotOf, Volume};
+use super::index::{Change, Content, Image, Index, Origin, Snapshot, SnapshotOf, Volume};
 use super::kernel::Device;
+use super::{MANY_SNAPSHOTS, MOST_SNAPSHOTS, MOST_WHILE_MOUNTED, Shared};
 use crate::cache::names::{LvName, Tag};
 use crate::cache::tags::DOOMED;
 use crate::cache::units::Bytes;
@@ -227,7 +227,7 @@ impl Shared {
         }
     }
 
-    /// A snapshot that holds what `origin` holds now, for the volume `new`: one that there is, or one that is taken.
+    /// A snapshot that holds what `origin` holds now, for a volume `new`: one that there is, or one that is taken.
     pub(super) fn source(&self, origin: &LvName, new: &LvName) -> Result<Source, StoreError> {
         let volume = self.volume(origin)?;
         let from = |volume: &Volume| Origin {
@@ -247,9 +247,6 @@ impl Shared {
         let frozen = self.freeze(origin, &image)?;
         let (source, name) = self.change(|index| {
             let volume = self.get(index, origin)?;
-            if index.volumes.contains_key(new) {
-                return Err(StoreError::Exists(new.clone()));
-            }
             let (
                 Content::Own {
                     image: now,
@@ -264,6 +261,17 @@ impl Shared {
             };
             if *now != image {
                 return Err(StoreError::NotFound(origin.clone()));
+            }
+            let most = if frozen.is_some() {
+                MOST_WHILE_MOUNTED
+            } else {
+                MOST_SNAPSHOTS
+            };
+            if found.snapshots.len() >= most {
+                return Err(StoreError::Failed(format!(
+                    "{origin}: {} entries are snapshots of its image, and Linux maps no image with more than {MOST_SNAPSHOTS}: it gets another one with the next mount after it was unmounted",
+                    found.snapshots.len()
+                )));
             }
             let name = index.fresh_name(new);
             let mut found = found.clone();
@@ -297,6 +305,95 @@ impl Shared {
             return Err(self.failed(&error));
         }
         Ok(source)
+    }
+
+    /// Has a volume's device go. What it holds does not change until it is activated.
+    pub(super) fn rest(&self, lv: &LvName) -> Result<(), StoreError> {
+        let volume = self.volume(lv)?;
+        let Content::Own { image, live, .. } = &volume.content else {
+            return Ok(());
+        };
+        self.unmap(lv, image)?;
+        if !live {
+            return Ok(());
+        }
+        self.change(|index| {
+            let mut volume = self.get(index, lv)?.clone();
+            let mut change = Change::default();
+            if let Content::Own { live, .. } = &mut volume.content
+                && *live
+            {
+                *live = false;
+                change.volumes.insert(lv.clone(), Some(volume));
+            }
+            Ok((change, ()))
+        })
+    }
+
+    /// Gives a volume of whose image there are many snapshots another image, a clone of what it holds. Not one that is in use.
+    pub(super) fn renew(self: &Arc<Self>, lv: &LvName) -> Result<(), StoreError> {
+        let index = self.view()?;
+        let Content::Own { image, .. } = &self.get(&index, lv)?.content else {
+            return Ok(());
+        };
+        let snapshots = index.images.get(image).map(|image| image.snapshots.len());
+        if snapshots < Some(MANY_SNAPSHOTS) {
+            return Ok(());
+        }
+        self.keep_shallow(&index, image)?;
+        match self.rest(lv) {
+            Err(StoreError::Busy(_)) => return Ok(()),
+            done => done?,
+        }
+        let source = self.source(lv, lv)?;
+        let made = self.make_image(lv, Some(&source.at), source.size);
+        let renewed = made.and_then(|image| {
+            let renewed = self.change(|index| self.with_image(index, lv, &source, &image));
+            if !matches!(renewed, Ok(true)) {
+                self.give_up(&image, None);
+            }
+            renewed
+        });
+        if !matches!(renewed, Ok(true)) && source.taken.is_some() {
+            self.give_up(&source.at.image, Some(&source.at.snapshot));
+        }
+        renewed.map(|_| ())
+    }
+
+    /// A volume whose image is this clone of `source`, if it holds still what that does.
+    fn with_image(
+        &self,
+        index: &Index,
+        lv: &LvName,
+        source: &Source,
+        image: &str,
+    ) -> Result<(Change, bool), StoreError> {
+        let mut change = Change::default();
+        self.settle_source(index, source, &mut change);
+        // Which has noted that it does.
+        let mut volume = match change.volumes.remove(lv) {
+            Some(Some(settled)) => settled,
+            _ => self.get(index, lv)?.clone(),
+        };
+        if volume.content.snapshot().as_ref() != Some(&source.at) {
+            return Ok((Change::default(), false));
+        }
+        let Some(made) = index.images.get(image) else {
+            return Ok((Change::default(), false));
+        };
+        let made = Image {
+            maker: None,
+            ..made.clone()
+        };
+        volume.content = Content::Own {
+            image: image.to_owned(),
+            same: None,
+            active: 0,
+            live: false,
+        };
+        change.images.insert(image.to_owned(), Some(made));
+        change.volumes.insert(lv.clone(), Some(volume));
+        Ok((change, true))
     }
 
     /// The image of a volume, which becomes one where it is a snapshot. With `live`, its content may change from now on.

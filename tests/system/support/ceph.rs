@@ -164,6 +164,11 @@ pub fn generation() -> String {
 
 /// Makes the index one of another version, which no host reads or changes, or what it was.
 pub fn set_format(format: &str) {
+    set_key("format", format);
+}
+
+/// Changes a key of the index as a host does, so that all see it.
+pub fn set_key(key: &str, value: &str) {
     super::wait_until(|| {
         let was = generation();
         let next = was.parse::<u64>().unwrap() + 1;
@@ -171,7 +176,7 @@ pub fn set_format(format: &str) {
             create: false,
             compare: Omap::from([("generation".to_owned(), was.into_bytes())]),
             set: Omap::from([
-                ("format".to_owned(), format.as_bytes().to_vec()),
+                (key.to_owned(), value.as_bytes().to_vec()),
                 ("generation".to_owned(), next.to_string().into_bytes()),
             ]),
             remove: Vec::new(),
