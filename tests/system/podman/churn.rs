@@ -146,7 +146,7 @@ fn many(kind: Kind) {
         "{containers} containers in {:.0?}, with {mounted} caches and more that were not settled",
         since.elapsed()
     );
-    assert!(mounted >= containers / 2, "some exit before their first");
+    assert!(mounted >= containers / 4, "some exit before their first");
     assert_eq!(host.podman.done(&["ps", "--all", "--quiet"]), "");
     settled();
     // A connection that ended is closed a moment later.
