@@ -576,7 +576,6 @@ impl Store for RbdStore {
     }
 
     fn activate(&self, lv: &LvName) -> Result<PathBuf, StoreError> {
-        self.shared.renew(lv)?;
         let image = self.shared.own_image(lv, true)?;
         self.shared.map(&image)
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::devices::is_held;
-use super::index::{Change, Content, Image, Index, Origin, Snapshot, SnapshotOf, Volume};
+use super::index::{Change, Content, Index, Origin, Snapshot, SnapshotOf, Volume};
 use super::kernel::Device;
 use super::{MANY_SNAPSHOTS, MOST_SNAPSHOTS, MOST_WHILE_MOUNTED, Shared};
 use crate::cache::names::{LvName, Tag};
@@ -330,76 +330,54 @@ impl Shared {
         })
     }
 
-    /// Gives a volume of whose image there are many snapshots another image, a clone of what it holds. Not one that is in use.
-    pub(super) fn renew(self: &Arc<Self>, lv: &LvName) -> Result<(), StoreError> {
-        let index = self.view()?;
-        let Content::Own { image, .. } = &self.get(&index, lv)?.content else {
-            return Ok(());
-        };
+    /// Makes a volume a snapshot of what it holds, if there are many of its image: it gets another image with its next use. Not if it
+    /// is in use, or was used meanwhile.
+    fn leave_image(
+        self: &Arc<Self>,
+        index: &Index,
+        lv: &LvName,
+        image: &str,
+    ) -> Result<bool, StoreError> {
         let snapshots = index.images.get(image).map(|image| image.snapshots.len());
         if snapshots < Some(MANY_SNAPSHOTS) {
-            return Ok(());
+            return Ok(false);
         }
-        self.keep_shallow(&index, image)?;
+        self.keep_shallow(index, image)?;
         match self.rest(lv) {
-            Err(StoreError::Busy(_)) => return Ok(()),
+            Err(StoreError::Busy(_)) => return Ok(false),
             done => done?,
         }
         let source = self.source(lv, lv)?;
-        let made = self.make_image(lv, Some(&source.at), source.size);
-        let renewed = made.and_then(|image| {
-            let renewed = self.change(|index| self.with_image(index, lv, &source, &image));
-            if !matches!(renewed, Ok(true)) {
-                self.give_up(&image, None);
+        let left = self.change(|index| {
+            let mut change = Change::default();
+            self.settle_source(index, &source, &mut change);
+            // Which has noted that it holds the same.
+            let mut volume = match change.volumes.remove(lv) {
+                Some(Some(settled)) => settled,
+                _ => self.get(index, lv)?.clone(),
+            };
+            let same = volume.content.snapshot().as_ref() == Some(&source.at);
+            if same {
+                volume.content = Content::At(source.at.clone());
+                change.volumes.insert(lv.clone(), Some(volume));
             }
-            renewed
+            Ok((change, same))
         });
-        if !matches!(renewed, Ok(true)) && source.taken.is_some() {
+        if !matches!(left, Ok(true)) && source.taken.is_some() {
             self.give_up(&source.at.image, Some(&source.at.snapshot));
         }
-        renewed.map(|_| ())
-    }
-
-    /// A volume whose image is this clone of `source`, if it holds still what that does.
-    fn with_image(
-        &self,
-        index: &Index,
-        lv: &LvName,
-        source: &Source,
-        image: &str,
-    ) -> Result<(Change, bool), StoreError> {
-        let mut change = Change::default();
-        self.settle_source(index, source, &mut change);
-        // Which has noted that it does.
-        let mut volume = match change.volumes.remove(lv) {
-            Some(Some(settled)) => settled,
-            _ => self.get(index, lv)?.clone(),
-        };
-        if volume.content.snapshot().as_ref() != Some(&source.at) {
-            return Ok((Change::default(), false));
-        }
-        let Some(made) = index.images.get(image) else {
-            return Ok((Change::default(), false));
-        };
-        let made = Image {
-            maker: None,
-            ..made.clone()
-        };
-        volume.content = Content::Own {
-            image: image.to_owned(),
-            same: None,
-            active: 0,
-            live: false,
-        };
-        change.images.insert(image.to_owned(), Some(made));
-        change.volumes.insert(lv.clone(), Some(volume));
-        Ok((change, true))
+        left
     }
 
     /// The image of a volume, which becomes one where it is a snapshot. With `live`, its content may change from now on.
-    pub(super) fn own_image(&self, lv: &LvName, live: bool) -> Result<String, StoreError> {
+    pub(super) fn own_image(
+        self: &Arc<Self>,
+        lv: &LvName,
+        live: bool,
+    ) -> Result<String, StoreError> {
         loop {
-            let volume = self.volume(lv)?;
+            let index = self.view()?;
+            let volume = self.get(&index, lv)?;
             match &volume.content {
                 Content::Own {
                     image,
@@ -407,6 +385,9 @@ impl Shared {
                     live: is_live,
                     ..
                 } => {
+                    if live && self.leave_image(&index, lv, image)? {
+                        continue;
+                    }
                     if !live || (*is_live && same.is_none()) {
                         return Ok(image.clone());
                     }
