@@ -25,7 +25,7 @@ pub const BODIES: &[Body] = &[("nothing_is_left_of_many", many)];
 fn containers(kind: Kind) -> (usize, u64) {
     match kind {
         Kind::Reflink | Kind::Lvm => (50, 1500),
-        Kind::Rbd => (20, 10_000),
+        Kind::Rbd => (20, 20_000),
     }
 }
 
@@ -146,7 +146,7 @@ fn many(kind: Kind) {
         "{containers} containers in {:.0?}, with {mounted} caches and more that were not settled",
         since.elapsed()
     );
-    assert!(mounted >= containers / 4, "some exit before their first");
+    assert!(mounted >= containers / 2, "some exit before their first");
     assert_eq!(host.podman.done(&["ps", "--all", "--quiet"]), "");
     settled();
     // A connection that ended is closed a moment later.
