@@ -6,8 +6,8 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -583,15 +583,18 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
     let (device, mounted) = mounted_xfs(&*store, "origin");
     // Everything that was written by then is in it, whatever comes after, and
     // nothing of it was synced by anybody.
-    let (written, allowed) = (AtomicU32::new(0), AtomicU32::new(0));
+    let written = AtomicU32::new(0);
     thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            for number in 0..8000 {
-                while number >= allowed.load(Ordering::Acquire) {
-                    thread::sleep(Duration::from_millis(1));
+        // Dropped where this fails, too: the writer ends then.
+        let (allow, allowed) = mpsc::channel();
+        let (origin, written) = (&mounted, &written);
+        let writer = scope.spawn(move || {
+            for until in allowed {
+                for number in written.load(Ordering::Acquire)..until {
+                    let text = number.to_string();
+                    fs::write(inside(origin, &text), &text).unwrap();
+                    written.store(number + 1, Ordering::Release);
                 }
-                fs::write(inside(&mounted, &number.to_string()), number.to_string()).unwrap();
-                written.store(number + 1, Ordering::Release);
             }
         });
         let wait_for = |number| {
@@ -601,7 +604,7 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
             }
         };
         for round in 1..=3 {
-            allowed.store(round * 2000, Ordering::Release);
+            allow.send(round * 2000).unwrap();
             wait_for(round * 2000 - 1900);
             let by_then = written.load(Ordering::Acquire);
             let name = format!("copy{round}");
@@ -626,7 +629,8 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
             assert!(is_clean(&copy, FsType::Xfs).unwrap());
         }
         // And the origin's writer goes on.
-        allowed.store(u32::MAX, Ordering::Release);
+        allow.send(8000).unwrap();
+        drop(allow);
         writer.join().unwrap();
     });
     unmount(mounted, &device);
