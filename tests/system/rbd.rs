@@ -65,6 +65,13 @@ impl Ground for Namespace {
         Arc::new(RbdStore::open(&place(), HOST, Path::new(RUN)).unwrap())
     }
 
+    /// What a test fills it with is written by an emulated OSD, at some 10 MB/s. A tenth must do for what is written until Ceph has
+    /// counted it, seconds later.
+    fn open_small(&self) -> Arc<dyn Store> {
+        ceph::set_quota(Bytes::mib(1024));
+        self.open()
+    }
+
     /// Images of the administrator's in the same namespace, one with a name like ours.
     fn others(&self) -> Box<dyn Fn() -> String + '_> {
         let rbd = |arguments: &[&str]| run("rbd", arguments);

@@ -65,9 +65,17 @@ pub fn up_at(address: &str) {
             .status();
         assert!(up.expect("bash").success(), "no cluster");
         // Room for a test that fills it, and for what is written until that is noticed.
-        let quota = ["osd", "pool", "set-quota", "rbd", "max_bytes", "2147483648"];
-        run("ceph", quota);
+        set_quota(Bytes::mib(2048));
     });
+}
+
+/// How much the pool takes, for the rest of a test.
+pub fn set_quota(size: Bytes) {
+    let bytes = size.0.to_string();
+    run(
+        "ceph",
+        ["osd", "pool", "set-quota", "rbd", "max_bytes", &bytes],
+    );
 }
 
 /// Takes down and removes all that tests have made, but for a base of this size, if there is one.
