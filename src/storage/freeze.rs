@@ -4,7 +4,8 @@
 //! FIFREEZE waits until no process is inside a write, and cannot be interrupted meanwhile (`freeze_super` of Linux'
 //! fs/super.c: `percpu_down_write`). A process in splice(2) from an empty pipe into a file is inside one for as long as it
 //! likes, so a job decides how long a freeze takes. Hence a process of its own waits, which can be left behind: a thread
-//! of the daemon's that hung there would keep the daemon from ending. And no store's turn or lock is held for it.
+//! of the daemon's that hung there would keep the daemon from ending. And no store's turn or lock is held for it. A slow
+//! device is another matter: as long as something gets there, it is waited for.
 //!
 //! What is left behind thaws as soon as it has frozen; and so does one whose daemon was killed: both read the end of the
 //! same socket.
@@ -29,10 +30,15 @@ use tracing::warn;
 use super::StoreError;
 use super::devmapper::{self, Request};
 use crate::cache::names::LvName;
+use crate::fs::sectors_written;
 use crate::mount::Mounted;
 
-/// How long a file system may take to be frozen. What was written before is on the device by then.
+/// How long nothing may get to the device while a file system is to be frozen: from when on none can begin a write, the kernel
+/// writes what is left in memory.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a file system may take to be frozen in all. Most of what was written is on the device before.
+const FREEZING: Duration = Duration::from_secs(60);
 
 /// How long device-mapper may take for the copy.
 const COPYING: Duration = Duration::from_secs(15);
@@ -88,17 +94,14 @@ impl Frozen {
         };
         let (helper, ended) =
             start(mounted.root(), below).map_err(|error| refused(error.to_string()))?;
-        let why = match hear(&helper, PATIENCE) {
-            Ok(()) => return Ok(Self { helper, ended }),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => format!(
-                "a process was in the middle of a write to it for {} s, such as splice(2) from an empty pipe",
-                PATIENCE.as_secs()
-            ),
-            Err(error) => error.to_string(),
-        };
-        // Left behind where it waits still.
-        let _ = helper.shutdown(Shutdown::Both);
-        Err(refused(why))
+        match await_frozen(&helper, mounted) {
+            Ok(()) => Ok(Self { helper, ended }),
+            Err(why) => {
+                // Left behind where it waits still.
+                let _ = helper.shutdown(Shutdown::Both);
+                Err(refused(why))
+            }
+        }
     }
 
     /// Has what is [`Below`] copied, and all go on.
@@ -140,6 +143,39 @@ fn start(fs: BorrowedFd<'_>, mut below: Option<Below>) -> io::Result<(UnixStream
         drop(sender);
     });
     Ok((ours, ended))
+}
+
+/// Waits until the helper has frozen the file system of `mounted`, or says why it has not.
+fn await_frozen(helper: &UnixStream, mounted: &Mounted) -> Result<(), String> {
+    let written = || {
+        let device = mounted.device_number().ok()?;
+        sectors_written(device).ok()
+    };
+    let begun = Instant::now();
+    let mut before = written();
+    loop {
+        match hear(helper, PATIENCE) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                return Err(error.to_string());
+            }
+            Err(_) => {}
+        }
+        let now = written();
+        if now == before {
+            return Err(format!(
+                "a process was in the middle of a write to it for {} s, such as splice(2) from an empty pipe",
+                PATIENCE.as_secs()
+            ));
+        }
+        if begun.elapsed() > FREEZING {
+            return Err(format!(
+                "what was written to it took more than {} s to get to its device",
+                FREEZING.as_secs()
+            ));
+        }
+        before = now;
+    }
 }
 
 /// All that the helper does. Its answers are error numbers, 0 for success.

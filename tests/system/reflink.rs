@@ -10,6 +10,8 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use lvm_cache_friend::cache::names::{LvName, Tag};
@@ -23,10 +25,11 @@ use lvm_cache_friend::storage::reflink::{self, ReflinkStore};
 use lvm_cache_friend::storage::{NewLv, Store, StoreError};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use crate::harness::{Test, Tier, test, this_binary};
+use crate::harness::{Group, Test, Tier, test, this_binary};
 use crate::mounts::shut_down_now;
 use crate::store::{self, Ground};
-use crate::support::command::run;
+use crate::support::command::{run, sh};
+use crate::support::lvm::DISK;
 use crate::support::reflink::ReflinkFs;
 use crate::support::wait_until;
 
@@ -47,6 +50,8 @@ pub fn tests() -> Vec<Test> {
         ("names_of_files", names_of_files),
     ];
     tests.extend(own.map(|(name, body)| test(Tier::Reflink, format!("reflink::{name}"), body)));
+    let guest = Tier::Guest(Group::Lvm);
+    tests.push(test(guest, "reflink::on_a_slow_disk", on_a_slow_disk));
     tests.push(test(Tier::Part, "reflink::churn", churn));
     tests
 }
@@ -392,6 +397,57 @@ fn frozen() {
         }
         assert_eq!(store.list().unwrap().lvs.len(), 1);
     }
+}
+
+/// What is written takes a second to get to the disk, and a file system is frozen when one write after the other is there.
+fn on_a_slow_disk() {
+    const DEVICE: &str = "slow";
+    const AT: &str = "/mnt/slow";
+    let load = |table: &str| {
+        run("dmsetup", ["suspend", DEVICE]);
+        run("dmsetup", ["load", DEVICE, "--table", table]);
+        run("dmsetup", ["resume", DEVICE]);
+    };
+    run("modprobe", ["dm-delay"]);
+    let sectors = run("blockdev", ["--getsz", DISK]);
+    let sectors = sectors.trim();
+    let quick = format!("0 {sectors} linear {DISK} 0");
+    run("dmsetup", ["create", DEVICE, "--table", &quick]);
+    sh(&format!(
+        "mkfs.xfs -q -f /dev/mapper/{DEVICE}; mkdir {AT}; mount /dev/mapper/{DEVICE} {AT}"
+    ));
+    let dir = Path::new(AT).join("store");
+    reflink::init(&dir, BASE).unwrap();
+    let store = ReflinkStore::open(&dir).unwrap();
+    let device = store.create(&active("one"), BASE).unwrap().unwrap();
+    make(&device, FsType::Xfs).unwrap();
+    let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
+
+    load(&format!("0 {sectors} delay {DISK} 0 0 {DISK} 0 1000"));
+    let over = AtomicBool::new(false);
+    let made = thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0.. {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                let name = format!("file{}", number % 1000);
+                fs::write(store::inside(&mounted, &name), vec![1; 1 << 16]).unwrap();
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let made = store.snapshot(&lv("one"), &new("two", &[]));
+        over.store(true, Ordering::Relaxed);
+        made
+    });
+    load(&quick);
+    made.unwrap();
+    drop(mounted);
+    drop(store);
+    sh(&format!(
+        "losetup --detach {}; umount {AT}; dmsetup remove {DEVICE}; wipefs --quiet --all {DISK}",
+        device.display()
+    ));
 }
 
 /// What [`killed`] kills: makes, tags and removes, for ever.

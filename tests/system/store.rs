@@ -191,7 +191,7 @@ fn device_size(device: &Path) -> u64 {
     File::open(device).unwrap().seek(SeekFrom::End(0)).unwrap()
 }
 
-fn inside(mounted: &Mounted, name: &str) -> PathBuf {
+pub fn inside(mounted: &Mounted, name: &str) -> PathBuf {
     format!("/proc/self/fd/{}/{name}", mounted.root().as_raw_fd()).into()
 }
 
