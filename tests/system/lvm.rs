@@ -24,7 +24,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::harness::{Group, Test, Tier, test, this_binary};
-use crate::store::{self, Ground};
+use crate::store::{self, Ground, fill, holds};
 use crate::support::command::{outcome, run, sh};
 use crate::support::lvm::{DISK, TestVg};
 use crate::support::{temp_dir, wait_until};
@@ -45,6 +45,7 @@ pub fn tests() -> Vec<Test> {
             thin_devices_that_lvm_does_not_know,
         ),
         lvm("out_of_service", out_of_service),
+        lvm("leaked_blocks", leaked_blocks),
         lvm("zeroing", zeroing),
         lvm("what_was_deleted_is_not_read", what_was_deleted_is_not_read),
         lvm("tags_outlast_a_power_cut", tags_outlast_a_power_cut),
@@ -549,6 +550,74 @@ fn out_of_service() {
     load(table);
     store.room().unwrap();
     assert_eq!(troubles(&store), "");
+}
+
+/// A power cut after the pool's metadata were written, while a block is copied that was given to a volume by then: it is in use, and no
+/// volume's.
+fn leaked_blocks() {
+    const BLOCK: usize = 64 << 10;
+    run("modprobe", ["dm-delay"]);
+    let fixture = Fixture::new();
+    let store = fixture.open();
+    let size = Bytes::mib(16);
+    let entry = store.create(&new("entry", &[], true), size).unwrap();
+    fill(&entry.unwrap(), 0, BLOCK, 1);
+    let lease = store.snapshot(&name("entry"), &new("lease", &[], true));
+    let lease = lease.unwrap().unwrap();
+
+    let table = |part: &str| sh(&format!("dmsetup table testvg-pool_{part}"));
+    // START LENGTH linear DEVICE OFFSET
+    let data = table("tdata");
+    let words: Vec<&str> = data.split_whitespace().collect();
+    let below = words[3..].join(" ");
+    // Reads, writes and flushes: the pool flushes before it commits.
+    let slow = format!("0 {} delay {below} 0 {below} 3000 {below} 0", words[1]);
+    let load = |table: &str| {
+        sh(&format!(
+            "dmsetup load testvg-pool_tdata --table '{}'
+            dmsetup suspend --nolockfs testvg-pool_tdata
+            dmsetup resume testvg-pool_tdata",
+            table.trim()
+        ))
+    };
+    load(&slow);
+    thread::scope(|scope| {
+        let copied = scope.spawn(|| fill(&lease, 0, BLOCK, 2));
+        thread::sleep(Duration::from_millis(500));
+        // After a message the pool commits: this one says what is so.
+        sh("id=$(dmsetup status testvg-pool-tpool | cut -d ' ' -f 4)
+            dmsetup message testvg-pool-tpool 0 set_transaction_id $id $id
+            dd if=/dev/mapper/testvg-pool_tmeta of=/tmp/metadata bs=1M iflag=direct status=none");
+        assert!(!copied.is_finished(), "the guest was too slow");
+        copied.join().unwrap();
+    });
+    load(&data);
+    let metadata = table("tmeta");
+    drop(store);
+    sh(&format!(
+        "vgchange --quiet --activate n testvg
+        dmsetup create metadata --table '{}'
+        dd if=/tmp/metadata of=/dev/mapper/metadata bs=1M oflag=direct conv=fsync status=none
+        dmsetup remove metadata",
+        metadata.trim()
+    ));
+    println!(
+        "as LVM has it: {:?}",
+        outcome("lvchange", ["--activate=y", "testvg/pool"])
+    );
+    sh("vgchange --quiet --activate n testvg");
+
+    let store = fixture.open();
+    assert_eq!(troubles(&store), "");
+    assert_eq!(names(&store).len(), 2);
+    for text in ["entry", "lease"] {
+        let device = store.activate(&name(text)).unwrap();
+        assert!(holds(&device, 0, BLOCK, 1), "{text}");
+    }
+    // All of it is well by then, for LVM too.
+    drop(store);
+    sh("vgchange --quiet --activate n testvg
+        lvchange --quiet --activate y testvg/pool");
 }
 
 /// Pools zero new blocks, whatever lvm.conf says; one of others that does not is told of.

@@ -172,14 +172,14 @@ fn tags_of(store: &dyn Store, name: &str) -> BTreeSet<String> {
 }
 
 /// Fills `length` bytes of a device from `offset` on.
-fn fill(device: &Path, offset: u64, length: usize, byte: u8) {
+pub fn fill(device: &Path, offset: u64, length: usize, byte: u8) {
     let file = File::options().write(true).open(device).unwrap();
     file.write_all_at(&vec![byte; length], offset).unwrap();
     file.sync_all().unwrap();
 }
 
 /// Whether `length` bytes of a device from `offset` on are all this one.
-fn holds(device: &Path, offset: u64, length: usize, byte: u8) -> bool {
+pub fn holds(device: &Path, offset: u64, length: usize, byte: u8) -> bool {
     let file = File::open(device).unwrap();
     let mut buffer = vec![0; length];
     file.read_exact_at(&mut buffer, offset).unwrap();
@@ -609,8 +609,8 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
             }
         };
         for round in 1..=3 {
-            allow.send(round * 2000).unwrap();
-            wait_for(round * 2000 - 1900);
+            allow.send(round * 1000).unwrap();
+            wait_for(round * 1000 - 950);
             let by_then = written.load(Ordering::Acquire);
             let name = format!("copy{round}");
             let copy = store
@@ -634,7 +634,7 @@ fn snapshot_of_what_is_written(ground: &dyn Ground) {
             assert!(is_clean(&copy, FsType::Xfs).unwrap());
         }
         // And the origin's writer goes on.
-        allow.send(8000).unwrap();
+        allow.send(4000).unwrap();
         drop(allow);
         writer.join().unwrap();
     });

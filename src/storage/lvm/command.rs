@@ -20,6 +20,9 @@ const SHELL_WORDS: usize = 60;
 /// that writing it never waits for a child that does not read.
 const SHELL_BYTES: usize = 16 << 10;
 
+/// LVM's setting for [`Command::repairing`]. thin_check(8) has known its option since 0.9.
+const REPAIRING: &str = r#"global/thin_check_options=["-q","--auto-repair"]"#;
+
 /// A volume group's name: LVM's alphabet for it is that of volumes.
 pub(super) type VgName = LvName;
 
@@ -27,6 +30,7 @@ pub(super) type VgName = LvName;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Command {
     words: Vec<String>,
+    repairing: bool,
 }
 
 impl Command {
@@ -35,6 +39,7 @@ impl Command {
     pub(super) fn new(name: &'static str) -> Self {
         Self {
             words: vec![name.to_owned(), "--yes".to_owned()],
+            repairing: false,
         }
     }
 
@@ -100,17 +105,33 @@ impl Command {
         &self.words
     }
 
-    /// The line for the shell; `None` where it is more than the shell takes.
+    /// Has LVM's check of a pool put right what is harmless, instead of refusing the pool.
+    pub(super) fn repairing(mut self) -> Self {
+        self.repairing = true;
+        self
+    }
+
+    /// LVM's settings that are its own, which the shell is not to take over.
+    pub(super) fn settings(&self) -> Option<&'static str> {
+        self.repairing.then_some(REPAIRING)
+    }
+
+    /// The line for the shell; `None` where it is more than the shell takes, or has [settings](Self::settings).
     pub(super) fn line(&self) -> Option<String> {
         debug_assert!(self.words.iter().all(|word| is_one_word(word)), "{self}");
         let line = self.words.join(" ") + "\n";
-        (self.words.len() <= SHELL_WORDS && line.len() <= SHELL_BYTES).then_some(line)
+        let fits = self.words.len() <= SHELL_WORDS && line.len() <= SHELL_BYTES;
+        (fits && self.settings().is_none()).then_some(line)
     }
 }
 
 impl Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.words.join(" "))
+        f.write_str(&self.words.join(" "))?;
+        match self.settings() {
+            Some(settings) => write!(f, " --config={settings}"),
+            None => Ok(()),
+        }
     }
 }
 

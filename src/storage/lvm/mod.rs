@@ -223,11 +223,26 @@ impl LvmStore {
         }
         // One that has failed tells no numbers.
         self.in_service()?;
-        let activate = Command::new("lvchange")
-            .word("--activate=y")
-            .lv(&self.vg, &self.pool);
-        let answer = self.run(activate, Urgency::Request)?;
-        let state = self.query()?;
+        let activate = || {
+            let command = Command::new("lvchange").word("--activate=y");
+            command.lv(&self.vg, &self.pool)
+        };
+        let mut answer = self.run(activate(), Urgency::Request)?;
+        let mut state = self.query()?;
+        if !state.pool.active {
+            // A power cut between two commits of the pool's metadata leaves blocks in use that are no volume's. thin_check(8)
+            // minds them from 1.0 on, unless it is to free them, and LVM takes that for damage (stratisd, issue 3963).
+            let reason = answer.reason();
+            answer = self.run(activate().repairing(), Urgency::Request)?;
+            state = self.query()?;
+            if state.pool.active {
+                let (vg, pool) = (&self.vg, &self.pool);
+                tracing::warn!(
+                    reason,
+                    "thin pool {vg}/{pool}: what its check found is repaired"
+                );
+            }
+        }
         if state.pool.active {
             self.devices().release_of_inactive(&self.system_dir)?;
             Ok(state)

@@ -30,7 +30,7 @@ pub(super) const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// All of a process's command log. With rows left out at its end LVM 2.03.16
 /// writes a comma too many, and what it writes is no JSON; in the shell's log
 /// (see `config`) the last row is never left out.
-const WHOLE_LOG: &str = "--config=log/command_log_selection=\"all\"";
+const WHOLE_LOG: &str = "log/command_log_selection=\"all\"";
 
 /// What the shell writes its answers to, as lvm(8) documents it.
 const REPORT_FD: &str = "LVM_REPORT_FD";
@@ -320,7 +320,8 @@ impl Shell {
         deadline: Instant,
     ) -> Result<Option<Answer>, Failure> {
         let mut words = command.words().to_vec();
-        words.push(WHOLE_LOG.to_owned());
+        let own = command.settings().unwrap_or_default();
+        words.push(format!("--config={WHOLE_LOG} {own}"));
         let process = self.spawn(&words, false)?;
         let mut process = match self.wait(process, deadline, |_| false)? {
             Ended::Complete(process) | Ended::Dead(process) => process,
