@@ -112,6 +112,7 @@ impl Task<'_> {
             }
             Orders::Run => Mode::Keep,
         };
+        board.left.remove(&self.number);
         if self.slot.is_empty(seen) {
             board.empty.insert(self.number);
         } else {

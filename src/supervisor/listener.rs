@@ -102,7 +102,7 @@ impl Listener<'_> {
                 return Ok(());
             }
             // The end does not wait for a message.
-            () = self.worker.emptied(), if self.worker.ends() => {
+            () = self.worker.done(), if self.worker.ends() => {
                 self.session = Some(session);
                 return Ok(());
             }

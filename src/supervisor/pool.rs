@@ -90,6 +90,8 @@ pub(super) struct Board {
     pub slots: usize,
     /// Slots of which nothing is left.
     pub empty: BTreeSet<usize>,
+    /// Slots that are left as they are at the end, as Podman is away.
+    pub left: BTreeSet<usize>,
     /// Jobs that ended, by verdict.
     pub ended: BTreeMap<String, u64>,
     /// When runners may be started.
@@ -211,9 +213,15 @@ impl Worker {
         board.empty.len() == board.slots
     }
 
-    /// Returns when nothing is left of any slot.
-    pub async fn emptied(&self) {
-        while !self.is_empty() {
+    /// Returns when nothing is left of any slot, or can be done about it without Podman.
+    pub async fn done(&self) {
+        loop {
+            {
+                let board = self.board();
+                if board.empty.union(&board.left).count() == board.slots {
+                    return;
+                }
+            }
             tokio::time::sleep(LOOK_FOR_END).await;
         }
     }

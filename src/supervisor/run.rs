@@ -205,9 +205,9 @@ async fn until_done(
     let mut orders = Orders::Run;
     let mut bound = None;
     loop {
-        let emptied = async {
+        let done = async {
             for worker in workers {
-                worker.emptied().await;
+                worker.done().await;
             }
         };
         let late = async {
@@ -220,14 +220,8 @@ async fn until_done(
             _ = terminate.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
             _ = interrupt.recv() => if orders == Orders::Drain { Orders::Stop } else { Orders::Drain },
             _ = told.changed() => *told.borrow_and_update(),
-            () = emptied, if orders >= Orders::Drain => {
-                info!("nothing left to do");
-                return;
-            }
-            () = late => {
-                warn!("stopped with work left, which the next start takes up");
-                return;
-            }
+            () = done, if orders >= Orders::Drain => break,
+            () = late => break,
         };
         if next <= orders {
             continue;
@@ -245,6 +239,11 @@ async fn until_done(
             worker.orders.send_replace(orders);
             worker.poke();
         }
+    }
+    if workers.iter().all(|worker| worker.is_empty()) {
+        info!("nothing left to do");
+    } else {
+        warn!("stopped with work left, which the next start takes up");
     }
 }
 

@@ -2,7 +2,7 @@
 //! A slot's task: it looks what there is, and does what [`super::slot`] decides, one step after another.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::json;
@@ -13,7 +13,7 @@ use super::container::{self, Given, HANDED_AT};
 use super::github::GitHubError;
 use super::github::rest::{NewRunner, Removed};
 use super::handover::{Handover, settled};
-use super::podman::{RUNNER, SLOT};
+use super::podman::{PodmanError, RUNNER, SLOT};
 use super::pool::{Worker, host, read, runner_in};
 use super::slot::{Action, Container, Job, Presence, Seen, Slot, State, decide, is_result};
 use super::trouble::{StepError, Trouble};
@@ -35,6 +35,13 @@ const WORK_FOLDER: &str = "_work";
 /// The id by which the supervisor uses a volume beside the container, so that the lease ends with its
 /// verdict and not before.
 const HOLDER: &str = "supervisor";
+
+/// How long Podman may not answer before a slot is left as it is at the end. When a host is shut down, its service has been stopped, and
+/// its socket takes no connections any more (systemd: `socket_enter_running`).
+const AWAY: Duration = Duration::from_secs(30);
+
+/// Between two tries at the end at most.
+const AT_THE_END: Duration = Duration::from_secs(5);
 
 /// Between two looks at a slot at most: somebody may have removed its container by hand.
 const LOOK_AGAIN: u64 = 30;
@@ -62,18 +69,30 @@ impl Worker {
         let mut changed = self.changed.subscribe();
         let mut orders = self.orders.subscribe();
         let mut trouble = Trouble::new(format!("slot {}", task.name));
+        // Since when Podman does not answer.
+        let mut away = None;
         loop {
             changed.mark_unchanged();
             orders.mark_unchanged();
             let rest = match task.step().await {
                 Ok(rest) => {
                     trouble.over();
+                    away = None;
                     rest
                 }
                 Err(error) => {
                     task.unsure = true;
                     task.complain(error.to_string());
-                    let rest = trouble.with(&error);
+                    let mut rest = trouble.with(&error);
+                    if !matches!(error, StepError::Podman(PodmanError::Away { .. })) {
+                        away = None;
+                    } else if away.get_or_insert_with(Instant::now).elapsed() >= AWAY && self.ends()
+                    {
+                        self.board().left.insert(number);
+                    }
+                    if self.ends() {
+                        rest = rest.min(AT_THE_END);
+                    }
                     // Of what changes meanwhile, only the end cannot wait.
                     tokio::select! {
                         () = tokio::time::sleep(rest) => {}

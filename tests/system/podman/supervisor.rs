@@ -46,6 +46,7 @@ pub const BODIES: &[Body] = &[
     ("supervisor_meets_faults", faults),
     ("supervised_scale_set_meets_faults", set_faults),
     ("supervisor_drains", drains),
+    ("supervisor_ends_without_podman", ends_without_podman),
     ("supervised_runners_without_jobs", without_jobs),
     ("supervised_image_of_github", github_image),
     ("supervised_image_is_pulled", pulled),
@@ -1345,6 +1346,40 @@ fn drains(kind: Kind) {
     plugin.create("probe", &json!({"restore": "layers"}));
     let said = fs::read_to_string(plugin.mount("probe", "test").join("n"));
     assert_eq!(said.unwrap(), "done\n");
+}
+
+/// A host that is shut down: Podman's service is gone before the supervisor, whose runners wait for jobs.
+fn ends_without_podman(kind: Kind) {
+    let mut place = Place::new(kind, "token", FIXED, "");
+    let idle = |place: &Place| {
+        let rows = place.rows();
+        rows.iter().filter(|row| row["state"] == "idle").count() == 2
+    };
+    place.until("both wait", |place| idle(place));
+    place.service = None;
+    place.supervisor().signal(Signal::SIGTERM);
+    let since = Instant::now();
+    let status = loop {
+        if let Some(status) = place.supervisor().child.try_wait().unwrap() {
+            break status;
+        }
+        // Long before what it gives jobs to end.
+        assert!(
+            since.elapsed() < Duration::from_secs(90),
+            "it does not end without Podman"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert!(status.success(), "{status}");
+    let log = fs::read_to_string(&place.supervisor().log).unwrap();
+    assert!(log.contains("work left"), "{log}");
+
+    // They are as they were, and the next start has them.
+    place.service = Some(Service::start());
+    place.start(&[]);
+    place.until("both are adopted", |place| idle(place));
+    assert_eq!(place.job("true"), "succeeded");
+    place.finish();
 }
 
 impl Place {
