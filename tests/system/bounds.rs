@@ -518,7 +518,7 @@ fn of_metadata() {
     let bystander = Bystander::start(plugin);
     let scattered = |at: &Path| {
         let mut file = File::create(at.join("big")).unwrap();
-        file.write_all(&vec![0x5a; 64 * MIB]).unwrap();
+        file.write_all(&vec![0x5a; 128 * MIB]).unwrap();
         file.sync_data().unwrap();
     };
     let a = publish(&site, plugin, "a", scattered);

@@ -6,25 +6,30 @@ use crate::docs::{block, type_in};
 use crate::support::site::Kind;
 use crate::support::wait_until;
 
-pub const BODIES: &[Body] = &[("as_documented", as_documented)];
+pub const BODIES: &[Body] = &[
+    ("as_documented", as_documented),
+    ("job_volumes_as_documented", job_volumes_as_documented),
+];
 
 fn as_documented(kind: Kind) {
     let host = Host::new(kind);
-    let podman = &host.podman;
-    let run = |block: String, job: &str| {
-        let script = format!("{} sh -ec '{job}'", podman.image);
-        type_in(
-            &block
-                .replace("IMAGE make", &script)
-                .replace("IMAGE", &script),
-        )
-    };
-    run(block("glance"), "date > /cache/file");
+    run(&host, "glance", "date > /cache/file");
     wait_until(|| host.entries_tagged(&["linux", "dc5e8c"]).len() == 1);
-    podman.create("try", &["restore=linux"]);
-    run(block("annotation"), "cat /cache/file");
+    host.podman.create("try", &["restore=linux"]);
+    run(&host, "annotation", "cat /cache/file");
+}
 
-    run(block("job-volume"), "test -S /run/lvm-cache-friend/socket");
+/// Types a block in, with a job for its IMAGE.
+fn run(host: &Host, name: &str, job: &str) {
+    let script = format!("{} sh -ec '{job}'", host.podman.image);
+    let block = block(name).replace("IMAGE make", &script);
+    type_in(&block.replace("IMAGE", &script));
+}
+
+fn job_volumes_as_documented(kind: Kind) {
+    let host = Host::new(kind);
+    let podman = &host.podman;
+    run(&host, "job-volume", "test -S /run/lvm-cache-friend/socket");
     let in_job = |script: &str| {
         let mut options = vec!["-v", "job1:/run/lvm-cache-friend:rslave"];
         // The image has neither ncat nor what it needs.
@@ -42,7 +47,8 @@ fn as_documented(kind: Kind) {
 
     podman.done(&["volume", "rm", "job1"]);
     run(
-        block("nested-volume"),
+        &host,
+        "nested-volume",
         "grep -q \" 131072$\" /proc/self/uid_map",
     );
 }
