@@ -119,6 +119,9 @@ fn evict_once(
             };
             let marked = bounds::mark(store, &lv, &evicted)?;
             drop(held);
+            let Some(marked) = marked else {
+                continue;
+            };
             remove(store, &lv, marked)?;
         }
         gone.push(evicted);

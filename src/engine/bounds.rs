@@ -173,15 +173,21 @@ pub fn plan(
     told.collect()
 }
 
-/// Commits that an entry is to be removed, and says why: see [`Store::evict`].
+/// Commits that an entry is to be removed, and says why: see [`Store::evict`]. `None`: another host has pinned it meanwhile.
 ///
 /// # Errors
 /// What the store says.
-pub fn mark(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<bool, StoreError> {
+pub fn mark(store: &dyn Store, lv: &LvName, evicted: &Evicted) -> Result<Option<bool>, StoreError> {
     let (tags, scope) = (evicted.tags.join(" "), &evicted.scope);
-    let marked = store.evict(lv)?;
+    let marked = match store.evict(lv) {
+        Err(StoreError::Busy(_)) => {
+            info!(%lv, tags, scope, "not evicted: another host has pinned it meanwhile");
+            return Ok(None);
+        }
+        marked => marked?,
+    };
     info!(%lv, reason = evicted.reason, tags, scope, "entry evicted");
-    Ok(marked)
+    Ok(Some(marked))
 }
 
 fn mounts() -> Result<Vec<MountPoint>, StoreError> {
@@ -344,7 +350,9 @@ impl Engine {
             if self.is_stopping() {
                 break;
             }
-            let marked = mark(&*self.store, &lv, &evicted)?;
+            let Some(marked) = mark(&*self.store, &lv, &evicted)? else {
+                continue;
+            };
             match self.store.remove(&lv) {
                 Ok(()) => {}
                 Err(StoreError::Busy(_)) if marked => self.upkeep.remove(lv.clone(), true),

@@ -329,7 +329,7 @@ pub trait Store: Send + Sync + 'static {
     /// As [`doom`], for an entry that is evicted: within one's turn.
     ///
     /// # Errors
-    /// Where the turn has passed to another host, and as [`doom`].
+    /// Where the turn has passed to another host, [`StoreError::Busy`] where another host has pinned the entry, and as [`doom`].
     fn evict(&self, lv: &LvName) -> Result<bool, StoreError> {
         doom(self, lv)
     }

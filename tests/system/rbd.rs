@@ -28,8 +28,9 @@ use crate::support::wait_until;
 pub fn tests() -> Vec<Test> {
     let tier = Tier::Guest(Group::Ceph);
     let mut tests = store::tests(tier, "rbd", || Box::new(Namespace::fresh()));
-    let own: [(&str, fn()); 8] = [
+    let own: [(&str, fn()); 9] = [
         ("prepared_once", prepared_once),
+        ("pinned_meanwhile", pinned_meanwhile),
         ("refusals", refusals),
         ("two_hosts", two_hosts),
         ("one_id_twice", one_id_twice),
@@ -116,6 +117,22 @@ fn names(store: &RbdStore) -> Vec<String> {
         .iter()
         .filter(|lv| Role::from_tags(&lv.tags) != Role::Base);
     named.map(|lv| lv.name.to_string()).collect()
+}
+
+/// What one host has chosen to evict, another one pins.
+fn pinned_meanwhile() {
+    let _namespace = Namespace::fresh();
+    let (store, other) = (open(), another_host());
+    let entry = new("entry", &["friend:snapshot", "friend:cache:a"], false);
+    store.create(&entry, Bytes::mib(16)).unwrap();
+    assert!(store.begin_evicting().unwrap());
+    let pin = ["friend:pin".parse().unwrap()];
+    other.change_tags(&lv("entry"), &pin, &[]).unwrap();
+    let refused = store.evict(&lv("entry"));
+    assert!(matches!(refused, Err(StoreError::Busy(_))), "{refused:?}");
+    other.change_tags(&lv("entry"), &[], &pin).unwrap();
+    assert!(store.evict(&lv("entry")).unwrap());
+    store.end_evicting();
 }
 
 /// The images and snapshots that are in the pool, as Ceph's tool says. It fails where one is removed as it lists them, which a host does

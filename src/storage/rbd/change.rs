@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The index as this process knows it: how it is read, and how it is changed while other hosts change it too.
 
+use std::fmt::Display;
 use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
@@ -187,12 +188,7 @@ impl Shared {
                 detail: format!("{error}: `ceph df` and `ceph health detail` say more"),
             },
             // EBLOCKLISTED (include/rados.h).
-            Errno::ESHUTDOWN => StoreError::ShutOut {
-                store: self.name.clone(),
-                detail: format!(
-                    "{error}: the cluster has shut this host out (`ceph osd blocklist ls`), mostly since it was taken for lost; restart the daemon"
-                ),
-            },
+            Errno::ESHUTDOWN => self.blocklisted(error),
             // What is needed of the OSDs is in their class `rbd`, which is a file that each has to have.
             Errno::EOPNOTSUPP => StoreError::Unusable(format!(
                 "{}: {error}: the OSDs do not know what images need (exclusive-lock, object-map, clone v2); is the class `rbd` loaded? `ceph config get osd osd_class_dir` and `osd_class_load_list` say which are",
@@ -202,9 +198,21 @@ impl Shared {
         }
     }
 
+    fn blocklisted(&self, error: &dyn Display) -> StoreError {
+        StoreError::ShutOut {
+            store: self.name.clone(),
+            detail: format!(
+                "{error}: the cluster has shut this host out (`ceph osd blocklist ls`), mostly since it was taken for lost; restart the daemon"
+            ),
+        }
+    }
+
     pub(super) fn io(&self, what: &str, image: &str, error: io::Error) -> StoreError {
-        if error.raw_os_error() == Some(libc::ETIMEDOUT) {
-            return self.late(PATIENCE);
+        match error.raw_os_error() {
+            Some(libc::ETIMEDOUT) => return self.late(PATIENCE),
+            // The kernel's client is on the cluster's blocklist.
+            Some(libc::ESHUTDOWN) => return self.blocklisted(&error),
+            _ => {}
         }
         StoreError::Io {
             what: format!("{what} {}/{image}", self.name),

@@ -229,6 +229,13 @@ impl Observer {
         self.turn = None;
     }
 
+    /// A host shows otherwise that it lives: its looks are counted anew.
+    pub fn lives(&mut self, host: &str) {
+        if let Some((_, looks)) = self.seen.get_mut(host) {
+            *looks = 0;
+        }
+    }
+
     /// Hosts that were not declared lost and have not counted on for so many looks, with their keys.
     pub fn silent(&self, looks: u32) -> impl Iterator<Item = (&str, &Beat)> {
         self.seen
@@ -1044,6 +1051,29 @@ mod tests {
             .map(|(flaw, _)| flaw)
             .collect();
         assert!(missed.is_empty(), "not found: {missed:?}");
+    }
+
+    /// A host whose daemon is stopped is silent for long; what it has mapped shows that it lives, but for half a minute at times.
+    #[test]
+    fn a_look_without_a_watcher_is_one_of_many() {
+        let beat = Beat {
+            process: "p".to_owned(),
+            count: 1,
+            lost: false,
+        };
+        let hosts = BTreeMap::from([("a".to_owned(), beat)]);
+        let mut observer = Observer::default();
+        let mut times = (0..).map(|number| BEAT * number);
+        let mut looks = |observer: &mut Observer, count: usize| {
+            for now in times.by_ref().take(count) {
+                observer.look(now, &hosts, None);
+            }
+            observer.silent(3).count()
+        };
+        assert_eq!(looks(&mut observer, 4), 1);
+        observer.lives("a");
+        assert_eq!(looks(&mut observer, 3), 0);
+        assert_eq!(looks(&mut observer, 1), 1);
     }
 
     #[test]

@@ -190,12 +190,22 @@ impl Shared {
         }
         for (host, beat) in silent {
             let index = self.view()?;
-            if self.is_watching(&index, &host)? {
-                debug!(
-                    host,
-                    "its daemon does not count on, and it has images mapped"
-                );
-                continue;
+            match self.is_watching(&index, &host) {
+                Ok(false) => {}
+                // A watch ends after half a minute without its host (`osd_client_watch_timeout`): that much is no loss.
+                Ok(true) => {
+                    debug!(
+                        host,
+                        "its daemon does not count on, and it has images mapped"
+                    );
+                    self.observer().lives(&host);
+                    continue;
+                }
+                Err(error) => {
+                    debug!(host, %error, "whether it has images mapped is not known");
+                    self.observer().lives(&host);
+                    continue;
+                }
             }
             let mut write = fleet::declare_lost(&index, &host, &beat, &self.me.host);
             let Some(mine) = mine() else {

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 
@@ -24,11 +25,14 @@ impl Shared {
         if maker.host != self.me.host || maker.process == self.me.process {
             return true;
         }
-        let Ok(file) = File::open(process_file(&self.run, &maker.process)) else {
-            return false;
-        };
-        let held = Flock::lock(file, FlockArg::LockSharedNonblock);
-        matches!(held, Err((_, Errno::EWOULDBLOCK)))
+        match File::open(process_file(&self.run, &maker.process)) {
+            Ok(file) => {
+                let held = Flock::lock(file, FlockArg::LockSharedNonblock);
+                matches!(held, Err((_, Errno::EWOULDBLOCK)))
+            }
+            // Where this process may open no more files, nothing is known.
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
     }
 
     /// Removes what nothing needs. What cannot be removed now is tried again at the next removal.

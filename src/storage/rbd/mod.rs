@@ -46,7 +46,7 @@ pub use self::report::Report;
 use self::volumes::as_listed;
 use crate::cache::names::{LvName, Tag};
 use crate::cache::spec::FsType;
-use crate::cache::tags::{DEFAULT, DOOMED, MAKING, SNAPSHOT};
+use crate::cache::tags::{DEFAULT, DOOMED, MAKING, PIN, SNAPSHOT};
 use crate::cache::units::Bytes;
 use crate::storage::hosts::{Fleet, Host, HostLv, Lost};
 use crate::storage::{Capacity, Listing, NewLv, Store, StoreError, Usage, Watch, private_dir};
@@ -437,7 +437,14 @@ impl Store for RbdStore {
             )));
         };
         let doomed = [DOOMED.parse().expect("is a tag")];
-        let work = |index: &Index| self.shared.tagged(index, lv, &doomed, &[]);
+        let work = |index: &Index| {
+            // By another host, since it was chosen.
+            let tags = &self.shared.get(index, lv)?.tags;
+            if tags.iter().any(|tag| tag == PIN) {
+                return Err(StoreError::Busy(lv.clone()));
+            }
+            self.shared.tagged(index, lv, &doomed, &[])
+        };
         match self.shared.change_in_turn(Some(&turn), work) {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
             Err(StoreError::Full { .. }) => Ok(false),

@@ -99,10 +99,9 @@ impl Shared {
                     > 1
                     || index.images.values().any(|image| image.parent == this);
                 let place = snapshots.iter().position(|(_, name)| *name == at);
-                if shared {
-                    0
-                } else {
-                    self.only_at(name, &opened, &snapshots, place.unwrap_or(0))?
+                match place {
+                    Some(place) if !shared => self.only_at(name, &opened, &snapshots, place)?,
+                    _ => 0,
                 }
             }
         };
