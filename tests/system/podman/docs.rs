@@ -13,23 +13,27 @@ pub const BODIES: &[Body] = &[
 
 fn as_documented(kind: Kind) {
     let host = Host::new(kind);
-    run(&host, "glance", "date > /cache/file");
+    run(&host, &block("glance"), "date > /cache/file");
     wait_until(|| host.entries_tagged(&["linux", "dc5e8c"]).len() == 1);
     host.podman.create("try", &["restore=linux"]);
-    run(&host, "annotation", "cat /cache/file");
+    run(&host, &block("annotation"), "cat /cache/file");
 }
 
 /// Types a block in, with a job for its IMAGE.
-fn run(host: &Host, name: &str, job: &str) {
+fn run(host: &Host, block: &str, job: &str) {
     let script = format!("{} sh -ec '{job}'", host.podman.image);
-    let block = block(name).replace("IMAGE make", &script);
+    let block = block.replace("IMAGE make", &script);
     type_in(&block.replace("IMAGE", &script));
 }
 
 fn job_volumes_as_documented(kind: Kind) {
     let host = Host::new(kind);
     let podman = &host.podman;
-    run(&host, "job-volume", "test -S /run/lvm-cache-friend/socket");
+    run(
+        &host,
+        &block("job-volume"),
+        "test -S /run/lvm-cache-friend/socket",
+    );
     let in_job = |script: &str| {
         let mut options = vec!["-v", "job1:/run/lvm-cache-friend:rslave"];
         // The image has neither ncat nor what it needs.
@@ -48,7 +52,7 @@ fn job_volumes_as_documented(kind: Kind) {
     podman.done(&["volume", "rm", "job1"]);
     run(
         &host,
-        "nested-volume",
+        &block("nested-volume"),
         "grep -q \" 131072$\" /proc/self/uid_map",
     );
 }
