@@ -147,10 +147,7 @@ fn start(fs: BorrowedFd<'_>, mut below: Option<Below>) -> io::Result<(UnixStream
 
 /// Waits until the helper has frozen the file system of `mounted`, or says why it has not.
 fn await_frozen(helper: &UnixStream, mounted: &Mounted) -> Result<(), String> {
-    let written = || {
-        let device = mounted.device_number().ok()?;
-        sectors_written(device).ok()
-    };
+    let written = || mounted.device_number().and_then(sectors_written).ok();
     let begun = Instant::now();
     let mut before = written();
     loop {

@@ -215,13 +215,11 @@ impl Worker {
 
     /// Returns when nothing is left of any slot, or can be done about it without Podman.
     pub async fn done(&self) {
-        loop {
-            {
-                let board = self.board();
-                if board.empty.union(&board.left).count() == board.slots {
-                    return;
-                }
-            }
+        let is_done = || {
+            let board = self.board();
+            board.empty.union(&board.left).count() == board.slots
+        };
+        while !is_done() {
             tokio::time::sleep(LOOK_FOR_END).await;
         }
     }

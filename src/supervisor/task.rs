@@ -84,13 +84,12 @@ impl Worker {
                     task.unsure = true;
                     task.complain(error.to_string());
                     let mut rest = trouble.with(&error);
-                    if !matches!(error, StepError::Podman(PodmanError::Away { .. })) {
-                        away = None;
-                    } else if away.get_or_insert_with(Instant::now).elapsed() >= AWAY && self.ends()
-                    {
-                        self.board().left.insert(number);
-                    }
+                    let is_away = matches!(error, StepError::Podman(PodmanError::Away { .. }));
+                    away = is_away.then(|| away.unwrap_or_else(Instant::now));
                     if self.ends() {
+                        if away.is_some_and(|since| since.elapsed() >= AWAY) {
+                            self.board().left.insert(number);
+                        }
                         rest = rest.min(AT_THE_END);
                     }
                     // Of what changes meanwhile, only the end cannot wait.

@@ -26,6 +26,7 @@ use nix::unistd::Pid;
 use crate::harness::{Group, Test, Tier, test, this_binary};
 use crate::store::{self, Ground, fill, holds};
 use crate::support::command::{outcome, run, sh};
+use crate::support::disks::load;
 use crate::support::lvm::{DISK, TestVg};
 use crate::support::{temp_dir, wait_until};
 
@@ -526,12 +527,8 @@ fn out_of_service() {
         features.len() + 1,
         features.join(" ")
     );
-    let load = |table: &str| {
-        sh(&format!(
-            "dmsetup suspend testvg-pool-tpool && dmsetup reload testvg-pool-tpool --table '{table}' && dmsetup resume testvg-pool-tpool"
-        ))
-    };
-    load(&read_only);
+    let pool = "testvg-pool-tpool";
+    load(pool, &read_only);
     for failed in [
         store.room().map(drop),
         store
@@ -547,7 +544,7 @@ fn out_of_service() {
         }
     }
     assert!(troubles(&store).contains("read-only"));
-    load(table);
+    load(pool, table);
     store.room().unwrap();
     assert_eq!(troubles(&store), "");
 }
@@ -572,15 +569,7 @@ fn leaked_blocks() {
     let below = words[3..].join(" ");
     // Reads, writes and flushes: the pool flushes before it commits.
     let slow = format!("0 {} delay {below} 0 {below} 3000 {below} 0", words[1]);
-    let load = |table: &str| {
-        sh(&format!(
-            "dmsetup load testvg-pool_tdata --table '{}'
-            dmsetup suspend --nolockfs testvg-pool_tdata
-            dmsetup resume testvg-pool_tdata",
-            table.trim()
-        ))
-    };
-    load(&slow);
+    load("testvg-pool_tdata", &slow);
     thread::scope(|scope| {
         let copied = scope.spawn(|| fill(&lease, 0, BLOCK, 2));
         thread::sleep(Duration::from_millis(500));
@@ -591,7 +580,7 @@ fn leaked_blocks() {
         assert!(!copied.is_finished(), "the guest was too slow");
         copied.join().unwrap();
     });
-    load(&data);
+    load("testvg-pool_tdata", data.trim());
     let metadata = table("tmeta");
     drop(store);
     sh(&format!(

@@ -29,6 +29,7 @@ use crate::harness::{Group, Test, Tier, test, this_binary};
 use crate::mounts::shut_down_now;
 use crate::store::{self, Ground};
 use crate::support::command::{run, sh};
+use crate::support::disks::load;
 use crate::support::lvm::DISK;
 use crate::support::reflink::ReflinkFs;
 use crate::support::wait_until;
@@ -403,11 +404,6 @@ fn frozen() {
 fn on_a_slow_disk() {
     const DEVICE: &str = "slow";
     const AT: &str = "/mnt/slow";
-    let load = |table: &str| {
-        run("dmsetup", ["suspend", DEVICE]);
-        run("dmsetup", ["load", DEVICE, "--table", table]);
-        run("dmsetup", ["resume", DEVICE]);
-    };
     run("modprobe", ["dm-delay"]);
     let sectors = run("blockdev", ["--getsz", DISK]);
     let sectors = sectors.trim();
@@ -423,7 +419,10 @@ fn on_a_slow_disk() {
     make(&device, FsType::Xfs).unwrap();
     let mounted = Mounted::device(&device, FsType::Xfs).unwrap();
 
-    load(&format!("0 {sectors} delay {DISK} 0 0 {DISK} 0 1000"));
+    load(
+        DEVICE,
+        &format!("0 {sectors} delay {DISK} 0 0 {DISK} 0 1000"),
+    );
     let over = AtomicBool::new(false);
     let made = thread::scope(|scope| {
         scope.spawn(|| {
@@ -440,7 +439,7 @@ fn on_a_slow_disk() {
         over.store(true, Ordering::Relaxed);
         made
     });
-    load(&quick);
+    load(DEVICE, &quick);
     made.unwrap();
     drop(mounted);
     drop(store);

@@ -17,6 +17,7 @@ use crate::powercut::job;
 use crate::support::command::run;
 use crate::support::content::{self, Content, Random};
 use crate::support::daemon::Daemon;
+use crate::support::disks;
 use crate::support::site::{Kind, Site};
 use crate::support::wait_until;
 
@@ -145,9 +146,7 @@ impl Under {
     }
 
     fn load(&self, table: &str) {
-        run("dmsetup", ["suspend", "--nolockfs", &self.name]);
-        run("dmsetup", ["load", &self.name, "--table", table]);
-        run("dmsetup", ["resume", &self.name]);
+        disks::load(&self.name, table);
     }
 
     /// The disk is as good as the others' again.

@@ -30,7 +30,8 @@ pub(super) type VgName = LvName;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Command {
     words: Vec<String>,
-    repairing: bool,
+    /// LVM's settings for it alone, which the shell is not to take over.
+    pub(super) settings: Option<&'static str>,
 }
 
 impl Command {
@@ -39,7 +40,7 @@ impl Command {
     pub(super) fn new(name: &'static str) -> Self {
         Self {
             words: vec![name.to_owned(), "--yes".to_owned()],
-            repairing: false,
+            settings: None,
         }
     }
 
@@ -107,28 +108,23 @@ impl Command {
 
     /// Has LVM's check of a pool put right what is harmless, instead of refusing the pool.
     pub(super) fn repairing(mut self) -> Self {
-        self.repairing = true;
+        self.settings = Some(REPAIRING);
         self
     }
 
-    /// LVM's settings that are its own, which the shell is not to take over.
-    pub(super) fn settings(&self) -> Option<&'static str> {
-        self.repairing.then_some(REPAIRING)
-    }
-
-    /// The line for the shell; `None` where it is more than the shell takes, or has [settings](Self::settings).
+    /// The line for the shell; `None` where it is more than the shell takes, or has settings of its own.
     pub(super) fn line(&self) -> Option<String> {
         debug_assert!(self.words.iter().all(|word| is_one_word(word)), "{self}");
         let line = self.words.join(" ") + "\n";
         let fits = self.words.len() <= SHELL_WORDS && line.len() <= SHELL_BYTES;
-        (fits && self.settings().is_none()).then_some(line)
+        (fits && self.settings.is_none()).then_some(line)
     }
 }
 
 impl Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.words.join(" "))?;
-        match self.settings() {
+        match self.settings {
             Some(settings) => write!(f, " --config={settings}"),
             None => Ok(()),
         }

@@ -320,7 +320,7 @@ impl Shell {
         deadline: Instant,
     ) -> Result<Option<Answer>, Failure> {
         let mut words = command.words().to_vec();
-        let own = command.settings().unwrap_or_default();
+        let own = command.settings.unwrap_or_default();
         words.push(format!("--config={WHOLE_LOG} {own}"));
         let process = self.spawn(&words, false)?;
         let mut process = match self.wait(process, deadline, |_| false)? {

@@ -190,22 +190,12 @@ impl Shared {
         }
         for (host, beat) in silent {
             let index = self.view()?;
-            match self.is_watching(&index, &host) {
-                Ok(false) => {}
+            let watching = self.is_watching(&index, &host);
+            if !matches!(watching, Ok(false)) {
+                debug!(host, ?watching, "its daemon does not count on");
                 // A watch ends after half a minute without its host (`osd_client_watch_timeout`): that much is no loss.
-                Ok(true) => {
-                    debug!(
-                        host,
-                        "its daemon does not count on, and it has images mapped"
-                    );
-                    self.observer().lives(&host);
-                    continue;
-                }
-                Err(error) => {
-                    debug!(host, %error, "whether it has images mapped is not known");
-                    self.observer().lives(&host);
-                    continue;
-                }
+                self.observer().lives(&host);
+                continue;
             }
             let mut write = fleet::declare_lost(&index, &host, &beat, &self.me.host);
             let Some(mine) = mine() else {

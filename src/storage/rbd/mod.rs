@@ -438,7 +438,7 @@ impl Store for RbdStore {
         };
         let doomed = [DOOMED.parse().expect("is a tag")];
         let work = |index: &Index| {
-            // By another host, since it was chosen.
+            // Another host may have pinned it since it was chosen.
             let tags = &self.shared.get(index, lv)?.tags;
             if tags.iter().any(|tag| tag == PIN) {
                 return Err(StoreError::Busy(lv.clone()));

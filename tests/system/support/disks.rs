@@ -68,6 +68,13 @@ impl Drop for LoopDevice {
     }
 }
 
+/// Gives a device-mapper device another table.
+pub fn load(device: &str, table: &str) {
+    run("dmsetup", ["suspend", "--nolockfs", device]);
+    run("dmsetup", ["load", device, "--table", table]);
+    run("dmsetup", ["resume", device]);
+}
+
 /// What `statvfs` says of the place.
 pub fn statvfs(at: &Path) -> io::Result<nix::sys::statvfs::Statvfs> {
     Ok(nix::sys::statvfs::statvfs(at)?)
