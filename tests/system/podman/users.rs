@@ -189,6 +189,13 @@ impl Rootless {
             home,
             binds: binds.to_vec(),
         };
+        // Of its own: what guests have for root, newer Podman takes for all users.
+        let storage = format!(
+            "[storage]\ndriver = \"vfs\"\nrunroot = {:?}\ngraphroot = {:?}\n",
+            all.home.join("run/containers"),
+            all.home.join("storage")
+        );
+        fs::write(all.home.join("storage.conf"), storage).unwrap();
         let image = all.home.join("image.tar");
         let image = image.to_str().unwrap();
         host.podman
@@ -212,7 +219,7 @@ impl Rootless {
             .env("HOME", &self.home)
             .env("XDG_RUNTIME_DIR", self.home.join("run"))
             .env("TMPDIR", self.home.join("tmp"))
-            .env("STORAGE_DRIVER", "vfs");
+            .env("CONTAINERS_STORAGE_CONF", self.home.join("storage.conf"));
         command
     }
 }
