@@ -4,6 +4,7 @@
 mod daemon;
 mod hosts;
 mod power;
+mod shut_out;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -39,7 +40,9 @@ pub fn tests() -> Vec<Test> {
         ("deep", deep),
         ("many_snapshots_of_one_image", many_snapshots),
     ];
-    let all = own.into_iter().chain(hosts::TESTS).chain(daemon::TESTS);
+    let all = (own.into_iter().chain(hosts::TESTS))
+        .chain(daemon::TESTS)
+        .chain(shut_out::TESTS);
     tests.extend(all.map(|(name, body)| test(tier, format!("rbd::{name}"), body)));
     tests.extend(power::tests());
     tests

@@ -28,7 +28,7 @@ impl Shared {
         let keys = self.keys(if joined { &wanted } else { &wanted[..1] })?;
         if joined {
             let found = fleet::hosts(&keys).remove(&self.me.host);
-            self.check_beat(found, &mut self.beat())?;
+            self.check_beat(found)?;
         }
         let value = keys.get(GENERATION);
         Ok(value
@@ -45,17 +45,25 @@ impl Shared {
 
     /// All keys of the index that begin so. What changes meanwhile may be in it or not.
     pub(super) fn pages(&self, prefix: &str) -> Result<Omap, StoreError> {
-        let mut keys = Omap::new();
+        let (mut keys, mut after) = (Omap::new(), String::new());
         loop {
-            let after = keys.last_key_value().map_or("", |(key, _)| key.as_str());
             let (page, more) = self
                 .pool
-                .page(INDEX, prefix, after, PAGE)
+                .page(INDEX, prefix, &after, PAGE)
                 .map_err(|error| self.failed(&error))?;
-            keys.extend(page);
             if !more {
+                keys.extend(page);
                 return Ok(keys);
             }
+            // Keys of ours are all ASCII: what else is there cannot be read behind.
+            let Some((last, _)) = page.last_key_value().filter(|(last, _)| last.is_ascii()) else {
+                return Err(StoreError::Unusable(format!(
+                    "{}: the index of the store has keys that are none of its own",
+                    self.name
+                )));
+            };
+            after.clone_from(last);
+            keys.extend(page);
         }
     }
 
@@ -140,7 +148,7 @@ impl Shared {
             let mut write = change.write(&index);
             let mut mine = self.beat().clone();
             if mine.as_ref().is_some_and(|mine| mine.lost) {
-                mine = Some(self.is_here(&mut self.beat())?);
+                mine = Some(self.is_here()?);
             }
             if let Some(mine) = &mine {
                 fleet::guard(&mut write, &self.me.host, mine);
@@ -157,7 +165,7 @@ impl Shared {
                 return Ok(result);
             }
             if mine.is_some() {
-                self.is_here(&mut self.beat())?;
+                self.is_here()?;
             }
             if let Some(turn) = turn {
                 self.check_turn(turn)?;

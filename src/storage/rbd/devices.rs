@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use super::ceph::PATIENCE;
 use super::fleet;
 use super::index::{Content, Volume};
 use super::kernel::Device;
@@ -89,6 +90,29 @@ impl Shared {
         Ok(left)
     }
 
+    /// Unmaps what is mapped, not in use, and cannot be read. A kernel's client that the cluster has shut out stays so as long as it has
+    /// anything mapped, and with it all that is mapped later. Only to be called before this process maps anything.
+    pub(super) fn unmap_dead(&self) -> Result<(), StoreError> {
+        let _lock = self.lock_maps()?;
+        let index = self.view()?;
+        for (image, device) in self.devices()? {
+            if !index.images.contains_key(&image) || device.mounted().is_some() || is_held(&device)
+            {
+                continue;
+            }
+            match device.is_readable(PATIENCE) {
+                Some(true) => {}
+                Some(false) => match self.kernel.unmap(&device) {
+                    Ok(true) => warn!(image, "unmapped: its device could not be read"),
+                    unmapped => debug!(image, ?unmapped, "its device cannot be read"),
+                },
+                // Nor would others be, and what is mapped may wait as long as it takes.
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
     /// Thaws what an earlier daemon of this host left frozen that was killed. Not while another one runs: it may be at a
     /// checkpoint.
     pub(super) fn thaw(&self) -> Result<(), StoreError> {
@@ -131,7 +155,7 @@ impl Shared {
             .map_err(|error| self.io("mapping", image, error))
     }
 
-    /// While this is held no process of this host maps anything.
+    /// While this is held no process of this host maps or unmaps anything.
     fn lock_maps(&self) -> Result<Flock<File>, StoreError> {
         let path = self.run.join(LOCK);
         File::options()
@@ -146,12 +170,15 @@ impl Shared {
 
     /// Has the device of an image go, where it has one.
     pub(super) fn unmap(&self, lv: &LvName, image: &str) -> Result<(), StoreError> {
+        // The kernel gives the number of a device that is gone to the next one.
+        let lock = self.lock_maps()?;
         let device = self.kernel.device(image);
         let unmapped = device.and_then(|device| match device {
             Some(device) if device.mounted().is_some() => Ok(false),
             Some(device) => self.kernel.unmap(&device),
             None => Ok(true),
         });
+        drop(lock);
         match unmapped {
             Ok(true) => Ok(()),
             Ok(false) => Err(StoreError::Busy(lv.clone())),

@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::ceph::{Omap, OmapWrite};
-use super::index::{Change, Index, Maker, Volume};
+use super::index::{Change, Index, Volume};
 use crate::cache::names::LvName;
 use crate::cache::tags::DOOMED;
 use crate::storage::hosts::{self, Lost};
@@ -286,21 +286,7 @@ pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWri
         }
     }
     // What it was making nobody makes: it may be garbage from this moment on, and what the host makes once it has joined again is not.
-    let is_its = |maker: &Option<Maker>| maker.as_ref().is_some_and(|maker| maker.host == lost);
-    for (name, image) in &index.images {
-        let mut given_up = image.clone();
-        if is_its(&image.maker) {
-            given_up.maker = None;
-        }
-        for snapshot in given_up.snapshots.values_mut() {
-            if is_its(&snapshot.maker) {
-                snapshot.maker = None;
-            }
-        }
-        if given_up != *image {
-            change.images.insert(name.clone(), Some(given_up));
-        }
-    }
+    change.images = index.given_up(|maker| maker.host != lost).images;
     let mut write = change.write(index);
     write.compare.insert(key(lost), json(beat));
     if left.is_empty() {

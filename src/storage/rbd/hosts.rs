@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use super::ceph::Omap;
 use super::fleet::{self, Beat, Observer};
+use super::images::look_for_garbage;
 use super::index::{Content, Index};
 use super::{LOOK, RbdStore, SEEN, Shared, io_failed};
 use crate::storage::StoreError;
@@ -62,8 +63,8 @@ fn hashed(machine_id: &str) -> Option<String> {
 
 impl RbdStore {
     /// Has this process be the host's daemon: from now on it counts on, other hosts see whether it does, and it sees whether
-    /// they do. What a host had that is lost becomes its own, to be removed. `true`: this host itself was declared lost since
-    /// its last daemon joined, and what that had is gone.
+    /// they do. What a host had that is lost becomes its own, to be removed. What is mapped here and cannot be read is unmapped.
+    /// `true`: this host itself was declared lost since its last daemon joined, and what that had is gone.
     ///
     /// Where the last daemon of this host's id is none that this machine has had since it booted, that is looked at for 20 s
     /// first: it may live on another machine.
@@ -89,6 +90,10 @@ impl RbdStore {
                 let joined = shared.joined();
                 fs::write(&joined, &shared.me.process).map_err(io_failed("writing", &joined))?;
                 *beat = Some(now);
+                drop(beat);
+                if let Err(error) = shared.unmap_dead() {
+                    warn!(%error, "whether what is mapped can be read is not known");
+                }
                 return Ok(was.is_some_and(|was| was.lost));
             }
         }
@@ -113,11 +118,12 @@ fn look_for_changes(store: &Weak<Shared>) {
                 away = false;
                 if seen.is_some_and(|seen| seen != now) {
                     store.tell(now);
+                    store.wake_collector();
                 }
                 seen = Some(now);
             }
-            // It has said so itself.
-            Err(StoreError::ShutOut { .. }) => {}
+            // That is said already.
+            Err(_) if store.beat().as_ref().is_some_and(|mine| mine.lost) => {}
             Err(error) if !away => {
                 away = true;
                 warn!(%error, "changes by other hosts are not seen");
@@ -144,13 +150,16 @@ fn look_at_hosts(store: &Weak<Shared>) {
 }
 
 impl Shared {
-    /// Begins to count on, and to look at the index and at other hosts.
+    /// Begins to count on, and to look at the index, at other hosts and for garbage.
     pub(super) fn start(self: &Arc<Self>) {
         self.tell(0);
         for work in [look_for_changes, look_at_hosts] {
             let store = Arc::downgrade(self);
             thread::spawn(move || work(&store));
         }
+        let store = Arc::downgrade(self);
+        let collector = thread::spawn(move || look_for_garbage(&store));
+        let _ = self.collector.set(collector.thread().clone());
     }
 
     pub(super) fn tell(&self, generation: u64) {
@@ -222,9 +231,9 @@ impl Shared {
             if volume.host.as_deref() != Some(host) {
                 continue;
             }
-            match (self.pool.look_at(image, None)).and_then(|image| image.is_watched()) {
-                Ok(true) => return Ok(true),
-                Ok(false) => {}
+            match (self.pool.look_at(image, None)).and_then(|image| image.watchers()) {
+                Ok(watchers) if watchers.is_empty() => {}
+                Ok(_) => return Ok(true),
                 Err(error) if error.errno == Errno::ENOENT => {}
                 Err(error) => return Err(self.failed(&error)),
             }
@@ -234,8 +243,7 @@ impl Shared {
 
     /// Shows other hosts that this one lives, where this process has joined and the host was not declared lost.
     fn count_on(&self) -> Result<(), StoreError> {
-        let mut beat = self.beat();
-        let Some(was) = beat.clone().filter(|was| !was.lost) else {
+        let Some(was) = self.beat().clone().filter(|was| !was.lost) else {
             return Ok(());
         };
         let next = Beat {
@@ -244,11 +252,11 @@ impl Shared {
         };
         let write = fleet::beat(&self.me.host, Some(&was), &next);
         if self.write(&write)? {
-            *beat = Some(next);
-            Ok(())
+            self.check_beat(Some(next))?;
         } else {
-            self.is_here(&mut beat).map(drop)
+            self.is_here()?;
         }
+        Ok(())
     }
 
     pub(super) fn host_keys(&self) -> Result<Omap, StoreError> {
@@ -323,28 +331,28 @@ impl Shared {
     ///
     /// # Errors
     /// Where it was declared lost, or another process of the host's has joined.
-    pub(super) fn is_here(&self, beat: &mut Option<Beat>) -> Result<Beat, StoreError> {
-        let found = self.own_key()?;
-        let found = self.check_beat(found, beat)?;
-        *beat = Some(found.clone());
-        Ok(found)
+    pub(super) fn is_here(&self) -> Result<Beat, StoreError> {
+        self.check_beat(self.own_key()?)
     }
 
-    /// Takes what was read of this host's key.
+    /// Takes what was read or written of this host's key.
     ///
     /// # Errors
-    /// As [`Shared::is_here`]; `beat` is lost from then on, and that is said once.
-    pub(super) fn check_beat(
-        &self,
-        found: Option<Beat>,
-        beat: &mut Option<Beat>,
-    ) -> Result<Beat, StoreError> {
+    /// As [`Shared::is_here`]; this host is lost from then on, and that is said once.
+    pub(super) fn check_beat(&self, found: Option<Beat>) -> Result<Beat, StoreError> {
+        let mut beat = self.beat();
         match found {
-            Some(found) if found.process == self.me.process && !found.lost => Ok(found),
+            Some(found) if found.process == self.me.process && !found.lost => {
+                // What was read may be older than what another thread has written since.
+                if let Some(known) = beat.as_mut().filter(|known| known.count < found.count) {
+                    known.count = found.count;
+                }
+                Ok(found)
+            }
             found => {
                 // One that had nothing has no key any more.
                 let error = self.shut_out(found.is_none_or(|found| found.lost));
-                if let Some(beat) = beat
+                if let Some(beat) = &mut *beat
                     && !std::mem::replace(&mut beat.lost, true)
                 {
                     error!(%error, "nothing is made or published here until the daemon is restarted");

@@ -2,30 +2,102 @@
 //! The images that volumes are in: announced before they are made, made free of their parents in time, and removed when nothing
 //! needs them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tracing::{debug, warn};
 
-use super::ceph::CephError;
+use super::ceph::{CephError, Image, PATIENCE};
+use super::fleet::BEAT;
 use super::index::{self, Change, Garbage, Index, Maker, SnapshotOf};
 use super::{DEEP, Shared, TOO_DEEP, process_file};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
+/// How long what others could not remove, or have begun to, is left to them.
+const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
+
+/// An operation that makes images or snapshots: what it has announced and no volume needs is garbage once this is gone.
+pub(super) struct Making<'a> {
+    shared: &'a Shared,
+    pub(super) me: Maker,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.shared.making().remove(&self.me.process);
+    }
+}
+
+/// Removes, for as long as the store is open, what this process has given up, what is left of this host's own images, and what
+/// others have left for long. Wakes where that is asked for, or the index has changed.
+pub(super) fn look_for_garbage(store: &Weak<Shared>) {
+    let mut seen = BTreeMap::new();
+    loop {
+        thread::park_timeout(BEAT);
+        let Some(store) = store.upgrade() else {
+            return;
+        };
+        let done = if store.gave_up.swap(false, Ordering::Relaxed) {
+            store.collect()
+        } else if store.beat().as_ref().is_some_and(|mine| !mine.lost) {
+            store.collect_left(&mut seen)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = done {
+            debug!(%error, "what nothing needs is not removed yet");
+        }
+    }
+}
+
 impl Shared {
-    /// Whether a process may still finish what it makes. Of other hosts' the answer is yes: what a host that is declared lost was
+    /// Makes something. Where that fails, what is half made of it is removed, behind the answer.
+    pub(super) fn make<T>(
+        &self,
+        work: impl FnOnce(&Making<'_>) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let making = self.begin();
+        let made = work(&making);
+        drop(making);
+        if made.is_err() {
+            self.collect_soon();
+        }
+        made
+    }
+
+    fn begin(&self) -> Making<'_> {
+        let number = self.operations.fetch_add(1, Ordering::Relaxed);
+        let me = Maker {
+            host: self.me.host.clone(),
+            process: format!("{}.{number}", self.me.process),
+        };
+        self.making().insert(me.process.clone());
+        Making { shared: self, me }
+    }
+
+    fn making(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.making.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what a maker makes may still be finished. Of other hosts' the answer is yes: what a host that is declared lost was
     /// making has no maker any more.
-    pub(super) fn may_finish(&self, maker: &Maker) -> bool {
-        if maker.host != self.me.host || maker.process == self.me.process {
+    fn may_finish(&self, maker: &Maker) -> bool {
+        if maker.host != self.me.host {
             return true;
         }
-        match File::open(process_file(&self.run, &maker.process)) {
+        let process = maker.process.split('.').next().unwrap_or_default();
+        if process == self.me.process {
+            return self.making().contains(&maker.process);
+        }
+        match File::open(process_file(&self.run, process)) {
             Ok(file) => {
                 let held = Flock::lock(file, FlockArg::LockSharedNonblock);
                 matches!(held, Err((_, Errno::EWOULDBLOCK)))
@@ -35,18 +107,59 @@ impl Shared {
         }
     }
 
-    /// Removes what nothing needs. What cannot be removed now is tried again at the next removal.
+    /// Has what nothing needs removed, by a thread of its own.
+    pub(super) fn collect_soon(&self) {
+        self.gave_up.store(true, Ordering::Relaxed);
+        self.wake_collector();
+    }
+
+    pub(super) fn wake_collector(&self) {
+        if let Some(collector) = self.collector.get() {
+            collector.unpark();
+        }
+    }
+
+    /// Removes what nothing needs. What cannot be removed now is tried again later.
     pub(super) fn collect(&self) -> Result<(), StoreError> {
+        self.collect_those(|_, _| true)
+    }
+
+    /// The same of what is of this host's own images, or was there at looks before, since when `seen` has.
+    fn collect_left(&self, seen: &mut BTreeMap<Garbage, Instant>) -> Result<(), StoreError> {
+        let index = self.view()?;
+        let garbage: BTreeSet<Garbage> = index.garbage().into_iter().collect();
+        seen.retain(|before, _| garbage.contains(before));
+        let now = Instant::now();
+        for new in garbage {
+            seen.entry(new).or_insert(now);
+        }
+        self.collect_those(|garbage, is_own| {
+            let since = seen.get(garbage);
+            is_own || since.is_some_and(|since| since.elapsed() > LEFT_TO_OTHERS)
+        })
+    }
+
+    /// Removes of what nothing needs what `which` says, told whether it is of an image that this host may be writing to. Nothing is
+    /// removed of an image that another host may be writing to: its lock would be needed, and where that host has not answered
+    /// for half a minute, librbd takes the lock and has the cluster shut it out. That host removes it itself.
+    fn collect_those(&self, which: impl Fn(&Garbage, bool) -> bool) -> Result<(), StoreError> {
         let _turn = self
             .collecting
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        self.give_up_the_dead()?;
         let mut first = Ok(());
         let mut in_vain = Vec::new();
         loop {
             let index = self.view()?;
-            let garbage = index.garbage(|maker| self.may_finish(maker));
-            let Some(next) = garbage.into_iter().find(|next| !in_vain.contains(next)) else {
+            let writers = index.writers();
+            let next = index.garbage().into_iter().find(|next| {
+                let writer = writers.get(next.image());
+                writer.is_none_or(|host| *host == self.me.host)
+                    && !in_vain.contains(next)
+                    && which(next, writer.is_some())
+            });
+            let Some(next) = next else {
                 return first;
             };
             if let Err(error) = self.remove_garbage(&index, &next) {
@@ -55,6 +168,11 @@ impl Shared {
                 in_vain.push(next);
             }
         }
+    }
+
+    /// Gives up what this host's operations were making that have ended.
+    fn give_up_the_dead(&self) -> Result<(), StoreError> {
+        self.change(|index| Ok((index.given_up(|maker| self.may_finish(maker)), ())))
     }
 
     pub(super) fn remove_garbage(
@@ -68,11 +186,8 @@ impl Shared {
         };
         match garbage {
             Garbage::Snapshot(SnapshotOf { image, snapshot }) => {
-                let removed = self
-                    .pool
-                    .image(image)
-                    .and_then(|image| image.remove_snapshot(snapshot));
-                gone(removed)?;
+                let opened = self.open_watched(image);
+                gone(opened.and_then(|image| image.remove_snapshot(snapshot)))?;
                 self.change_image(image, |image| _ = image.snapshots.remove(snapshot))
             }
             Garbage::Image(image) => {
@@ -112,44 +227,28 @@ impl Shared {
         })
     }
 
-    /// After a failure: what this process was to make is made no more.
-    pub(super) fn give_up(&self, image: &str, snapshot: Option<&str>) {
-        let given_up = self.change_image(image, |image| match snapshot {
-            None => image.maker = None,
-            Some(snapshot) => {
-                if let Some(snapshot) = image.snapshots.get_mut(snapshot) {
-                    snapshot.maker = None;
-                }
-            }
-        });
-        // Where garbage is collected already, a request does not wait for that.
-        let is_free = self.collecting.try_lock().is_ok();
-        let collected = given_up.and_then(|()| if is_free { self.collect() } else { Ok(()) });
-        if let Err(error) = collected {
-            warn!(image, %error, "what was half made is left until this process ends");
-        }
-    }
-
     /// Announces an image for `volume`, a clone of `parent` or an empty one, and makes it.
     pub(super) fn make_image(
         &self,
         volume: &LvName,
         parent: Option<&SnapshotOf>,
         size: u64,
+        making: &Making<'_>,
     ) -> Result<String, StoreError> {
-        let name = self.change(|index| {
-            if !parent.is_none_or(|parent| index.keeps(parent, &self.me)) {
+        let (name, depth) = self.change(|index| {
+            if !parent.is_none_or(|parent| index.keeps(parent, &making.me)) {
                 return Err(StoreError::NotFound(volume.clone()));
             }
             let name = index.fresh_name(volume);
             let image = index::Image {
-                maker: Some(self.me.clone()),
+                maker: Some(making.me.clone()),
                 parent: parent.cloned(),
                 snapshots: BTreeMap::new(),
             };
             let mut change = Change::default();
             change.images.insert(name.clone(), Some(image));
-            Ok((change, name))
+            let depth = parent.map_or(0, |parent| index.depth(&parent.image) + 1);
+            Ok((change, (name, depth)))
         })?;
         let made = match parent {
             Some(parent) => self
@@ -157,21 +256,23 @@ impl Shared {
                 .clone_image(&parent.image, &parent.snapshot, &name),
             None => self.pool.create_image(&name, size),
         };
-        if let Err(error) = made {
-            self.give_up(&name, None);
-            return Err(self.failed(&error));
+        made.map_err(|error| self.failed(&error))?;
+        if depth > TOO_DEEP {
+            // Its parent could not be made shallow: another host is writing to that.
+            self.flatten(&name)?;
         }
         Ok(name)
     }
 
-    /// Has an image have all that it holds itself, in the background where it is not too deep to be cloned once more.
+    /// Has an image have all that it holds itself, in the background where it is not too deep to be cloned once more. Not one that
+    /// another host may be writing to, for the reason that is told at [`Shared::collect_those`].
     pub(super) fn keep_shallow(
         self: &Arc<Self>,
         index: &Index,
         image: &str,
     ) -> Result<(), StoreError> {
         let depth = index.depth(image);
-        if depth < DEEP {
+        if depth < DEEP || self.is_anothers(index, image) {
             return Ok(());
         }
         // One at a time: it is the cluster's bandwidth.
@@ -207,9 +308,15 @@ impl Shared {
         Ok(())
     }
 
+    /// Whether another host may be writing to an image.
+    fn is_anothers(&self, index: &Index, image: &str) -> bool {
+        let writers = index.writers();
+        writers.get(image).is_some_and(|host| *host != self.me.host)
+    }
+
     /// Copies to an image what it has from its parents, also for its snapshots.
     pub(super) fn flatten(&self, image: &str) -> Result<(), StoreError> {
-        match self.pool.image(image).and_then(|image| image.flatten()) {
+        match self.open_watched(image).and_then(|image| image.flatten()) {
             Ok(()) => {}
             // Another host was quicker; or it is gone.
             Err(error) if matches!(error.errno, Errno::EINVAL | Errno::ENOENT) => {}
@@ -217,6 +324,31 @@ impl Shared {
         }
         self.change_image(image, |image| image.parent = None)?;
         // What only it needed.
-        self.collect()
+        self.collect_soon();
+        Ok(())
+    }
+
+    /// An image, to change it. Where it is mapped here, not before the kernel's client watches it: after half a minute without the
+    /// cluster it does so no more until a moment after that is back, and librbd would take it for gone and have it shut out.
+    ///
+    /// # Errors
+    /// ETIMEDOUT where it does not for too long; or what is answered.
+    pub(super) fn open_watched(&self, image: &str) -> Result<Image<'_>, CephError> {
+        let opened = self.pool.image(image)?;
+        let device = self.kernel.device(image).ok().flatten();
+        let Some(client) = device.and_then(|device| device.client()) else {
+            return Ok(opened);
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !opened.watchers()?.contains(&client) {
+            if Instant::now() >= deadline {
+                return Err(CephError {
+                    what: format!("{image}: its device has no connection to the cluster"),
+                    errno: Errno::ETIMEDOUT,
+                });
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(opened)
     }
 }

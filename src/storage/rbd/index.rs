@@ -34,12 +34,12 @@ const VOLUME: &str = "volume/";
 /// How much of a volume's name its image's has: librbd takes 96 bytes in all.
 const NAME_PART: usize = 64;
 
-/// A process that makes something, until it is made: what it leaves unfinished is garbage once it is gone.
+/// What makes something, until it is made: what it leaves unfinished is garbage once it has ended.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Maker {
     /// Its host.
     pub host: String,
-    /// Which of the host's processes, ever.
+    /// Which of the host's processes, ever, and which of that one's operations: `PROCESS.NUMBER`.
     pub process: String,
 }
 
@@ -55,7 +55,7 @@ pub struct SnapshotOf {
 /// What an image was cloned from, and what there is of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
-    /// The process that makes it; `None` once it is a volume's.
+    /// What makes it; `None` once it is a volume's.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub maker: Option<Maker>,
     /// What it is a clone of, until it was flattened.
@@ -71,7 +71,7 @@ pub struct Image {
 pub struct Snapshot {
     /// The generation that it was asked for in: later ones are of later content.
     pub at: u64,
-    /// The process that takes it; `None` once a volume needed it.
+    /// What takes it; `None` once a volume needed it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub maker: Option<Maker>,
 }
@@ -210,6 +210,17 @@ pub enum Garbage {
     Image(String),
 }
 
+impl Garbage {
+    /// The image that it is, or is of.
+    #[must_use]
+    pub fn image(&self) -> &str {
+        match self {
+            Self::Snapshot(of) => &of.image,
+            Self::Image(image) => image,
+        }
+    }
+}
+
 /// All of it, in one generation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Index {
@@ -298,11 +309,46 @@ impl Index {
             || parents.any(|parent| parent.as_ref() == Some(snapshot))
     }
 
-    /// What nothing needs, in the order in which it can be removed; what depends on that is told once it is gone. `alive`
-    /// says whether a process may still finish what it makes.
+    /// Gives up what is being made by nothing that `lives`, so that it may be garbage. What such a maker had under way to finish
+    /// it is refused once this is done.
     #[must_use]
-    pub fn garbage(&self, alive: impl Fn(&Maker) -> bool) -> Vec<Garbage> {
-        let making = |maker: &Option<Maker>| maker.as_ref().is_some_and(&alive);
+    pub fn given_up(&self, lives: impl Fn(&Maker) -> bool) -> Change {
+        let mut change = Change::default();
+        for (name, image) in &self.images {
+            let mut given_up = image.clone();
+            let makers = (given_up.snapshots.values_mut())
+                .map(|snapshot| &mut snapshot.maker)
+                .chain([&mut given_up.maker]);
+            for maker in makers {
+                maker.take_if(|maker| !lives(maker));
+            }
+            if given_up != *image {
+                change.images.insert(name.clone(), Some(given_up));
+            }
+        }
+        change
+    }
+
+    /// Which host may be writing to which image.
+    #[must_use]
+    pub fn writers(&self) -> BTreeMap<&str, &str> {
+        let volumes = self.volumes.values();
+        volumes
+            .filter_map(|volume| match (&volume.content, &volume.host) {
+                (
+                    Content::Own {
+                        image, live: true, ..
+                    },
+                    Some(host),
+                ) => Some((image.as_str(), host.as_str())),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// What nothing needs or makes, in the order in which it can be removed; what depends on that is told once it is gone.
+    #[must_use]
+    pub fn garbage(&self) -> Vec<Garbage> {
         let heads: BTreeSet<&str> = self
             .volumes
             .values()
@@ -331,11 +377,11 @@ impl Index {
                         image: name.clone(),
                         snapshot: (*snapshot).clone(),
                     };
-                    !needed.contains(&of) && !making(&kept.maker)
+                    kept.maker.is_none() && !needed.contains(&of)
                 })
                 .map(|(snapshot, _)| snapshot)
                 .collect();
-            let head = heads.contains(name.as_str()) || making(&image.maker);
+            let head = image.maker.is_some() || heads.contains(name.as_str());
             garbage.extend(useless.iter().map(|snapshot| {
                 Garbage::Snapshot(SnapshotOf {
                     image: name.clone(),
@@ -478,7 +524,7 @@ mod tests {
             .volumes
             .insert(name("entry"), volume(Content::At(of("lease", "entry"))));
         index.volumes.insert(name("copy"), volume(own("copy")));
-        let garbage = |index: &Index| index.garbage(|_| false);
+        let garbage = Index::garbage;
         assert_eq!(garbage(&index), [Garbage::Snapshot(of("lease", "old"))]);
         index
             .images
@@ -515,14 +561,39 @@ mod tests {
         shot.snapshots.get_mut("s").unwrap().maker = Some(maker("p"));
         index.images.insert("j".into(), shot);
         index.volumes.insert(name("j"), volume(own("j")));
-        assert_eq!(index.garbage(|_| true), []);
+        assert_eq!(index.garbage(), []);
+        assert!(index.given_up(|maker| maker.process == "p").is_empty());
+        let mut without = index.clone();
+        without.apply(&index.given_up(|maker| maker.process == "q"));
         assert_eq!(
-            index.garbage(|maker| maker.process == "q"),
+            without.garbage(),
             [Garbage::Image("i".into()), Garbage::Snapshot(of("j", "s"))]
         );
         // Its volume may be removed meanwhile.
         index.volumes.clear();
-        assert_eq!(index.garbage(|maker| maker.process == "p"), []);
+        assert_eq!(index.garbage(), []);
+    }
+
+    #[test]
+    fn who_may_be_writing() {
+        let mut index = Index::default();
+        for (image, host, live) in [
+            ("a", Some("me"), true),
+            ("b", Some("other"), true),
+            ("c", Some("other"), false),
+            ("d", None, true),
+        ] {
+            let mut of = volume(own(image));
+            of.host = host.map(str::to_owned);
+            if let Content::Own { live: is_live, .. } = &mut of.content {
+                *is_live = live;
+            }
+            index.volumes.insert(name(image), of);
+        }
+        assert_eq!(
+            index.writers(),
+            BTreeMap::from([("a", "me"), ("b", "other")])
+        );
     }
 
     #[test]
@@ -619,7 +690,8 @@ mod tests {
                         change.volumes.insert(gone, None);
                     }
                     Step::Collect(number) => {
-                        let garbage = index.garbage(|_| false);
+                        index.apply(&index.given_up(|_| false));
+                        let garbage = index.garbage();
                         if garbage.is_empty() { continue }
                         remove(&index, &garbage[number % garbage.len()], &mut change);
                     }
@@ -631,7 +703,8 @@ mod tests {
             let mut change = Change::default();
             change.volumes.extend(all.into_iter().map(|name| (name, None)));
             index.apply(&change);
-            while let Some(next) = index.garbage(|_| false).first() {
+            index.apply(&index.given_up(|_| false));
+            while let Some(next) = index.garbage().first() {
                 let mut change = Change::default();
                 remove(&index, next, &mut change);
                 index.apply(&change);

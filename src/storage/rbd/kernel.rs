@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,6 +80,14 @@ impl Device {
         Path::new("/dev").join(self.name())
     }
 
+    /// The number that the cluster gave the kernel's client that has it.
+    #[must_use]
+    pub fn client(&self) -> Option<i64> {
+        let file = Path::new(BUS).join(format!("devices/{}/client_id", self.id));
+        let text = fs::read_to_string(file).ok()?;
+        text.trim().strip_prefix("client")?.parse().ok()
+    }
+
     /// As which file system it is mounted.
     #[must_use]
     pub fn mounted(&self) -> Option<FsType> {
@@ -101,6 +111,16 @@ impl Device {
     /// What the kernel says.
     pub fn flush(&self) -> io::Result<()> {
         File::open(self.path())?.sync_all()
+    }
+
+    /// Whether the cluster lets it be read; `None`: that is not known in time.
+    #[must_use]
+    pub fn is_readable(&self, patience: Duration) -> Option<bool> {
+        let path = self.path();
+        let (done, answer) = mpsc::channel();
+        // It waits as long as it takes.
+        thread::spawn(move || done.send(read_directly(&path).is_ok()));
+        answer.recv_timeout(patience).ok()
     }
 
     fn name(&self) -> String {
@@ -283,6 +303,17 @@ impl Kernel {
             self.pool
         ))
     }
+}
+
+/// Reads the beginning of a device, past the page cache.
+fn read_directly(device: &Path) -> io::Result<()> {
+    #[repr(align(4096))]
+    struct Block([u8; 4096]);
+    let device = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(device)?;
+    device.read_exact_at(&mut Block([0; 4096]).0, 0)
 }
 
 /// What is needed and is not among the features that the kernel says it knows, as a hexadecimal number; before Linux 4.11 it

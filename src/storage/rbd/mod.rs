@@ -29,8 +29,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -154,6 +155,13 @@ struct Shared {
     known: Mutex<Arc<Index>>,
     /// Whose turn it is to remove what nothing needs, among this process's threads.
     collecting: Mutex<()>,
+    /// The thread that does so by itself.
+    collector: OnceLock<Thread>,
+    /// It has something to remove that this process gave up.
+    gave_up: AtomicBool,
+    /// How many operations were begun, and those that have not ended: see [`Maker`].
+    operations: AtomicU64,
+    making: Mutex<BTreeSet<String>>,
     /// This host's key, once it has joined.
     beat: Mutex<Option<Beat>>,
     /// What this process has seen of other hosts.
@@ -335,6 +343,10 @@ impl RbdStore {
                 run,
                 known: Mutex::default(),
                 collecting: Mutex::default(),
+                collector: OnceLock::new(),
+                gave_up: AtomicBool::new(false),
+                operations: AtomicU64::new(0),
+                making: Mutex::default(),
                 beat: Mutex::default(),
                 observer: Mutex::default(),
                 turn: Mutex::default(),
@@ -351,6 +363,8 @@ impl RbdStore {
 impl Drop for Shared {
     fn drop(&mut self) {
         let _ = fs::remove_file(process_file(&self.run, &self.me.process));
+        // It sees that the store is closed.
+        self.wake_collector();
     }
 }
 
@@ -514,17 +528,17 @@ impl Store for RbdStore {
         }
         shared.check_room()?;
         let size = size.round_up(GRAIN).0;
-        let image = shared.make_image(&new.name, None, size)?;
-        let content = Content::Own {
-            image,
-            same: None,
-            active: 0,
-            live: new.active,
-        };
-        if let Err(error) = shared.appear(new, size, None, &content) {
-            shared.give_up(content.image(), None);
-            return Err(error);
-        }
+        let content = shared.make(|making| {
+            let image = shared.make_image(&new.name, None, size, making)?;
+            let content = Content::Own {
+                image,
+                same: None,
+                active: 0,
+                live: new.active,
+            };
+            shared.appear(new, size, None, &content, making)?;
+            Ok(content)
+        })?;
         shared.ready(new, &content)
     }
 
@@ -549,7 +563,7 @@ impl Store for RbdStore {
         let size = size.round_up(GRAIN).0;
         if size > shared.volume(lv)?.size {
             let image = shared.own_image(lv, false)?;
-            let resized = shared.pool.image(&image).and_then(|opened| {
+            let resized = shared.open_watched(&image).and_then(|opened| {
                 // Where another process was quicker it may be longer by now.
                 if size > opened.size()? {
                     opened.resize(size)
@@ -592,11 +606,16 @@ impl Store for RbdStore {
     }
 
     fn hold(&self, lv: &LvName) -> Result<File, StoreError> {
-        let device = self.activate(lv)?;
-        let file = File::open(&device).map_err(io_failed("opening", &device))?;
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)
-            .map_err(|error| io_failed("locking", &device)(error.into()))?;
-        Ok(file)
+        loop {
+            let device = self.activate(lv)?;
+            let file = File::open(&device).map_err(io_failed("opening", &device))?;
+            rustix::fs::flock(&file, FlockOperation::LockExclusive)
+                .map_err(|error| io_failed("locking", &device)(error.into()))?;
+            // Before it was open it may have been unmapped, and the kernel gives its number to the next one.
+            if self.activate(lv)? == device {
+                return Ok(file);
+            }
+        }
     }
 
     fn watch(&self) -> Watch {

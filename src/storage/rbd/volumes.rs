@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::devices::is_held;
+use super::images::Making;
 use super::index::{Change, Content, Index, Origin, Snapshot, SnapshotOf, Volume};
 use super::kernel::Device;
 use super::{MANY_SNAPSHOTS, MOST_SNAPSHOTS, MOST_WHILE_MOUNTED, Shared};
@@ -90,43 +91,29 @@ impl Shared {
             return Err(StoreError::Exists(new.name.clone()));
         }
         self.check_room()?;
-        let source = self.source(origin, &new.name)?;
-        if let Err(error) = self.keep_shallow(&index, &source.at.image) {
-            if source.taken.is_some() {
-                self.give_up(&source.at.image, Some(&source.at.snapshot));
-            }
-            return Err(error);
-        }
-        let content = if new.active {
-            self.make_image(&new.name, Some(&source.at), source.size)
-                .map(|image| Content::Own {
-                    image,
+        let made = self.make(|making| {
+            let source = self.source(origin, &new.name, making)?;
+            self.keep_shallow(&index, &source.at.image)?;
+            let content = if new.active {
+                Content::Own {
+                    image: self.make_image(&new.name, Some(&source.at), source.size, making)?,
                     same: None,
                     active: 0,
                     live: true,
-                })
-        } else {
-            Ok(Content::At(source.at.clone()))
-        };
-        let made = content.and_then(|content| {
-            let appeared = self.appear(new, source.size, Some(&source), &content);
-            if let (Err(_), Content::Own { image, .. }) = (&appeared, &content) {
-                self.give_up(image, None);
-            }
-            appeared.map(|()| content)
+                }
+            } else {
+                Content::At(source.at.clone())
+            };
+            self.appear(new, source.size, Some(&source), &content, making)?;
+            Ok(content)
         });
         match made {
             Ok(content) => self.ready(new, &content),
-            Err(error) => {
-                if source.taken.is_some() {
-                    self.give_up(&source.at.image, Some(&source.at.snapshot));
-                }
-                // Another host may have removed it meanwhile: then that is what the caller is to know, to choose another.
-                match self.volume(origin) {
-                    Err(gone @ StoreError::NotFound(_)) => Err(gone),
-                    _ => Err(error),
-                }
-            }
+            // Another host may have removed it meanwhile: then that is what the caller is to know, to choose another.
+            Err(error) => match self.volume(origin) {
+                Err(gone @ StoreError::NotFound(_)) => Err(gone),
+                _ => Err(error),
+            },
         }
     }
 
@@ -137,6 +124,7 @@ impl Shared {
         size: u64,
         source: Option<&Source>,
         content: &Content,
+        making: &Making<'_>,
     ) -> Result<(), StoreError> {
         self.change(|index| {
             if index.volumes.contains_key(&new.name) {
@@ -165,7 +153,7 @@ impl Shared {
                 change.images.insert(image.clone(), Some(made));
             }
             if let Content::At(at) = &content
-                && !index.keeps(at, &self.me)
+                && !index.keeps(at, &making.me)
             {
                 // Its last volume was removed meanwhile, by any host.
                 return Err(StoreError::NotFound(new.name.clone()));
@@ -228,7 +216,12 @@ impl Shared {
     }
 
     /// A snapshot that holds what `origin` holds now, for a volume `new`: one that there is, or one that is taken.
-    pub(super) fn source(&self, origin: &LvName, new: &LvName) -> Result<Source, StoreError> {
+    pub(super) fn source(
+        &self,
+        origin: &LvName,
+        new: &LvName,
+        making: &Making<'_>,
+    ) -> Result<Source, StoreError> {
         let volume = self.volume(origin)?;
         let from = |volume: &Volume| Origin {
             name: origin.to_string(),
@@ -243,8 +236,9 @@ impl Shared {
             });
         }
         let image = volume.content.image().to_owned();
-        // How long that takes a job decides.
-        let frozen = self.freeze(origin, &image)?;
+        let device = self.kernel.device(&image);
+        let device = device.map_err(|error| self.io("looking for", &image, error))?;
+        let is_mounted = device.is_some_and(|device| device.mounted().is_some());
         let (source, name) = self.change(|index| {
             let volume = self.get(index, origin)?;
             let (
@@ -262,7 +256,7 @@ impl Shared {
             if *now != image {
                 return Err(StoreError::NotFound(origin.clone()));
             }
-            let most = if frozen.is_some() {
+            let most = if is_mounted {
                 MOST_WHILE_MOUNTED
             } else {
                 MOST_SNAPSHOTS
@@ -279,7 +273,7 @@ impl Shared {
                 name.clone(),
                 Snapshot {
                     at: index.generation + 1,
-                    maker: Some(self.me.clone()),
+                    maker: Some(making.me.clone()),
                 },
             );
             let mut change = Change::default();
@@ -295,15 +289,13 @@ impl Shared {
             };
             Ok((change, (source, name)))
         })?;
-        let taken = self
-            .pool
-            .image(&image)
-            .and_then(|image| image.snapshot(&name));
+        let failed = |error| self.failed(&error);
+        let opened = self.open_watched(&image).map_err(failed)?;
+        // Now, so that it stands still for the snapshot alone.
+        let frozen = self.freeze(origin, &image)?;
+        let taken = opened.snapshot(&name);
         drop(frozen);
-        if let Err(error) = taken {
-            self.give_up(&image, Some(&name));
-            return Err(self.failed(&error));
-        }
+        taken.map_err(failed)?;
         Ok(source)
     }
 
@@ -347,26 +339,24 @@ impl Shared {
             Err(StoreError::Busy(_)) => return Ok(false),
             done => done?,
         }
-        let source = self.source(lv, lv)?;
-        let left = self.change(|index| {
-            let mut change = Change::default();
-            self.settle_source(index, &source, &mut change);
-            // Which has noted that it holds the same.
-            let mut volume = match change.volumes.remove(lv) {
-                Some(Some(settled)) => settled,
-                _ => self.get(index, lv)?.clone(),
-            };
-            let same = volume.content.snapshot().as_ref() == Some(&source.at);
-            if same {
-                volume.content = Content::At(source.at.clone());
-                change.volumes.insert(lv.clone(), Some(volume));
-            }
-            Ok((change, same))
-        });
-        if !matches!(left, Ok(true)) && source.taken.is_some() {
-            self.give_up(&source.at.image, Some(&source.at.snapshot));
-        }
-        left
+        self.make(|making| {
+            let source = self.source(lv, lv, making)?;
+            self.change(|index| {
+                let mut change = Change::default();
+                self.settle_source(index, &source, &mut change);
+                // Which has noted that it holds the same.
+                let mut volume = match change.volumes.remove(lv) {
+                    Some(Some(settled)) => settled,
+                    _ => self.get(index, lv)?.clone(),
+                };
+                let same = volume.content.snapshot().as_ref() == Some(&source.at);
+                if same {
+                    volume.content = Content::At(source.at.clone());
+                    change.volumes.insert(lv.clone(), Some(volume));
+                }
+                Ok((change, same))
+            })
+        })
     }
 
     /// The image of a volume, which becomes one where it is a snapshot. With `live`, its content may change from now on.
@@ -412,41 +402,48 @@ impl Shared {
                         return Ok(image.clone());
                     }
                 }
-                Content::At(at) => {
-                    let image = self.make_image(lv, Some(at), volume.size)?;
-                    let taken = self.change(|index| {
-                        let mut change = Change::default();
-                        let (Some(volume), Some(made)) =
-                            (index.volumes.get(lv), index.images.get(&image))
-                        else {
-                            return Ok((change, false));
-                        };
-                        if volume.content != Content::At(at.clone()) {
-                            return Ok((change, false));
-                        }
-                        let (mut volume, mut made) = (volume.clone(), made.clone());
-                        made.maker = None;
-                        volume.content = Content::Own {
-                            image: image.clone(),
-                            same: None,
-                            active: if live { index.generation + 1 } else { 0 },
-                            live,
-                        };
-                        change.images.insert(image.clone(), Some(made));
-                        change.volumes.insert(lv.clone(), Some(volume));
-                        Ok((change, true))
-                    });
-                    match taken {
-                        Ok(true) => return Ok(image),
-                        Ok(false) => self.give_up(&image, None),
-                        Err(error) => {
-                            self.give_up(&image, None);
-                            return Err(error);
-                        }
-                    }
-                }
+                Content::At(at) => match self.cloned(lv, at, volume.size, live)? {
+                    Some(image) => return Ok(image),
+                    // It was used, or removed, meanwhile.
+                    None => self.collect_soon(),
+                },
             }
         }
+    }
+
+    /// Has a volume that is a snapshot be a clone of that; `None`: it is not that snapshot any more.
+    fn cloned(
+        &self,
+        lv: &LvName,
+        at: &SnapshotOf,
+        size: u64,
+        live: bool,
+    ) -> Result<Option<String>, StoreError> {
+        self.make(|making| {
+            let image = self.make_image(lv, Some(at), size, making)?;
+            let taken = self.change(|index| {
+                let mut change = Change::default();
+                let (Some(volume), Some(made)) = (index.volumes.get(lv), index.images.get(&image))
+                else {
+                    return Ok((change, false));
+                };
+                if volume.content != Content::At(at.clone()) {
+                    return Ok((change, false));
+                }
+                let (mut volume, mut made) = (volume.clone(), made.clone());
+                made.maker = None;
+                volume.content = Content::Own {
+                    image: image.clone(),
+                    same: None,
+                    active: if live { index.generation + 1 } else { 0 },
+                    live,
+                };
+                change.images.insert(image.clone(), Some(made));
+                change.volumes.insert(lv.clone(), Some(volume));
+                Ok((change, true))
+            })?;
+            Ok(taken.then_some(image))
+        })
     }
 
     /// Makes the device of a new volume, or has there be no such volume.
@@ -461,8 +458,11 @@ impl Shared {
         match self.map(content.image()) {
             Ok(path) => Ok(Some(path)),
             Err(error) => {
-                if let Err(error) = self.take_away(&new.name) {
-                    warn!(lv = %new.name, %error, "a volume that could not be made whole is left");
+                match self.forget(&new.name) {
+                    Ok(()) => self.collect_soon(),
+                    Err(error) => {
+                        warn!(lv = %new.name, %error, "a volume that could not be made whole is left");
+                    }
                 }
                 Err(error)
             }
@@ -471,17 +471,22 @@ impl Shared {
 
     /// Takes a volume out of the index, and removes what nothing needs then.
     pub(super) fn take_away(&self, lv: &LvName) -> Result<(), StoreError> {
+        self.forget(lv)?;
+        if let Err(error) = self.collect() {
+            // The volume is gone; what it held is tried again.
+            warn!(%lv, %error, "what a removed volume held is not freed yet");
+        }
+        Ok(())
+    }
+
+    /// Takes a volume out of the index.
+    fn forget(&self, lv: &LvName) -> Result<(), StoreError> {
         self.change(|index| {
             let mut change = Change::default();
             if index.volumes.contains_key(lv) {
                 change.volumes.insert(lv.clone(), None);
             }
             Ok((change, ()))
-        })?;
-        if let Err(error) = self.collect() {
-            // The volume is gone; what it held is tried again.
-            warn!(%lv, %error, "what a removed volume held is not freed yet");
-        }
-        Ok(())
+        })
     }
 }

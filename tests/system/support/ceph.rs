@@ -89,6 +89,12 @@ pub fn clear(base: Option<Bytes>) {
         return;
     }
     for host in hosts(base) {
+        // No daemon of an earlier test lives, whatever runtime directory it had.
+        let joined = OmapWrite {
+            remove: vec![format!("host/{host}")],
+            ..OmapWrite::default()
+        };
+        assert!(pool().write(INDEX, &joined).unwrap());
         let store = RbdStore::open(&place(), &host, Path::new(RUN)).unwrap();
         for lv in store.list().unwrap().lvs {
             if Role::from_tags(&lv.tags) != Role::Base || Some(lv.size) != base {
@@ -214,6 +220,46 @@ pub fn image_of(volume: &Value) -> (&str, Option<&str>) {
     }
 }
 
+/// The cluster's clients that are the store's user: the number that it gave each, as the kernel shows its own, and the address.
+pub fn clients() -> BTreeMap<String, String> {
+    let said = run("ceph", ["daemon", "mon.a", "sessions"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let sessions = said.as_array().unwrap().iter();
+    sessions
+        .filter(|session| session["entity_name"] == format!("client.{USER}"))
+        .map(|session| {
+            let address = &session["addrs"]["addrvec"][0];
+            let ip_and_port = address["addr"].as_str().unwrap();
+            let address = format!("{ip_and_port}/{}", address["nonce"]);
+            (format!("client{}", session["global_id"]), address)
+        })
+        .collect()
+}
+
+/// The number of this machine's kernel's client, where it has anything mapped.
+pub fn kernel() -> Option<String> {
+    let mut devices = fs::read_dir("/sys/bus/rbd/devices").into_iter().flatten();
+    let device = devices.next()?.ok()?;
+    let id = fs::read_to_string(device.path().join("client_id")).ok()?;
+    Some(id.trim().to_owned())
+}
+
+/// Puts a client on the cluster's blocklist, by its address, until this is dropped.
+pub struct Blocklisted(String);
+
+impl Blocklisted {
+    pub fn new(address: &str) -> Self {
+        run("ceph", ["osd", "blocklist", "add", address]);
+        Self(address.to_owned())
+    }
+}
+
+impl Drop for Blocklisted {
+    fn drop(&mut self) {
+        run("ceph", ["osd", "blocklist", "rm", &self.0]);
+    }
+}
+
 /// The images that have a device, and those of which a snapshot has one.
 pub fn mapped() -> BTreeSet<String> {
     let devices = fs::read_dir("/sys/bus/rbd/devices").into_iter().flatten();
@@ -288,17 +334,31 @@ impl Part {
     }
 }
 
-/// The network between all that is Ceph's in this machine is cut: packets are lost both ways, until this is dropped.
+/// Of the monitor, by both of its protocols, and of what daemons bind (`ms_bind_port_min` and `_max`).
+const PORTS: &str = "{ 3300, 6789, 6800-7568 }";
+
+/// Packets of Ceph's in this machine are lost, until this is dropped.
 pub struct Away(());
 
 impl Away {
+    /// All of them.
     pub fn new() -> Self {
-        // Of the monitor, by both of its protocols, and of what daemons bind (`ms_bind_port_min` and `_max`).
-        let ports = "{ 3300, 6789, 6800-7568 }";
-        let rules = format!("tcp sport {ports} drop; tcp dport {ports} drop");
-        let hook = "type filter hook input priority filter";
+        Self::at(
+            "input",
+            &format!("tcp sport {PORTS} drop; tcp dport {PORTS} drop"),
+        )
+    }
+
+    /// Those that the kernel's client sends, whose sockets are of no user.
+    pub fn of_the_kernel() -> Self {
+        let of_processes = "meta skuid 0-4294967295 accept";
+        Self::at("output", &format!("{of_processes}; tcp dport {PORTS} drop"))
+    }
+
+    fn at(hook: &str, rules: &str) -> Self {
+        let chain = format!("type filter hook {hook} priority filter; {rules};");
         sh(&format!(
-            "nft 'table inet away {{ chain input {{ {hook}; {rules}; }}; }}'"
+            "nft 'table inet away {{ chain {hook} {{ {chain} }}; }}'"
         ));
         Self(())
     }

@@ -4,7 +4,7 @@
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
-use super::{CephError, Handle, Pool, c_string, check};
+use super::{CephError, Handle, Pool, Watcher, c_string, check};
 
 /// An image that is open.
 pub struct Image<'a> {
@@ -37,23 +37,31 @@ impl Image<'_> {
         Ok(size)
     }
 
-    /// Whether a client watches it, as each does that has it mapped. One that is gone does so for half a minute more
-    /// (`osd_client_watch_timeout`). This handle counts unless it only reads.
+    /// The clients that watch it, by the numbers that the cluster gave them; each that has it mapped does. One that is gone does so
+    /// for half a minute more (`osd_client_watch_timeout`). This handle's client is among them unless it only reads.
     ///
     /// # Errors
     /// What is answered.
-    pub fn is_watched(&self) -> Result<bool, CephError> {
-        let mut count = 0;
-        // SAFETY: an open image, no room for what is found, and a place for how much that is.
-        let asked = unsafe {
-            (self.pool.rbd().rbd_watchers_list)(self.handle, ptr::null_mut(), &raw mut count)
-        };
-        // More than there is room for.
-        if asked == -libc::ERANGE {
-            return Ok(true);
+    pub fn watchers(&self) -> Result<Vec<i64>, CephError> {
+        let rbd = self.pool.rbd();
+        let mut found = Vec::new();
+        loop {
+            let mut count = found.len();
+            // SAFETY: an open image, and room for as many as is said.
+            let asked =
+                unsafe { (rbd.rbd_watchers_list)(self.handle, found.as_mut_ptr(), &raw mut count) };
+            // Then it says how many there are.
+            if asked == -libc::ERANGE {
+                found.resize_with(count, Watcher::default);
+                continue;
+            }
+            self.check("looking for watchers of", asked)?;
+            found.truncate(count);
+            let clients = found.iter().map(|watcher| watcher.client).collect();
+            // SAFETY: so many were filled in, whose strings this frees; nobody reads them.
+            unsafe { (rbd.rbd_watchers_list_cleanup)(found.as_mut_ptr(), count) };
+            return Ok(clients);
         }
-        self.check("looking for watchers of", asked)?;
-        Ok(count > 0)
     }
 
     /// Takes a snapshot. A host that has the image mapped gives up its lock for that, with all that was written.

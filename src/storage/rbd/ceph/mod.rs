@@ -27,6 +27,24 @@ pub const PATIENCE: Duration = Duration::from_secs(15);
 type Handle = *mut c_void;
 /// `librbd_progress_fn_t`.
 type Progress = extern "C" fn(u64, u64, *mut c_void) -> c_int;
+/// `rbd_image_watcher_t`.
+#[repr(C)]
+struct Watcher {
+    address: *mut c_char,
+    client: i64,
+    cookie: u64,
+}
+
+impl Default for Watcher {
+    fn default() -> Self {
+        Self {
+            address: ptr::null_mut(),
+            client: 0,
+            cookie: 0,
+        }
+    }
+}
+
 /// What is called for each part of an image that differs.
 type Difference = extern "C" fn(u64, usize, c_int, *mut c_void) -> c_int;
 
@@ -100,7 +118,8 @@ library! { Librbd, "librbd.so.1",
     rbd_resize2(Handle, u64, bool, Progress, *mut c_void) -> c_int;
     rbd_flatten(Handle) -> c_int;
     rbd_diff_iterate2(Handle, *const c_char, u64, u64, u8, u8, Difference, *mut c_void) -> c_int;
-    rbd_watchers_list(Handle, *mut c_void, *mut usize) -> c_int;
+    rbd_watchers_list(Handle, *mut Watcher, *mut usize) -> c_int;
+    rbd_watchers_list_cleanup(*mut Watcher, usize);
     rbd_namespace_exists(Handle, *const c_char, *mut bool) -> c_int;
     rbd_namespace_create(Handle, *const c_char) -> c_int;
     rbd_version(*mut c_int, *mut c_int, *mut c_int);
