@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -158,14 +160,25 @@ impl Shared {
     /// While this is held no process of this host maps or unmaps anything.
     fn lock_maps(&self) -> Result<Flock<File>, StoreError> {
         let path = self.run.join(LOCK);
-        File::options()
+        let failed = io_failed("locking", &path);
+        let file = File::options()
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
-            .open(&path)
-            .and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into()))
-            .map_err(io_failed("locking", &path))
+            .open(&path);
+        let mut file = file.map_err(&failed)?;
+        // Where the kernel's client is cut off, who holds it may wait without an end.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = again,
+                Err((_, Errno::EWOULDBLOCK)) => return Err(self.late(PATIENCE)),
+                Err((_, error)) => return Err(failed(error.into())),
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Has the device of an image go, where it has one.

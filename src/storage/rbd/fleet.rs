@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::ceph::{Omap, OmapWrite};
-use super::index::{Change, Index, Volume};
+use super::index::{Change, Content, Index, Volume};
 use crate::cache::names::LvName;
 use crate::cache::tags::DOOMED;
 use crate::storage::hosts::{self, Lost};
@@ -259,7 +259,8 @@ pub fn is_seen_by(volume: &Volume, host: &str) -> bool {
     volume.host.as_deref().is_none_or(|owner| owner == host) || is_shared(volume)
 }
 
-fn is_shared(volume: &Volume) -> bool {
+/// Whether all hosts see a volume.
+pub(super) fn is_shared(volume: &Volume) -> bool {
     let tags: Vec<_> = volume
         .tags
         .iter()
@@ -275,7 +276,17 @@ pub fn declare_lost(index: &Index, lost: &str, beat: &Beat, me: &str) -> OmapWri
     let mut change = Change::default();
     let mut left = Vec::new();
     for (name, volume) in &index.volumes {
-        if volume.host.as_deref() == Some(lost) && !is_shared(volume) {
+        if volume.host.as_deref() != Some(lost) {
+            continue;
+        }
+        if is_shared(volume) {
+            let mut volume = volume.clone();
+            if let Content::Own { live, .. } = &mut volume.content
+                && std::mem::take(live)
+            {
+                change.volumes.insert(name.clone(), Some(volume));
+            }
+        } else {
             left.push(Left {
                 lv: name.to_string(),
                 tags: volume.tags.clone(),
@@ -331,7 +342,7 @@ mod tests {
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
-    use super::super::index::{Content, GENERATION};
+    use super::super::index::GENERATION;
     use super::*;
 
     /// An error that is planted, to see that the model finds it: [`FLAWS`] has what it then says.
@@ -1060,6 +1071,26 @@ mod tests {
         observer.lives("a");
         assert_eq!(looks(&mut observer, 3), 0);
         assert_eq!(looks(&mut observer, 1), 1);
+    }
+
+    /// Of an entry that its host had mapped when it was lost, others may remove snapshots.
+    #[test]
+    fn what_a_lost_host_had_mapped_it_writes_to_no_more() {
+        let mut index = Index::default();
+        let mut entry = volume(1, &["friend:snapshot", "friend:cache:a"]);
+        if let Content::Own { live, .. } = &mut entry.content {
+            *live = true;
+        }
+        index.volumes.insert("e".parse().unwrap(), entry);
+        assert_eq!(index.writers(), BTreeMap::from([("i", "h1")]));
+        let beat = Beat {
+            process: "p".to_owned(),
+            count: 1,
+            lost: false,
+        };
+        let declared = Index::parse(&declare_lost(&index, "h1", &beat, "h2").set).unwrap();
+        assert!(declared.volumes.contains_key("e"));
+        assert!(declared.writers().is_empty());
     }
 
     #[test]

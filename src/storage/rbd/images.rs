@@ -15,14 +15,14 @@ use nix::fcntl::{Flock, FlockArg};
 use tracing::{debug, warn};
 
 use super::ceph::{CephError, Image, PATIENCE};
-use super::fleet::BEAT;
-use super::index::{self, Change, Garbage, Index, Maker, SnapshotOf};
+use super::fleet::{self, BEAT};
+use super::index::{self, Change, Content, Garbage, Index, Maker, SnapshotOf};
 use super::{DEEP, Shared, TOO_DEEP, process_file};
 use crate::cache::names::LvName;
 use crate::storage::StoreError;
 
-/// How long what others could not remove, or have begun to, is left to them.
-const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
+/// How long what others could not remove, or have begun to, is left to them; and what could not be removed is left.
+const PAUSE: Duration = Duration::from_secs(30);
 
 /// An operation that makes images or snapshots: what it has announced and no volume needs is garbage once this is gone.
 pub(super) struct Making<'a> {
@@ -39,7 +39,7 @@ impl Drop for Making<'_> {
 /// Removes, for as long as the store is open, what this process has given up, what is left of this host's own images, and what
 /// others have left for long. Wakes where that is asked for, or the index has changed.
 pub(super) fn look_for_garbage(store: &Weak<Shared>) {
-    let mut seen = BTreeMap::new();
+    let mut due = BTreeMap::new();
     loop {
         thread::park_timeout(BEAT);
         let Some(store) = store.upgrade() else {
@@ -48,7 +48,7 @@ pub(super) fn look_for_garbage(store: &Weak<Shared>) {
         let done = if store.gave_up.swap(false, Ordering::Relaxed) {
             store.collect()
         } else if store.beat().as_ref().is_some_and(|mine| !mine.lost) {
-            store.collect_left(&mut seen)
+            store.rest_entries().and(store.collect_left(&mut due))
         } else {
             Ok(())
         };
@@ -121,28 +121,55 @@ impl Shared {
 
     /// Removes what nothing needs. What cannot be removed now is tried again later.
     pub(super) fn collect(&self) -> Result<(), StoreError> {
-        self.collect_those(|_, _| true)
+        self.collect_those(|_| true)
     }
 
-    /// The same of what is of this host's own images, or was there at looks before, since when `seen` has.
-    fn collect_left(&self, seen: &mut BTreeMap<Garbage, Instant>) -> Result<(), StoreError> {
+    /// The same of what is due: of this host's own images at once, of others in a while, and what could not be removed in a while again.
+    fn collect_left(&self, due: &mut BTreeMap<Garbage, Instant>) -> Result<(), StoreError> {
         let index = self.view()?;
         let garbage: BTreeSet<Garbage> = index.garbage().into_iter().collect();
-        seen.retain(|before, _| garbage.contains(before));
+        due.retain(|before, _| garbage.contains(before));
+        let writers = index.writers();
         let now = Instant::now();
         for new in garbage {
-            seen.entry(new).or_insert(now);
+            let is_own = writers.contains_key(new.image());
+            due.entry(new)
+                .or_insert(if is_own { now } else { now + PAUSE });
         }
-        self.collect_those(|garbage, is_own| {
-            let since = seen.get(garbage);
-            is_own || since.is_some_and(|since| since.elapsed() > LEFT_TO_OTHERS)
-        })
+        let collected =
+            self.collect_those(|garbage| due.get(garbage).is_some_and(|due| *due <= now));
+        if collected.is_err() {
+            // Of several hosts, not all at once.
+            let jitter = Duration::from_millis(u64::from(getrandom::u32().unwrap_or(0) % 10_000));
+            for due in due.values_mut().filter(|due| **due <= now) {
+                *due = Instant::now() + PAUSE + jitter;
+            }
+        }
+        collected
     }
 
-    /// Removes of what nothing needs what `which` says, told whether it is of an image that this host may be writing to. Nothing is
-    /// removed of an image that another host may be writing to: its lock would be needed, and where that host has not answered
-    /// for half a minute, librbd takes the lock and has the cluster shut it out. That host removes it itself.
-    fn collect_those(&self, which: impl Fn(&Garbage, bool) -> bool) -> Result<(), StoreError> {
+    /// Has the devices of this host's entries go that a killed process left, so that other hosts change them like any other.
+    fn rest_entries(&self) -> Result<(), StoreError> {
+        let index = self.view()?;
+        let left = index.volumes.iter().filter(|(_, volume)| {
+            matches!(volume.content, Content::Own { live: true, .. })
+                && volume.host.as_ref() == Some(&self.me.host)
+                && fleet::is_shared(volume)
+        });
+        for (lv, _) in left {
+            match self.rest(lv) {
+                // It is looked at, or made.
+                Err(StoreError::Busy(_)) => {}
+                done => done?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes of what nothing needs what `which` says. Nothing is removed of an image that another host may be writing to: its lock
+    /// would be needed, and where that host has not answered for half a minute, librbd takes the lock and has the cluster shut it
+    /// out. That host removes it itself.
+    fn collect_those(&self, which: impl Fn(&Garbage) -> bool) -> Result<(), StoreError> {
         let _turn = self
             .collecting
             .lock()
@@ -154,10 +181,11 @@ impl Shared {
             let index = self.view()?;
             let writers = index.writers();
             let next = index.garbage().into_iter().find(|next| {
-                let writer = writers.get(next.image());
+                let image = next.image();
+                let writer = writers.get(image);
                 writer.is_none_or(|host| *host == self.me.host)
-                    && !in_vain.contains(next)
-                    && which(next, writer.is_some())
+                    && !in_vain.iter().any(|tried| tried == image)
+                    && which(next)
             });
             let Some(next) = next else {
                 return first;
@@ -165,7 +193,7 @@ impl Shared {
             if let Err(error) = self.remove_garbage(&index, &next) {
                 debug!(?next, %error, "not removed yet");
                 first = first.and(Err(error));
-                in_vain.push(next);
+                in_vain.push(next.image().to_owned());
             }
         }
     }
@@ -328,19 +356,30 @@ impl Shared {
         Ok(())
     }
 
-    /// An image, to change it. Where it is mapped here, not before the kernel's client watches it: after half a minute without the
-    /// cluster it does so no more until a moment after that is back, and librbd would take it for gone and have it shut out.
+    /// An image, to change it, once that is safe.
+    ///
+    /// # Errors
+    /// As [`Shared::await_kernel`].
+    pub(super) fn open_watched(&self, image: &str) -> Result<Image<'_>, CephError> {
+        let opened = self.pool.image(image)?;
+        self.await_kernel(&opened, image)?;
+        Ok(opened)
+    }
+
+    /// Waits until the kernel's client watches an image, where it is mapped here: after half a minute without the cluster it does so no
+    /// more until a moment after that is back, and librbd would take it for gone and have it shut out.
     ///
     /// # Errors
     /// ETIMEDOUT where it does not for too long; or what is answered.
-    pub(super) fn open_watched(&self, image: &str) -> Result<Image<'_>, CephError> {
-        let opened = self.pool.image(image)?;
+    pub(super) fn await_kernel(&self, opened: &Image<'_>, image: &str) -> Result<(), CephError> {
         let device = self.kernel.device(image).ok().flatten();
         let Some(client) = device.and_then(|device| device.client()) else {
-            return Ok(opened);
+            return Ok(());
         };
         let deadline = Instant::now() + PATIENCE;
+        let mut was_away = false;
         while !opened.watchers()?.contains(&client) {
+            was_away = true;
             if Instant::now() >= deadline {
                 return Err(CephError {
                     what: format!("{image}: its device has no connection to the cluster"),
@@ -349,6 +388,10 @@ impl Shared {
             }
             thread::sleep(Duration::from_millis(100));
         }
-        Ok(opened)
+        if was_away {
+            // It takes its lock for the new watch a moment later.
+            thread::sleep(Duration::from_secs(1));
+        }
+        Ok(())
     }
 }

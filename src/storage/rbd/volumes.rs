@@ -68,8 +68,9 @@ impl Shared {
         let tags = retagged(&volume.tags, add, del);
         let changed = tags != volume.tags;
         volume.tags = tags;
-        if add.iter().any(|tag| tag.as_str() == DOOMED) {
-            // The host that dooms an entry has it to remove.
+        let is_live = matches!(volume.content, Content::Own { live: true, .. });
+        if add.iter().any(|tag| tag.as_str() == DOOMED) && !is_live {
+            // The host that dooms an entry has it to remove, but for one that another host has mapped.
             volume.host = Some(self.me.host.clone());
         }
         let mut change = Change::default();
@@ -149,7 +150,10 @@ impl Shared {
                         self.name
                     ))
                 })?;
-                made.maker = None;
+                if made.maker.take().as_ref() != Some(&making.me) {
+                    // It was given up.
+                    return Err(StoreError::NotFound(new.name.clone()));
+                }
                 change.images.insert(image.clone(), Some(made));
             }
             if let Content::At(at) = &content
@@ -290,9 +294,10 @@ impl Shared {
             Ok((change, (source, name)))
         })?;
         let failed = |error| self.failed(&error);
-        let opened = self.open_watched(&image).map_err(failed)?;
+        let opened = self.pool.image(&image).map_err(failed)?;
         // Now, so that it stands still for the snapshot alone.
         let frozen = self.freeze(origin, &image)?;
+        self.await_kernel(&opened, &image).map_err(failed)?;
         let taken = opened.snapshot(&name);
         drop(frozen);
         taken.map_err(failed)?;
@@ -431,7 +436,9 @@ impl Shared {
                     return Ok((change, false));
                 }
                 let (mut volume, mut made) = (volume.clone(), made.clone());
-                made.maker = None;
+                if made.maker.take().as_ref() != Some(&making.me) {
+                    return Ok((change, false));
+                }
                 volume.content = Content::Own {
                     image: image.clone(),
                     same: None,
