@@ -22,7 +22,11 @@ use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::cache::evict::{Fill, Space};
 use crate::cache::names::{LvName, Tag};
@@ -465,6 +469,22 @@ pub trait Store: Send + Sync + 'static {
     /// on by itself, and whichever daemon comes next waits for it as for anybody's.
     fn close(&self, _until: Instant) -> bool {
         true
+    }
+}
+
+/// How often a lock is tried that another process has.
+const LOCK_RETRY: Duration = Duration::from_millis(2);
+
+/// Waits for a file's lock until `deadline` at most; `None`: another process had it till then.
+fn lock_until(mut file: File, deadline: Instant) -> io::Result<Option<Flock<File>>> {
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => return Ok(None),
+            Err((back, Errno::EWOULDBLOCK)) => file = back,
+            Err((_, error)) => return Err(error.into()),
+        }
+        thread::sleep(LOCK_RETRY);
     }
 }
 

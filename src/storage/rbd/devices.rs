@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -19,8 +18,8 @@ use super::kernel::Device;
 use super::{LOCK, Shared, io_failed};
 use crate::cache::names::LvName;
 use crate::mount::Mounted;
-use crate::storage::StoreError;
 use crate::storage::freeze::{self, Frozen};
+use crate::storage::{StoreError, lock_until};
 
 impl Shared {
     /// Writes to the image what was written to its device so far, and freezes its file system where that is in use.
@@ -160,25 +159,17 @@ impl Shared {
     /// While this is held no process of this host maps or unmaps anything.
     fn lock_maps(&self) -> Result<Flock<File>, StoreError> {
         let path = self.run.join(LOCK);
-        let failed = io_failed("locking", &path);
         let file = File::options()
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
             .open(&path);
-        let mut file = file.map_err(&failed)?;
         // Where the kernel's client is cut off, who holds it may wait without an end.
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = again,
-                Err((_, Errno::EWOULDBLOCK)) => return Err(self.late(PATIENCE)),
-                Err((_, error)) => return Err(failed(error.into())),
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        let lock = file.and_then(|file| lock_until(file, deadline));
+        lock.map_err(io_failed("locking", &path))?
+            .ok_or_else(|| self.late(PATIENCE))
     }
 
     /// Has the device of an image go, where it has one.

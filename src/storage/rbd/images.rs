@@ -48,7 +48,7 @@ pub(super) fn look_for_garbage(store: &Weak<Shared>) {
         let done = if store.gave_up.swap(false, Ordering::Relaxed) {
             store.collect()
         } else if store.beat().as_ref().is_some_and(|mine| !mine.lost) {
-            store.rest_entries().and(store.collect_left(&mut due))
+            store.collect_left(&mut due)
         } else {
             Ok(())
         };
@@ -127,14 +127,19 @@ impl Shared {
     /// The same of what is due: of this host's own images at once, of others in a while, and what could not be removed in a while again.
     fn collect_left(&self, due: &mut BTreeMap<Garbage, Instant>) -> Result<(), StoreError> {
         let index = self.view()?;
+        let rested = self.rest_entries(&index);
         let garbage: BTreeSet<Garbage> = index.garbage().into_iter().collect();
         due.retain(|before, _| garbage.contains(before));
         let writers = index.writers();
         let now = Instant::now();
         for new in garbage {
-            let is_own = writers.contains_key(new.image());
+            let is_own = writers.get(new.image()) == Some(&&*self.me.host);
             due.entry(new)
                 .or_insert(if is_own { now } else { now + PAUSE });
+        }
+        let given_up = index.given_up(|maker| self.may_finish(maker));
+        if given_up.is_empty() && due.values().all(|due| *due > now) {
+            return rested;
         }
         let collected =
             self.collect_those(|garbage| due.get(garbage).is_some_and(|due| *due <= now));
@@ -145,12 +150,11 @@ impl Shared {
                 *due = Instant::now() + PAUSE + jitter;
             }
         }
-        collected
+        rested.and(collected)
     }
 
     /// Has the devices of this host's entries go that a killed process left, so that other hosts change them like any other.
-    fn rest_entries(&self) -> Result<(), StoreError> {
-        let index = self.view()?;
+    fn rest_entries(&self, index: &Index) -> Result<(), StoreError> {
         let left = index.volumes.iter().filter(|(_, volume)| {
             matches!(volume.content, Content::Own { live: true, .. })
                 && volume.host.as_ref() == Some(&self.me.host)

@@ -8,19 +8,16 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use rustix::fs::{Mode, OFlags};
 use tracing::debug;
 
-use super::super::StoreError;
+use super::super::{LOCK_RETRY, StoreError, lock_until};
 use super::dir::{Dir, LOCK, NAME, SEQ, failed, sync_dir};
 
 /// How long the lock is waited for, in seconds. What holds it is
 /// one clone, or one mkfs of the base.
 const LOCK_SECONDS: u64 = 60;
-
-/// How often it is tried.
-const LOCK_RETRY: Duration = Duration::from_millis(2);
 
 /// The right to change things, until it is dropped.
 pub struct Turn<'a> {
@@ -51,24 +48,15 @@ impl<'a> Turn<'a> {
         let path = dir.join(LOCK);
         // Never written to, so that those who watch see only changes.
         let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::CLOEXEC;
-        let mut file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
+        let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
             .map(File::from)
             .map_err(|error| failed("opening", &path)(error.into()))?;
-        loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(process) => {
-                    return Ok(Self {
-                        dir,
-                        _thread: thread,
-                        _process: process,
-                    });
-                }
-                Err((_, nix::Error::EAGAIN)) if Instant::now() >= deadline => return Err(late()),
-                Err((back, nix::Error::EAGAIN)) => file = back,
-                Err((_, error)) => return Err(failed("locking", &path)(error.into())),
-            }
-            thread::sleep(LOCK_RETRY);
-        }
+        let process = lock_until(file, deadline).map_err(failed("locking", &path))?;
+        Ok(Self {
+            dir,
+            _thread: thread,
+            _process: process.ok_or_else(late)?,
+        })
     }
 
     /// The highest number given so far, as it was noted; 0: that is lost.
