@@ -7,6 +7,7 @@ mod power;
 mod shut_out;
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -114,6 +115,27 @@ fn new(name: &str, tags: &[&str], active: bool) -> NewLv {
     }
 }
 
+/// The tags of an entry.
+const ENTRY: &[&str] = &["friend:snapshot", "friend:cache:a"];
+
+/// Writes a block of this byte, at a place of its own.
+fn write(device: &Path, byte: u8) -> io::Result<()> {
+    let device = File::options().write(true).open(device)?;
+    device.write_all_at(&[byte; 4096], u64::from(byte) << 12)?;
+    device.sync_all()
+}
+
+/// Sees that this block is there.
+#[track_caller]
+fn reads(device: &Path, byte: u8) {
+    let mut found = [0; 4096];
+    let device = File::open(device).unwrap();
+    device
+        .read_exact_at(&mut found, u64::from(byte) << 12)
+        .unwrap();
+    assert_eq!(found, [byte; 4096]);
+}
+
 fn names(store: &RbdStore) -> Vec<String> {
     let lvs = store.list().unwrap().lvs;
     let named = lvs
@@ -126,7 +148,7 @@ fn names(store: &RbdStore) -> Vec<String> {
 fn pinned_meanwhile() {
     let _namespace = Namespace::fresh();
     let (store, other) = (open(), another_host());
-    let entry = new("entry", &["friend:snapshot", "friend:cache:a"], false);
+    let entry = new("entry", ENTRY, false);
     store.create(&entry, Bytes::mib(16)).unwrap();
     assert!(store.begin_evicting().unwrap());
     let pin = ["friend:pin".parse().unwrap()];
@@ -179,11 +201,8 @@ fn two_hosts() {
         );
     }
     assert_eq!(names(&one), ["lease"]);
-    one.snapshot(
-        &lv("lease"),
-        &new("entry", &["friend:snapshot", "friend:cache:a"], false),
-    )
-    .unwrap();
+    one.snapshot(&lv("lease"), &new("entry", ENTRY, false))
+        .unwrap();
     assert_eq!(names(&two), ["entry"]);
     // The host that made it has its lease over, and both restore it and write apart.
     one.remove(&lv("lease")).unwrap();
@@ -210,11 +229,8 @@ fn two_hosts() {
         .write_all_at(b"of two", 1 << 20)
         .unwrap();
     assert_eq!((&read(&on_one), &read(&on_two)), (b"of one", b"of two"));
-    two.snapshot(
-        &lv("copy"),
-        &new("newer", &["friend:snapshot", "friend:cache:a"], false),
-    )
-    .unwrap();
+    two.snapshot(&lv("copy"), &new("newer", ENTRY, false))
+        .unwrap();
     let of = |name: &str| {
         one.list()
             .unwrap()
@@ -276,10 +292,7 @@ fn nothing_is_left() {
     for number in 0..3 {
         let (lease, entry) = (format!("v{number}"), format!("e{number}"));
         store
-            .snapshot(
-                &lv(&lease),
-                &new(&entry, &["friend:snapshot", "friend:cache:a"], false),
-            )
+            .snapshot(&lv(&lease), &new(&entry, ENTRY, false))
             .unwrap();
         let next = new(&format!("v{}", number + 1), &["friend:snapshot"], true);
         store.snapshot(&lv(&entry), &next).unwrap();
@@ -347,21 +360,9 @@ fn deep() {
             .snapshot(&last, &new(&lease, &["friend:snapshot"], true))
             .unwrap()
             .unwrap();
-        File::options()
-            .write(true)
-            .open(&device)
-            .unwrap()
-            .write_all_at(&[number + 1; 512], u64::from(number) << 12)
-            .unwrap();
+        write(&device, number + 1).unwrap();
         store
-            .snapshot(
-                &lv(&lease),
-                &new(
-                    &format!("e{number}"),
-                    &["friend:snapshot", "friend:cache:a"],
-                    false,
-                ),
-            )
+            .snapshot(&lv(&lease), &new(&format!("e{number}"), ENTRY, false))
             .unwrap();
         store.remove(&lv(&lease)).unwrap();
         last = lv(&format!("e{number}"));
@@ -371,12 +372,7 @@ fn deep() {
         .unwrap()
         .unwrap();
     for number in 0..20 {
-        let mut found = [0; 512];
-        File::open(&device)
-            .unwrap()
-            .read_exact_at(&mut found, u64::from(number) << 12)
-            .unwrap();
-        assert_eq!(found, [number + 1; 512], "{number}");
+        reads(&device, number + 1);
     }
 }
 
@@ -387,22 +383,8 @@ fn many_snapshots() {
     let store = open();
     let kept = lv("kept");
     let entry = |name: &str| {
-        let entry = new(name, &["friend:snapshot", "friend:cache:a"], false);
+        let entry = new(name, ENTRY, false);
         store.snapshot(&kept, &entry)
-    };
-    let write = |device: &Path, byte: u8| {
-        let device = File::options().write(true).open(device).unwrap();
-        device
-            .write_all_at(&[byte; 512], u64::from(byte) << 12)
-            .unwrap();
-    };
-    let reads = |device: &Path, byte: u8| {
-        let mut found = [0; 512];
-        let device = File::open(device).unwrap();
-        device
-            .read_exact_at(&mut found, u64::from(byte) << 12)
-            .unwrap();
-        assert_eq!(found, [byte; 512]);
     };
     let image = || ceph::image_of(&ceph::listed("volume")["kept"]).0.to_owned();
     // As far as the index goes. Of another host's, so that they are not collected.
@@ -422,7 +404,7 @@ fn many_snapshots() {
         .create(&new("kept", &["friend:snapshot"], true), Bytes::mib(16))
         .unwrap()
         .unwrap();
-    write(&device, 1);
+    write(&device, 1).unwrap();
     entry("one").unwrap();
     let (first, held) = (image(), store.hold(&kept).unwrap());
     has_more(&first, 249);
@@ -433,7 +415,7 @@ fn many_snapshots() {
     let second = image();
     assert_ne!(second, first);
     reads(&device, 1);
-    write(&device, 2);
+    write(&device, 2).unwrap();
     entry("two").unwrap();
     has_more(&second, 509);
     match entry("three") {

@@ -16,7 +16,7 @@ use lvm_cache_friend::storage::rbd::{self, RbdStore, fleet};
 use lvm_cache_friend::storage::{Store, StoreError};
 use serde_json::{Value, json};
 
-use super::{Namespace, another_host, lv, names, new, open};
+use super::{ENTRY, Namespace, another_host, lv, names, new, open};
 use crate::support::ceph::{self, HOSTS, USER};
 use crate::support::command::run;
 use crate::support::daemon::{Daemon, Plugin, SOCKET};
@@ -29,8 +29,6 @@ pub const TESTS: [(&str, fn()); 4] = [
     ("lost_and_back", lost_and_back),
     ("two_daemons", two_daemons),
 ];
-
-const ENTRY: &[&str] = &["friend:snapshot", "friend:cache:a"];
 
 fn entry(store: &RbdStore, name: &str) -> LvName {
     let lvs = store.list().unwrap().lvs;

@@ -3,16 +3,14 @@
 //! puts them there.
 
 use std::fs::File;
-use std::io::{self, Write as _};
-use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::io::Write as _;
 use std::thread;
 use std::time::Duration;
 
 use lvm_cache_friend::storage::{Store as _, StoreError};
 use serde_json::{Value, json};
 
-use super::{Namespace, another_host, lv, new, open};
+use super::{ENTRY, Namespace, another_host, lv, new, open, reads, write};
 use crate::support::ceph::{self, Away, Blocklisted};
 use crate::support::command::run;
 use crate::support::content::{self, Content};
@@ -25,23 +23,7 @@ pub const TESTS: [(&str, fn()); 3] = [
     ("blocklisted", blocklisted),
 ];
 
-const ENTRY: &[&str] = &["friend:snapshot", "friend:cache:a"];
 const LEASE: &[&str] = &["friend:snapshot", "friend:volume:v"];
-
-fn write(device: &Path, byte: u8) -> io::Result<()> {
-    let device = File::options().write(true).open(device)?;
-    device.write_all_at(&[byte; 4096], u64::from(byte) << 12)?;
-    device.sync_all()
-}
-
-fn reads(device: &Path, byte: u8) {
-    let mut found = [0; 4096];
-    let device = File::open(device).unwrap();
-    device
-        .read_exact_at(&mut found, u64::from(byte) << 12)
-        .unwrap();
-    assert_eq!(found, [byte; 4096]);
-}
 
 /// A host's kernel has had no connection for longer than the cluster takes it for alive. Another host removes an entry that is a
 /// snapshot of what it has mapped, and its own daemon publishes: neither takes its lock, for which librbd has a client shut out.
