@@ -24,8 +24,8 @@ const BETWEEN_POLLS: Duration = Duration::from_secs(1);
 /// After so many failures one after another, another session is tried.
 const FAILURES: u32 = 3;
 
-/// Listens for ever; the session ends with the orders to end, once nothing is left of any slot. Until then its id is in the
-/// file `kept`.
+/// Listens for ever; the session ends with the orders to end, once nothing is left of any slot, or can be done about it. Until then
+/// its id is in the file `kept`.
 pub(super) async fn listen(worker: &Worker, set: &ScaleSet, kept: PathBuf) {
     let mut listener = Listener {
         worker,
@@ -51,7 +51,7 @@ pub(super) async fn listen(worker: &Worker, set: &ScaleSet, kept: PathBuf) {
                 tokio::time::sleep(trouble.with(&error)).await;
             }
         }
-        if worker.ends() && worker.is_empty() {
+        if worker.ends() && worker.is_done() {
             listener.close().await;
             return;
         }

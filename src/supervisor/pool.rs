@@ -213,13 +213,15 @@ impl Worker {
         board.empty.len() == board.slots
     }
 
-    /// Returns when nothing is left of any slot, or can be done about it without Podman.
+    /// Whether nothing is left of any slot, or can be done about it without Podman.
+    pub(super) fn is_done(&self) -> bool {
+        let board = self.board();
+        board.empty.union(&board.left).count() == board.slots
+    }
+
+    /// Returns when that is so.
     pub async fn done(&self) {
-        let is_done = || {
-            let board = self.board();
-            board.empty.union(&board.left).count() == board.slots
-        };
-        while !is_done() {
+        while !self.is_done() {
             tokio::time::sleep(LOOK_FOR_END).await;
         }
     }

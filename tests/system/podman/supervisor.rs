@@ -1348,9 +1348,10 @@ fn drains(kind: Kind) {
     assert_eq!(said.unwrap(), "done\n");
 }
 
-/// A host that is shut down: Podman's service is gone before the supervisor, whose runners wait for jobs.
+/// A host that is shut down: Podman's service is gone before the supervisor, whose runners wait for jobs, as its scale set does.
 fn ends_without_podman(kind: Kind) {
-    let mut place = Place::new(kind, "token", FIXED, "");
+    let set = SET.replace("max", "min = 2, max");
+    let mut place = Place::new(kind, "token", &set, "");
     let idle = |place: &Place| {
         let rows = place.rows();
         rows.iter().filter(|row| row["state"] == "idle").count() == 2
@@ -1373,6 +1374,7 @@ fn ends_without_podman(kind: Kind) {
     assert!(status.success(), "{status}");
     let log = fs::read_to_string(&place.supervisor().log).unwrap();
     assert!(log.contains("work left"), "{log}");
+    assert!(place.fake.state().only_set().session().is_none(), "{log}");
 
     // They are as they were, and the next start has them.
     place.service = Some(Service::start());
