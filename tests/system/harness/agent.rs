@@ -42,7 +42,7 @@ fn run(share: &Path, request: &Request) -> Outcome {
         .args(["guest-one", &request.test])
         .env("RUST_BACKTRACE", "1")
         .stdout(output.try_clone().expect("a second descriptor"))
-        .stderr(output)
+        .stderr(output.try_clone().expect("a third one"))
         .spawn()
         .expect("the test starts");
     let begin = Instant::now();
@@ -51,6 +51,17 @@ fn run(share: &Path, request: &Request) -> Outcome {
             break Some(status);
         }
         if begin.elapsed() > Duration::from_secs(request.timeout) {
+            // What it waits for, or what computes without an end, is among these.
+            let _ = Command::new("ps")
+                .args([
+                    "-ww",
+                    "-e",
+                    "--forest",
+                    "-o",
+                    "pid,stat,etime,time,wchan:24,args",
+                ])
+                .stdout(output.try_clone().expect("a second descriptor"))
+                .status();
             break None;
         }
         sleep(POLL);
