@@ -370,19 +370,25 @@ impl Shared {
         Ok(opened)
     }
 
-    /// Waits until the kernel's client watches an image, where it is mapped here: after half a minute without the cluster it does so no
-    /// more until a moment after that is back, and librbd would take it for gone and have it shut out.
+    /// Waits until the kernel's client has a connection to the cluster and watches an image, where it is mapped here. A client that is
+    /// gone counts as watching for half a minute, and one that is back after that watches only a moment later: in between librbd would
+    /// take it for dead and have it shut out.
     ///
     /// # Errors
     /// ETIMEDOUT where it does not for too long; or what is answered.
-    pub(super) fn await_kernel(&self, opened: &Image<'_>, image: &str) -> Result<(), CephError> {
-        let device = self.kernel.device(image).ok().flatten();
-        let Some(client) = device.and_then(|device| device.client()) else {
-            return Ok(());
+    fn await_kernel(&self, opened: &Image<'_>, image: &str) -> Result<(), CephError> {
+        let mapped = || {
+            let device = self.kernel.device(image).ok().flatten()?;
+            let client = device.client()?;
+            Some((device, client))
         };
         let deadline = Instant::now() + PATIENCE;
         let mut was_away = false;
-        while !opened.watchers()?.contains(&client) {
+        while let Some((device, client)) = mapped() {
+            let answered = device.refresh(deadline.saturating_duration_since(Instant::now()));
+            if answered.is_ok() && opened.watchers()?.contains(&client) {
+                break;
+            }
             was_away = true;
             if Instant::now() >= deadline {
                 return Err(CephError {

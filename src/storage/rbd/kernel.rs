@@ -94,15 +94,18 @@ impl Device {
         mount::mounted_as(&self.name())
     }
 
-    /// Takes over the image's new size at once; by itself the kernel does it as soon as it hears of it.
+    /// Reads anew what the cluster has of the image, such as its size; by itself the kernel does it as soon as it hears of a change.
     ///
     /// # Errors
-    /// What the kernel says.
-    pub fn refresh(&self) -> io::Result<()> {
-        fs::write(
-            Path::new(BUS).join(format!("devices/{}/refresh", self.id)),
-            "1",
-        )
+    /// What the kernel says, or that it has no answer from the cluster in time.
+    pub fn refresh(&self, patience: Duration) -> io::Result<()> {
+        let file = Path::new(BUS).join(format!("devices/{}/refresh", self.id));
+        within(patience, move || fs::write(file, "1")).unwrap_or_else(|| {
+            Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "its kernel has no answer from the cluster",
+            ))
+        })
     }
 
     /// Writes what the device's page cache holds.
@@ -117,10 +120,7 @@ impl Device {
     #[must_use]
     pub fn is_readable(&self, patience: Duration) -> Option<bool> {
         let path = self.path();
-        let (done, answer) = mpsc::channel();
-        // It waits as long as it takes.
-        thread::spawn(move || done.send(read_directly(&path).is_ok()));
-        answer.recv_timeout(patience).ok()
+        within(patience, move || read_directly(&path).is_ok())
     }
 
     fn name(&self) -> String {
@@ -303,6 +303,16 @@ impl Kernel {
             self.pool
         ))
     }
+}
+
+/// What the kernel answers, which waits for the cluster as long as it takes; `None`: it does not in time.
+fn within<T: Send + 'static>(
+    patience: Duration,
+    ask: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    let (done, answer) = mpsc::channel();
+    thread::spawn(move || done.send(ask()));
+    answer.recv_timeout(patience).ok()
 }
 
 /// Reads the beginning of a device, past the page cache.

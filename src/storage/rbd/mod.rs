@@ -589,7 +589,7 @@ impl Store for RbdStore {
         let volume = shared.volume(lv)?;
         let image = volume.content.image();
         let refreshed = match (&volume.content, shared.kernel.device(image)) {
-            (Content::Own { .. }, Ok(Some(device))) => device.refresh(),
+            (Content::Own { .. }, Ok(Some(device))) => device.refresh(ceph::PATIENCE),
             (_, Err(error)) => Err(error),
             _ => Ok(()),
         };

@@ -243,6 +243,10 @@ impl Shared {
         let device = self.kernel.device(&image);
         let device = device.map_err(|error| self.io("looking for", &image, error))?;
         let is_mounted = device.is_some_and(|device| device.mounted().is_some());
+        let failed = |error| self.failed(&error);
+        // Before the snapshot is announced, of which there would be more with each try; and before it stands still, which is for the
+        // snapshot alone. Freezing writes, and so ends only where the kernel has a connection.
+        let opened = self.open_watched(&image).map_err(failed)?;
         let (source, name) = self.change(|index| {
             let volume = self.get(index, origin)?;
             let (
@@ -293,11 +297,7 @@ impl Shared {
             };
             Ok((change, (source, name)))
         })?;
-        let failed = |error| self.failed(&error);
-        let opened = self.pool.image(&image).map_err(failed)?;
-        // Now, so that it stands still for the snapshot alone.
         let frozen = self.freeze(origin, &image)?;
-        self.await_kernel(&opened, &image).map_err(failed)?;
         let taken = opened.snapshot(&name);
         drop(frozen);
         taken.map_err(failed)?;

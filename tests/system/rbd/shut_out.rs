@@ -25,9 +25,9 @@ pub const TESTS: [(&str, fn()); 3] = [
 
 const LEASE: &[&str] = &["friend:snapshot", "friend:volume:v"];
 
-/// A host's kernel has had no connection for longer than the cluster takes it for alive. Another host removes an entry that is a
-/// snapshot of what it has mapped, and its own daemon publishes: neither takes its lock, for which librbd has a client shut out.
-/// Once it is back its job goes on, the entry is published, and its daemon removes what the other host left.
+/// A host's kernel has no connection, for longer than the cluster takes it for alive. Its own daemon publishes, from before that on, and
+/// another host removes an entry that is a snapshot of what it has mapped: neither takes its lock, for which librbd has a client shut
+/// out. Once it is back its job goes on, the entry is published, and its daemon removes what the other host left.
 fn a_kernel_that_was_away() {
     let _namespace = Namespace::fresh();
     let (one, two) = (open(), another_host());
@@ -59,12 +59,6 @@ fn a_kernel_that_was_away() {
         let said: Value = serde_json::from_str(&said).unwrap();
         said["watchers"].as_array().unwrap().len()
     };
-    wait_until(|| watchers() == 0);
-    two.change_tags(&lv("old"), &["friend:doomed".parse().unwrap()], &[])
-        .unwrap();
-    two.remove(&lv("old")).unwrap();
-    two.clear_away().unwrap();
-    assert_eq!(snapshots(), std::slice::from_ref(old));
     thread::scope(|scope| {
         // When the kernel tries again is its own affair.
         let published = scope.spawn(|| {
@@ -75,6 +69,12 @@ fn a_kernel_that_was_away() {
                 }
             }
         });
+        wait_until(|| watchers() == 0);
+        two.change_tags(&lv("old"), &["friend:doomed".parse().unwrap()], &[])
+            .unwrap();
+        two.remove(&lv("old")).unwrap();
+        two.clear_away().unwrap();
+        assert_eq!(snapshots(), std::slice::from_ref(old));
         thread::sleep(Duration::from_secs(3));
         assert!(!published.is_finished(), "the kernel has what was written");
         drop(away);
