@@ -85,16 +85,18 @@ pub fn clear(base: Option<Bytes>) {
     sh(
         "while m=$(awk '$1 ~ \"^/dev/rbd\" { print $2; exit }' /proc/mounts) && [ -n \"$m\" ]; do umount -l \"$m\"; done",
     );
-    if keys().is_empty() {
+    let keys_left = keys();
+    if keys_left.is_empty() {
         return;
     }
+    // No daemon of an earlier test lives, whatever runtime directory it had.
+    let joined = keys_left.into_keys().filter(|key| key.starts_with("host/"));
+    let joined = OmapWrite {
+        remove: joined.collect(),
+        ..OmapWrite::default()
+    };
+    assert!(pool().write(INDEX, &joined).unwrap());
     for host in hosts(base) {
-        // No daemon of an earlier test lives, whatever runtime directory it had.
-        let joined = OmapWrite {
-            remove: vec![format!("host/{host}")],
-            ..OmapWrite::default()
-        };
-        assert!(pool().write(INDEX, &joined).unwrap());
         let store = RbdStore::open(&place(), &host, Path::new(RUN)).unwrap();
         for lv in store.list().unwrap().lvs {
             if Role::from_tags(&lv.tags) != Role::Base || Some(lv.size) != base {
