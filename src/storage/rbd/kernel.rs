@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use super::ceph::{CephError, Cluster, PATIENCE};
@@ -97,15 +98,11 @@ impl Device {
     /// Reads anew what the cluster has of the image, such as its size; by itself the kernel does it as soon as it hears of a change.
     ///
     /// # Errors
-    /// What the kernel says, or that it has no answer from the cluster in time.
+    /// What the kernel says; ETIMEDOUT where it has no answer from the cluster in time.
     pub fn refresh(&self, patience: Duration) -> io::Result<()> {
         let file = Path::new(BUS).join(format!("devices/{}/refresh", self.id));
-        within(patience, move || fs::write(file, "1")).unwrap_or_else(|| {
-            Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "its kernel has no answer from the cluster",
-            ))
-        })
+        within(patience, move || fs::write(file, "1"))
+            .unwrap_or_else(|| Err(Errno::ETIMEDOUT.into()))
     }
 
     /// Writes what the device's page cache holds.

@@ -85,14 +85,14 @@ pub fn clear(base: Option<Bytes>) {
     sh(
         "while m=$(awk '$1 ~ \"^/dev/rbd\" { print $2; exit }' /proc/mounts) && [ -n \"$m\" ]; do umount -l \"$m\"; done",
     );
-    let keys_left = keys();
-    if keys_left.is_empty() {
+    let left = keys();
+    if left.is_empty() {
         return;
     }
     // No daemon of an earlier test lives, whatever runtime directory it had.
-    let joined = keys_left.into_keys().filter(|key| key.starts_with("host/"));
+    let is_joined = |key: &String| key.starts_with("host/");
     let joined = OmapWrite {
-        remove: joined.collect(),
+        remove: left.into_keys().filter(is_joined).collect(),
         ..OmapWrite::default()
     };
     assert!(pool().write(INDEX, &joined).unwrap());
