@@ -89,6 +89,7 @@ pub fn tests() -> Vec<Test> {
         lvm("lvm_killed_in_commands", lvm_killed_in_commands).timeout(1200),
         lvm("lvm_killed_before_the_device", lvm_killed_before_the_device),
         lvm("lvm_killed_at_each_step", lvm_killed_at_each_step).timeout(1200),
+        lvm("lvm_killed_over_a_repair", lvm_killed_over_a_repair).timeout(1200),
         lvm("lvm_that_hangs", lvm_that_hangs),
         lvm("a_foreign_lock", a_foreign_lock),
         lvm("a_suspended_pool", a_suspended_pool),
@@ -919,6 +920,36 @@ impl std::io::Write for Log {
     }
 }
 
+/// In the place of `lvm`, as long as it lives, a script for bash, which has LVM's own in `$LVM`.
+struct StandIn {
+    program: PathBuf,
+    dir: tempfile::TempDir,
+}
+
+impl StandIn {
+    fn new(script: &str) -> Self {
+        let program = fs::canonicalize(sh("command -v lvm").trim()).unwrap();
+        let dir = temp_dir();
+        let [real, stand_in] = ["lvm", "stand-in"].map(|name| dir.path().join(name));
+        fs::copy(&program, &real).unwrap();
+        let script = format!("#!/bin/bash\nLVM={}\n{script}\n", real.display());
+        fs::write(&stand_in, script).unwrap();
+        sh(&format!(
+            "chmod 755 {0} && mount --bind {0} {1}",
+            stand_in.display(),
+            program.display()
+        ));
+        Self { program, dir }
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        // A shell of it may be about to end.
+        run("umount", ["--lazy", self.program.to_str().unwrap()]);
+    }
+}
+
 /// All of the store's work, with an `lvm` whose shell is `shell`, a script for bash; other commands are LVM's own. Once, it is
 /// said that the shell cannot be used.
 fn shell_is_useless(shell: &str) {
@@ -929,24 +960,7 @@ fn shell_is_useless(shell: &str) {
         .with_ansi(false)
         .init();
     let fixture = Fixture::new();
-    let lvm = fs::canonicalize(sh("command -v lvm").trim()).unwrap();
-    let place = temp_dir();
-    let real = place.path().join("lvm");
-    let stand_in = place.path().join("stand-in");
-    fs::copy(&lvm, &real).unwrap();
-    fs::write(
-        &stand_in,
-        format!(
-            "#!/bin/bash\n[ $# = 0 ] || exec {} \"$@\"\n{shell}\n",
-            real.display()
-        ),
-    )
-    .unwrap();
-    sh(&format!(
-        "chmod 755 {0} && mount --bind {0} {1}",
-        stand_in.display(),
-        lvm.display()
-    ));
+    let lvm = StandIn::new(&format!("[ $# = 0 ] || exec \"$LVM\" \"$@\"\n{shell}"));
     let store = fixture.open();
     store
         .create(&new("one", &["a"], true), Bytes::mib(16))
@@ -963,7 +977,7 @@ fn shell_is_useless(shell: &str) {
     let drawback = store.drawback().expect("something for doctor to say");
     assert!(drawback.contains("LVM's shell"), "{drawback}");
     drop(store);
-    run("umount", [lvm.to_str().unwrap()]);
+    drop(lvm);
     let said = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     let warnings: Vec<&str> = said
         .lines()
@@ -1132,6 +1146,66 @@ fn lvm_killed_at_each_step() {
         let least = if what[0] == "lvremove" { 2 } else { 3 };
         assert!(step > least, "{what:?} has as many steps");
         outcome("lvremove", ["-q", "-y", "testvg/made"]);
+    }
+}
+
+/// What is half made is not answered for, also where LVM is killed over its removal, too.
+fn lvm_killed_over_a_repair() {
+    let fixture = Fixture::new();
+    let origin = name("origin");
+    let made = new("made", &["friend:a"], false);
+    let store = fixture.open();
+    store
+        .create(&new("origin", &["friend:o"], true), Bytes::mib(64))
+        .unwrap();
+    drop(store);
+    for deaths in [1, 1000] {
+        for step in 1.. {
+            let store = fixture.open();
+            let arguments = "lvcreate -y -s -an --addtag=friend:a -n made testvg/origin";
+            let arguments: Vec<&str> = arguments.split(' ').collect();
+            if !killed_after(step, &arguments) {
+                assert!(step > 3, "as many steps");
+                break;
+            }
+            // The shell dies over what it is to make, and a removal as often as is said.
+            let lvm = StandIn::new(&format!(
+                r#"case "$*" in
+                    "") if [ ! -e "$LVM.died" ]; then
+                            while read -r line; do
+                                case $line in lvcreate*) : >"$LVM.died"; kill -KILL $$; exit ;; esac
+                                echo "$line"
+                            done | "$LVM"
+                            exit
+                        fi ;;
+                    *lvremove*)
+                        echo >>"$LVM.deaths"
+                        [ "$(wc -l <"$LVM.deaths")" -gt {deaths} ] || kill -KILL $$ ;;
+                esac
+                exec "$LVM" "$@""#
+            ));
+            kill(only_child(), Signal::SIGKILL).unwrap();
+            let answered = store.snapshot(&origin, &made);
+            let died = fs::exists(lvm.dir.path().join("lvm.deaths")).unwrap();
+            eprintln!("{deaths} deaths, step {step}, died: {died}: {answered:?}");
+            assert!(answered.is_ok() || deaths > 1, "once is no harm");
+            drop(store);
+            drop(lvm);
+            // What is still due is done by the next one.
+            let store = fixture.open();
+            let next = new("next", &["friend:a"], true);
+            store.snapshot(&origin, &next).unwrap();
+            assert_eq!(listed(&store, "made").is_some(), answered.is_ok());
+            for lv in store.list().unwrap().lvs {
+                let device = File::open(store.activate(&lv.name).unwrap()).unwrap();
+                device.read_at(&mut [0; 512], 0).unwrap();
+                drop(device);
+                if lv.name != origin {
+                    store.remove(&lv.name).unwrap();
+                }
+            }
+        }
+        run("lvremove", ["-q", "-y", "testvg/made"]);
     }
 }
 

@@ -129,8 +129,14 @@ impl LvmStore {
         }
         let state = self.state()?;
         match state.find(&new.name) {
-            // The first of two attempts made it: names are never used twice.
-            Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => Ok(()),
+            // The first of two attempts made it: names are never used twice. Or it made half of it, which is removed later.
+            Some(lv) if answer.again && same_tags(&lv.tags, &new.tags) => {
+                if answer.doubtful {
+                    Err(self.refused(&state, &new.tags, answer))
+                } else {
+                    Ok(())
+                }
+            }
             Some(_) => Err(StoreError::Exists(new.name.clone())),
             None => match origin.filter(|origin| state.find(origin).is_none()) {
                 Some(origin) => Err(StoreError::NotFound(origin.clone())),

@@ -83,7 +83,7 @@ impl Pool {
     }
 
     /// Looks for what a killed command left, and puts it right. `false`: LVM cannot list the group now, or the pool is not active, so
-    /// not all is known.
+    /// not all is known; or it does not remove what is half made.
     pub(super) fn repair(&self, shell: &mut Shell, deadline: Instant) -> Result<bool, Failure> {
         let Some(listed) = self.list(shell, false, deadline)? else {
             return Ok(false);
@@ -131,19 +131,21 @@ impl Pool {
             tracing::debug!(?failure, lv, "not deleted from the pool");
         }
         drop(lock);
-        if let Ok(name) = lv.parse() {
-            let remove = Command::new("lvremove").lv(&self.vg, &name);
-            match shell.run_once(&remove, true, deadline) {
-                Ok(answer) => tracing::warn!(
-                    lv,
-                    success = answer.success,
-                    reason = answer.reason(),
-                    "removed"
-                ),
-                Err(failure) => tracing::warn!(?failure, lv, "left to LVM"),
+        let Ok(name) = lv.parse() else {
+            return Ok(true);
+        };
+        let remove = Command::new("lvremove").lv(&self.vg, &name);
+        match shell.run_for_repair(&remove, true, deadline) {
+            Ok(answer) => {
+                let (success, reason) = (answer.success, answer.reason());
+                tracing::warn!(lv, success, reason, "removed");
+                Ok(success)
+            }
+            Err(failure) => {
+                tracing::warn!(?failure, lv, "not removed yet");
+                Ok(false)
             }
         }
-        Ok(true)
     }
 
     /// `locked`: the group's lock is ours, so LVM must not wait for it.
@@ -159,7 +161,7 @@ impl Pool {
         } else {
             query
         };
-        let answer = shell.run_once(&query.vg(&self.vg), locked, deadline)?;
+        let answer = shell.run_for_repair(&query.vg(&self.vg), locked, deadline)?;
         Ok(answer.success.then_some(answer))
     }
 
@@ -180,7 +182,7 @@ impl Pool {
             } else {
                 query
             };
-            let answer = shell.run_once(&query.vg(&self.vg), locked, deadline)?;
+            let answer = shell.run_for_repair(&query.vg(&self.vg), locked, deadline)?;
             if answer.success {
                 Ok(answer)
             } else {

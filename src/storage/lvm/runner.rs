@@ -62,6 +62,7 @@ impl Runner {
             match answer {
                 Ok(Some(mut answer)) => {
                     answer.again = again;
+                    answer.doubtful = self.shell.doubtful;
                     return Ok(answer);
                 }
                 Ok(None) if again => {

@@ -47,6 +47,8 @@ pub(super) struct Answer {
     /// `lvm` died once before it answered. What it was asked may have been done
     /// by then, so that this answer may be "exists already".
     pub(super) again: bool,
+    /// What a command that was killed left, maybe this one, may still be there.
+    pub(super) doubtful: bool,
 }
 
 /// LVM gave no answer.
@@ -165,19 +167,19 @@ impl Shell {
         Ok(())
     }
 
-    /// Runs a command for [`super::repair`]. `alone`: as a process of its own; in the
-    /// shell `--nolocking` does not keep it from locking as the command before did.
-    pub(super) fn run_once(
+    /// Runs a command for [`super::repair`], and once more where `lvm` dies over it. `alone`: as a process of its own; in
+    /// the shell `--nolocking` does not keep it from locking as the command before did.
+    pub(super) fn run_for_repair(
         &mut self,
         command: &Command,
         alone: bool,
         deadline: Instant,
     ) -> Result<Answer, Failure> {
         let mut answer = self.attempt(command, alone, deadline)?;
-        if answer.is_none() && !alone {
+        if answer.is_none() {
             answer = self.attempt(command, true, deadline)?;
         }
-        answer.ok_or_else(|| Failure::Broken(format!("lvm died over `{command}`")))
+        answer.ok_or_else(|| Failure::Broken(format!("lvm died over `{command}`, twice")))
     }
 
     /// `alone`: not in the shell. `None`: `lvm` died before it answered.
@@ -424,5 +426,6 @@ fn parse(process: &Process, success: Option<bool>) -> Result<Answer, Failure> {
         document,
         complaints,
         again: false,
+        doubtful: false,
     })
 }
