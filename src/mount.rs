@@ -186,6 +186,18 @@ impl Mounted {
         })
     }
 
+    /// Has what is mounted below it later show in containers that follow it, whatever it is attached below: a program of root's
+    /// may have made all of this host's mounts private, as mmdebstrap 1.5 does. Before it is attached anywhere.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn make_shared(&self) -> io::Result<()> {
+        self.set_attributes(&MountAttributes {
+            propagation: u64::from(MountPropagationFlags::SHARED.bits()),
+            ..MountAttributes::default()
+        })
+    }
+
     fn set_attributes(&self, attributes: &MountAttributes) -> io::Result<()> {
         // SAFETY: the path is an empty C string, and the structure as long as is said.
         let result = unsafe {

@@ -21,7 +21,7 @@ use crate::cache::late_path::LatePath;
 use crate::cache::names::LvName;
 use crate::config::JobLimits;
 use crate::engine::{Engine, Job, JobSocket};
-use crate::mount;
+use crate::mount::{self, MountPoint};
 use crate::userns::Ids;
 
 /// How many requests of all jobs are worked on at once beside the first of each, which waits for no other job's: each has a
@@ -307,6 +307,22 @@ impl Place {
         Ok(true)
     }
 
+    /// Why the job would not see what is mounted in its job volume, which it has at `deaf`.
+    fn why_deaf(&self, deaf: &str) -> String {
+        let here = self.engine.place_of(&self.job);
+        let shared = |table: Vec<MountPoint>| table.iter().any(|m| m.at == here && m.shared);
+        if mount::table().is_ok_and(shared) {
+            format!(
+                "the job volume is mounted at {deaf} without rslave, so nothing that is mounted later would be seen: \
+                 use -v NAME:{deaf}:rslave"
+            )
+        } else {
+            "the job volume's mount is not shared any more on the host, so nothing that is mounted later would be seen: something \
+             there has made its mounts private (doctor tells which)"
+                .to_owned()
+        }
+    }
+
     fn act(&self, peer: &Peer, request: Request) -> Result<String, String> {
         let (engine, job) = (&self.engine, &self.job);
         let place = |path: &str| LatePath::parse(path, &peer.targets);
@@ -318,10 +334,7 @@ impl Place {
             } => {
                 let at = place(&path)?;
                 if let Some(deaf) = &peer.deaf {
-                    return Err(format!(
-                        "the job volume is mounted at {deaf} without rslave, so nothing that is mounted later would be seen: \
-                         use -v NAME:{deaf}:rslave"
-                    ));
+                    return Err(self.why_deaf(deaf));
                 }
                 let view = engine
                     .mount_late(job, &at, &criteria, &save, &self.limits, &peer.ids)

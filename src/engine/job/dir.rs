@@ -55,6 +55,7 @@ impl Engine {
         };
         let size = Bytes(DIR_SIZE + CLIENT.1.len() as u64);
         let dir = Mounted::scratch(size, JOB_SOURCE).map_err(failed)?;
+        dir.make_shared().map_err(failed)?;
         put_client(&dir).map_err(failed)?;
         own_scratch(&dir, &volume.spec, &Ids::host()).map_err(failed)?;
         Ok(self.job(volume, dir))

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Job volumes in containers.
 
+use std::path::Path;
+use std::{fs, thread};
+
 use super::hooks::Hooks;
 use super::{Body, Host, ended_after};
 use crate::support::site::Kind;
+use crate::support::{command, wait_until};
 
 pub const BODIES: &[Body] = &[("job_volumes", job_volumes)];
 
@@ -76,6 +80,32 @@ fn job_volumes(kind: Kind) {
     let (_, output) = run(&host, "", &format!("{ask}\nask x"));
     assert!(
         output.starts_with("error ") && output.contains(":rslave"),
+        "{output}"
+    );
+    if kind == Kind::Reflink {
+        private_mounts(&host, ask);
+    }
+}
+
+/// A program of root's makes all mounts of the host private, as mmdebstrap 1.5 does: a job that begins later is not hurt, one that
+/// runs is told. Here in a mount namespace of the test's own.
+fn private_mounts(host: &Host, ask: &str) {
+    let make_private = || command::run("mount", ["--make-rprivate", "/"]);
+    make_private();
+    let (_, output) = run(host, ":rslave", &format!("{ask}\nask x"));
+    assert!(output.starts_with("ok "), "{output}");
+    let dir = Path::new("/run/lvm-cache-friend/mnt/job");
+    let script =
+        "cd /run/lvm-cache-friend; touch ready; until [ -e go ]; do sleep 0.1; done; ask x";
+    let (_, output) = thread::scope(|scope| {
+        let job = scope.spawn(|| run(host, ":rslave", &format!("{ask}\n{script}")));
+        wait_until(|| dir.join("ready").exists());
+        make_private();
+        fs::write(dir.join("go"), "").unwrap();
+        job.join().unwrap()
+    });
+    assert!(
+        output.starts_with("error ") && output.contains("not shared any more"),
         "{output}"
     );
 }
