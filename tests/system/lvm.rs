@@ -1049,10 +1049,7 @@ fn lvm_killed_in_commands() {
         .snapshot(&name("origin"), &new("after", &["a"], true))
         .unwrap();
     for lv in store.list().unwrap().lvs {
-        File::open(store.activate(&lv.name).unwrap())
-            .unwrap()
-            .read_at(&mut [0; 512], 0)
-            .unwrap();
+        read(&store, &lv.name);
         store.remove(&lv.name).unwrap();
     }
 }
@@ -1070,6 +1067,26 @@ fn lvm_killed_before_the_device() {
     let again = store.activate(&name("lv")).unwrap();
     assert_eq!(again, device);
     File::open(device).unwrap();
+}
+
+/// What makes `made`, which is not active.
+const MADE_INACTIVE: [&str; 8] = [
+    "lvcreate",
+    "-y",
+    "-s",
+    "-an",
+    "--addtag=friend:a",
+    "-n",
+    "made",
+    "testvg/origin",
+];
+
+/// Activates a volume and reads from it.
+fn read(store: &LvmStore, lv: &LvName) {
+    File::open(store.activate(lv).unwrap())
+        .unwrap()
+        .read_at(&mut [0; 512], 0)
+        .unwrap();
 }
 
 /// What a killed command leaves is put right, at once and after a reboot: nobody waits for a suspended
@@ -1092,21 +1109,11 @@ fn lvm_killed_at_each_step() {
         "made",
         "testvg/origin",
     ];
-    let inactive = [
-        "lvcreate",
-        "-y",
-        "-s",
-        "-an",
-        "--addtag=friend:a",
-        "-n",
-        "made",
-        "testvg/origin",
-    ];
     let removal = ["lvremove", "-y", "testvg/made"];
     // After a reboot the pool is there, or is left for the store to activate.
     for (what, reboot) in [
         (&active[..], Some("vgchange -q -ay testvg")),
-        (&inactive[..], Some("true")),
+        (&MADE_INACTIVE[..], Some("true")),
         (&removal[..], None),
     ] {
         let mut step = 0;
@@ -1133,9 +1140,7 @@ fn lvm_killed_at_each_step() {
                 .snapshot(&name("origin"), &new("next", &["friend:a"], true))
                 .unwrap();
             for lv in store.list().unwrap().lvs {
-                let device = File::open(store.activate(&lv.name).unwrap()).unwrap();
-                device.read_at(&mut [0; 512], 0).unwrap();
-                drop(device);
+                read(&store, &lv.name);
                 if lv.name.as_str() != "origin" {
                     assert_eq!(lv.tags, tags(&["friend:a"]));
                     store.remove(&lv.name).unwrap();
@@ -1162,9 +1167,7 @@ fn lvm_killed_over_a_repair() {
     for deaths in [1, 1000] {
         for step in 1.. {
             let store = fixture.open();
-            let arguments = "lvcreate -y -s -an --addtag=friend:a -n made testvg/origin";
-            let arguments: Vec<&str> = arguments.split(' ').collect();
-            if !killed_after(step, &arguments) {
+            if !killed_after(step, &MADE_INACTIVE) {
                 assert!(step > 3, "as many steps");
                 break;
             }
@@ -1197,9 +1200,7 @@ fn lvm_killed_over_a_repair() {
             store.snapshot(&origin, &next).unwrap();
             assert_eq!(listed(&store, "made").is_some(), answered.is_ok());
             for lv in store.list().unwrap().lvs {
-                let device = File::open(store.activate(&lv.name).unwrap()).unwrap();
-                device.read_at(&mut [0; 512], 0).unwrap();
-                drop(device);
+                read(&store, &lv.name);
                 if lv.name != origin {
                     store.remove(&lv.name).unwrap();
                 }
